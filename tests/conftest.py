@@ -1,0 +1,70 @@
+"""What holds for every test: fixed seeds, no network, and a GPU test that cannot run says so."""
+
+import os
+import random
+import socket
+import sys
+
+import hypothesis
+import pytest
+
+# Before any test imports a library that reads them.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    """Same random numbers in every run and order; a library that nobody imported is left alone."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def _is_loopback(address):
+    if not isinstance(address, tuple):  # a Unix socket's path
+        return True
+    host = address[0]
+    return host in {"", "::1", "localhost"} or host.startswith("127.")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network():
+    """A connection to anywhere but this machine raises."""
+
+    def guarded(connect):
+        def checked(self, address):
+            if not _is_loopback(address):
+                raise RuntimeError(f"a test tried to connect to {address}: tests use no network")
+            return connect(self, address)
+
+        return checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        yield
+
+
+def _why_no_gpu():
+    """The reason why tests marked `gpu` cannot run here, or None."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"needs a GPU: torch cannot be imported ({error})"
+    if not torch.cuda.is_available():
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return f"needs a GPU: torch {torch.__version__} ({build}) sees none"
+    return None
+
+
+def pytest_collection_modifyitems(items):
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and (reason := _why_no_gpu()):
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason=reason))
