@@ -1,0 +1,1 @@
+"""Settings.  In: TOML files, options, the environment, the machine.  Out: one frozen, fully resolved tree."""

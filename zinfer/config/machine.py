@@ -1,0 +1,100 @@
+"""A machine as the planner sees it: capacities and rates, declared in a file or measured by `zinfer doctor`."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ProductRate(BaseModel):
+    """One measured point: a product of `rows` activation rows with a weight matrix that comes from memory.
+
+    `seconds_per_gb` is the time per 10**9 bytes of weight at that many rows, cold weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: int = Field(ge=1)
+    seconds_per_gb: float = Field(gt=0)
+
+
+class StepCost(BaseModel):
+    """What an op costs beside its product: attention while decoding (one new row per sequence) and in prefill."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    op_overhead_s: float = Field(ge=0)  # per op of the program: interpreter, launches, norms, small attention
+    attention_flops_per_s: float = Field(gt=0)
+    prefill_attention_flops_per_s: float = Field(gt=0)
+
+
+class Compute(BaseModel):
+    """How fast one compute engine multiplies: per dtype a few points over rows, and the fixed cost of an op.
+
+    Exact mode has kernels of its own: where they were measured their points stand under "BF16 exact" and their
+    step cost in `exact`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    products: dict[str, tuple[ProductRate, ...]]  # "BF16" | "F16" | "F32" -> points with growing rows
+    attention_flops_per_s: float = Field(gt=0)
+    prefill_attention_flops_per_s: float | None = None  # None: as while decoding
+    op_overhead_s: float = Field(ge=0)  # per op of the program: interpreter, launches, norms
+    chunk_overhead_s: float = Field(default=5e-5, ge=0)  # per chunk: fetch, lease, evict
+    exact: StepCost | None = None
+    token_overhead_s: float = Field(default=0.0, ge=0)  # per sequence and pass: sampling, text
+
+    def step_cost(self, *, exact: bool) -> StepCost:
+        """The fixed costs of one mode."""
+        if exact and self.exact is not None:
+            return self.exact
+        return StepCost(
+            op_overhead_s=self.op_overhead_s,
+            attention_flops_per_s=self.attention_flops_per_s,
+            prefill_attention_flops_per_s=self.prefill_attention_flops_per_s or self.attention_flops_per_s,
+        )
+
+    def seconds_per_byte(self, dtype: str, rows: int) -> float:
+        """Seconds per weight byte for a product with `rows` rows: linear between points, and beyond the last."""
+        points = self.products.get(dtype) or next(iter(self.products.values()))
+        if rows <= points[0].rows or len(points) == 1:
+            return points[0].seconds_per_gb / 1e9
+        at = min(max(bisect_left([point.rows for point in points], rows), 1), len(points) - 1)
+        low, high = points[at - 1], points[at]
+        slope = (high.seconds_per_gb - low.seconds_per_gb) / (high.rows - low.rows)
+        return max(low.seconds_per_gb + slope * (rows - low.rows), low.seconds_per_gb * 0.5) / 1e9
+
+
+class Link(BaseModel):
+    """A path between two tiers: seconds = latency_s + bytes / bytes_per_s."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes_per_s: float = Field(gt=0)
+    latency_s: float = Field(default=0.0, ge=0)
+
+    def seconds(self, nbytes: int) -> float:
+        """Time of one transfer on the idle link."""
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+class Machine(BaseModel):
+    """Capacities in bytes, links, and compute rates of the host and of one device (None where there is none)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    host_bytes: int = Field(gt=0)
+    device_bytes: int = Field(default=0, ge=0)
+    pinnable_bytes: int | None = None  # None: not known, assume host_bytes
+    disk_read: Link  # direct reads of large pieces, several in flight
+    disk_row_latency_s: float = 1e-4  # one small read, for embedding rows
+    h2d: Link | None = None
+    d2h: Link | None = None
+    host: Compute
+    device: Compute | None = None
+    measured: bool = False  # False: declared numbers, or shipped profile
+    fingerprint: str = ""  # of CPU, kernel, torch, GPU: a profile measured elsewhere is announced
+    disk_device: str = ""  # the block device that disk_read was measured on; another one has other rates

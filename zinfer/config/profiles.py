@@ -1,0 +1,121 @@
+"""Machine profiles on disk.  In: a name, a file, this machine.  Out: a Machine, declared, shipped or measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from zinfer.config.load import cache_folder, read_toml
+from zinfer.config.machine import Machine
+from zinfer.config.schema import closest
+from zinfer.errors import UsageError
+
+SIM_DEFAULT = "sim-default"  # what device="sim" uses when no machine is named
+_SHIPPED = resources.files("zinfer.config") / "data"
+
+
+def load_machine(name: str) -> Machine:
+    """A shipped profile by name, or a .toml or .json file.
+
+    Raises UsageError ZI-1007 when there is neither, ZI-1008 when its content is no machine.
+    """
+    shipped = _SHIPPED / f"{name}.toml"
+    if shipped.is_file():
+        with resources.as_file(shipped) as path:
+            return _machine(read_toml(path), name)
+    if not Path(name).is_file():
+        names = sorted(entry.name.removesuffix(".toml") for entry in _SHIPPED.iterdir())
+        raise UsageError(
+            "ZI-1007",
+            f"no machine profile {name!r}: neither a file nor one of {', '.join(names)}",
+            remedy=f"--machine {closest(name, names) or SIM_DEFAULT}",
+        )
+    if Path(name).suffix == ".json":
+        return _machine(_read_json(Path(name)), name)
+    return _machine(read_toml(Path(name)), name)
+
+
+def profile_path() -> Path:
+    """Where `zinfer doctor` saves what it measured here."""
+    return cache_folder() / "machine.json"
+
+
+def saved_machine() -> Machine | None:
+    """What `zinfer doctor` measured here; None when nothing was saved, or hardware and software changed since."""
+    if not profile_path().is_file():
+        return None
+    try:
+        machine = _machine(_read_json(profile_path()), str(profile_path()))
+    except UsageError:  # written by another version: as good as none
+        return None
+    return machine if machine.fingerprint == fingerprint() else None
+
+
+def save_machine(machine: Machine) -> Path:
+    """Write the profile where `saved_machine` finds it."""
+    path = profile_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def fingerprint() -> str:
+    """What a measurement depends on: processor, cores we may use, kernel, torch, GPUs.  Imports no torch."""
+    try:
+        torch_version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch_version = "none"
+    parts = [
+        _cpu_name(),
+        f"{len(os.sched_getaffinity(0))} cores",
+        platform.release(),
+        f"torch {torch_version}",
+    ]
+    return " | ".join([*parts, *_gpu_names()])
+
+
+def _cpu_name() -> str:
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = [line for gpu in gpus for line in _lines(gpu) if line.startswith(("Model", "GPU UUID"))]
+    return [line.partition(":")[2].strip() for line in lines]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            "ZI-1008", f"{path} holds no machine profile: {error}", remedy="zinfer doctor"
+        ) from error
+
+
+def _machine(tree: Any, origin: str) -> Machine:
+    try:
+        return Machine.model_validate(tree)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise UsageError(
+            "ZI-1008",
+            f"{origin} holds no machine profile: {where}: {fault['msg']}",
+            remedy=f"--machine {SIM_DEFAULT}, or write one with: zinfer doctor",
+        ) from error
