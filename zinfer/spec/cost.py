@@ -1,0 +1,218 @@
+"""What an op costs.  In: a ModelSpec, an op and the rows of a pass.  Out: FLOPs and bytes of activations, as ints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from zinfer.spec.attention_cost import attention_workspace_bytes
+from zinfer.spec.program import matrix_shape
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
+
+FP32 = 4
+JOINED_ROWS = 256  # exact products of more rows are computed in pieces and then joined
+ACTIVATION_PIECE = 2**20  # elements; exact activations of more go piece by piece
+KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product reads the same rows
+
+
+@dataclass(frozen=True, slots=True)
+class OpBytes:
+    """Activation bytes of one micro-batch: the most while an op runs, and what then waits for the next one."""
+
+    peak: int
+    held: int
+
+
+def op_flops(op: Op, rows: int) -> int:
+    """Multiplications and additions of the op's product; the head's rows are those whose logits are wanted."""
+    return 2 * rows * op.matrix.numel if op.matrix else 0
+
+
+def attention_flops(spec: ModelSpec, rows: int, context: int) -> int:
+    """Of one layer: scores and weighted values of `rows` new rows that each see `context` keys."""
+    return 4 * rows * context * spec.num_heads * spec.head_dim
+
+
+def activation_peak_bytes(
+    spec: ModelSpec, rows: int, logit_rows: int, context: int, *, exact: bool = True
+) -> int:
+    """The most bytes of activations alive at once in a pass of one micro-batch; see `activation_bytes`."""
+    costs = activation_bytes(spec, rows, logit_rows, context, exact=exact)
+    return max(cost.peak for cost in costs.values())
+
+
+def activation_bytes(
+    spec: ModelSpec, rows: int, logit_rows: int, context: int, *, exact: bool = True
+) -> dict[str, OpBytes]:
+    """Activation bytes per op kind, for `rows` new rows of which `logit_rows` want logits.
+
+    `context` is the length of the longest sequence at the end of the pass.  Embedding rows count until they are
+    added up; weights and the KV cache do not count.
+    """
+    flow = _FlowBytes(spec, rows, logit_rows, context, exact)
+    costs: dict[str, OpBytes] = {}
+    # Two layers stand for all: the first makes the rotary tables and, where norms come behind, has one norm less.
+    for op in spec.program:
+        if op.block == 0 and (op.layer < 2 or op.layer == spec.num_layers):
+            cost, other = flow.run(op), costs.get(op.kind, OpBytes(0, 0))
+            costs[op.kind] = OpBytes(max(cost.peak, other.peak), max(cost.held, other.held))
+    return costs
+
+
+@dataclass(slots=True)
+class _FlowBytes:
+    """The decoder's Flow with bytes in place of tensors; each step mirrors the one of that name there."""
+
+    spec: ModelSpec
+    rows: int
+    logit_rows: int
+    context: int
+    exact: bool
+    live: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+
+    def __post_init__(self) -> None:
+        self.live["tokens"] = self._size(self.spec.embed_dim or self.spec.model_dim)
+        if self.spec.rope is None:
+            self.live["positions"] = self._size(self.spec.model_dim)
+
+    def run(self, op: Op) -> OpBytes:
+        """All blocks of one matrix; `op` is the first."""
+        self.peak = sum(self.live.values())
+        if "input" not in self.live:
+            self._enter(op)
+        self._product(op)
+        if op.kind not in KEEP_INPUT:
+            self._drop("input")
+        self._finish(op.kind)
+        return OpBytes(self.peak, sum(self.live.values()))
+
+    def _size(self, width: int) -> int:
+        return self.rows * width * DTYPE_BYTES[self.spec.dtype]
+
+    def _touch(self, extra: int) -> None:
+        """Something of `extra` bytes is alive for a moment beside what the flow holds."""
+        self.peak = max(self.peak, sum(self.live.values()) + extra)
+
+    def _drop(self, *names: str) -> None:
+        for name in names:
+            self.live.pop(name, None)
+
+    def _enter(self, op: Op) -> None:
+        spec = self.spec
+        if op.kind == "embed":
+            self.live["input"] = self.live.pop("tokens")
+            return
+        if op.layer == spec.num_layers:
+            self._drop("rotary")
+            whole, self.rows = self.live["stream"], self.logit_rows
+            self.live["stream"] = self._size(spec.model_dim)
+            self._touch(whole)
+        width = self._size(spec.model_dim)
+        if op.normed:
+            self._touch(self._norm_bytes(spec.model_dim) if spec.norm == "rms" else width)
+        # A stream that is read as it is, or that a norm takes the place of, is one tensor and not two.
+        self.live["input"] = width if op.normed and spec.norm_position == "pre" else 0
+        if op.layer == spec.num_layers:
+            self._drop("stream")
+            self.live["input"] = width
+
+    def _norm_bytes(self, width: int) -> int:
+        """RMS norm at its worst holds two fp32 copies of its input, or one and two results: as much for bf16."""
+        return 2 * FP32 * self.rows * width
+
+    def _product(self, op: Op) -> None:
+        if op.matrix is None:
+            self.live["output"] = self.live.pop("input")
+            return
+        width = self._size(1)
+        wide = FP32 * self.rows if op.kind == "head" else width
+        num_out = matrix_shape(self.spec, op.kind)[0]
+        block = num_out if op.blocks == 1 else op.matrix.shape[0]
+        if op.blocks > 1:
+            self.live["output"] = num_out * wide
+        pieces = block * width if self.exact and self.rows > JOINED_ROWS else 0
+        self._touch(block * width + max(pieces, block * wide if wide > width else 0))
+        self.live["output"] = num_out * wide
+
+    def _finish(self, kind: str) -> None:
+        output = self.live["output"]
+        match kind:
+            case "embed":
+                self._touch(self._size(self.spec.model_dim) if "positions" in self.live else 0)
+                self._become("stream", output, "positions")
+            case "q" | "k":
+                self._heads({"q": "query", "k": "key"}[kind], output)
+                self._drop("output")
+            case "v":
+                self._attention()
+            case "qkv":
+                self._heads("query", 0)
+                self._heads("key", 0)
+                self._attention()
+            case "gate":
+                self._touch(self._activation_bytes(output))
+                self._become("gate", output)
+            case "up" if self.spec.gated_mlp:
+                self._touch(output)
+                self._become("input", output, "gate")
+            case "up":
+                self._touch(self._activation_bytes(output))
+                self._become("input", output)
+            case "gate_up":
+                half = output // 2
+                copied = half if self.exact else 0  # the gate's columns are put together first
+                self._touch(max(copied + self._activation_bytes(half), 2 * half))
+                self._become("input", half)
+            case "o" if self.spec.parallel_residual:
+                self._become("branch", output)
+            case "o" | "down":
+                self._touch(output)
+                self._become("stream", output, "branch")
+            case "project_out":
+                self._become("input", output)
+            case _:
+                self._become("logits", output)
+
+    def _become(self, name: str, nbytes: int, *used: str) -> None:
+        """The output, and what else was `used`, has become `name`."""
+        self._drop("output", *used)
+        self.live[name] = nbytes
+
+    def _heads(self, name: str, output: int) -> None:
+        """Rotation makes half products, both halves and their joint copy; `output` is what it reads."""
+        spec = self.spec
+        heads = spec.num_heads if name == "query" else spec.num_kv_heads
+        width = self._size(heads * spec.head_dim)
+        if spec.qk_norm:
+            self._touch(self._norm_bytes(heads * spec.head_dim))
+        if spec.rope is None:
+            self.live[name] = output
+            return
+        normed = width if spec.qk_norm else 0
+        rotary = self._size(spec.rope.rotary_dim)
+        if "rotary" not in self.live:
+            self.live["rotary"] = rotary
+            self._touch(normed + 3 * FP32 * self.rows * spec.rope.rotary_dim // 2)
+        self._touch(normed + width + self._size(heads * spec.rope.rotary_dim))
+        self.live[name] = width
+
+    def _attention(self) -> None:
+        spec = self.spec
+        self._touch(
+            attention_workspace_bytes(
+                self.rows,
+                self.context,
+                spec.num_heads,
+                spec.head_dim,
+                spec.dtype,
+                self.exact,
+                kv_heads=spec.num_kv_heads,
+            )
+        )
+        self._become("input", self._size(spec.num_heads * spec.head_dim), "query", "key")
+
+    def _activation_bytes(self, output: int) -> int:
+        if self.spec.activation == "relu" or not self.exact:
+            return output * (3 if self.spec.activation == "quick_gelu" else 1)
+        piece = ACTIVATION_PIECE * DTYPE_BYTES[self.spec.dtype]
+        return output + (piece if output > piece else 0)
