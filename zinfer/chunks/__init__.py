@@ -1,0 +1,1 @@
+"""Chunks.  In: an index of tensors.  Out: aligned, checksummed runs of bytes in execution order."""
