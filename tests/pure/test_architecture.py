@@ -58,7 +58,8 @@ RULES = {
         )
     ),
     "importing by name": Rule(
-        re.compile(r"^importlib(?!\.(resources|metadata)\b)"), homes=("zinfer/__init__.py", "zinfer/cli/main.py")
+        re.compile(r"^importlib(?!\.(resources|metadata)\b)"),
+        homes=("zinfer/__init__.py", "zinfer/cli/main.py"),
     ),
 }
 

@@ -1,0 +1,133 @@
+"""The virtual clock: pipelines reach the slower of their stages, the serial twin their sum, more memory never hurts."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plan_tables import page_counts, table_of
+
+from zinfer.chunks.table import PAGE
+from zinfer.config.machine import Compute as Rates
+from zinfer.config.machine import Link, Machine, ProductRate
+from zinfer.errors import InternalError
+from zinfer.plan.place import Reserve, place, smallest_budget
+from zinfer.plan.records import Budget, Compute, Schedule, Tier
+from zinfer.plan.schedule import build_schedule, serial_schedule
+from zinfer.plan.simulate import Simulator, simulate
+
+RATES = Rates(
+    products={"BF16": (ProductRate(rows=1, seconds_per_gb=0.1),)}, attention_flops_per_s=1e12, op_overhead_s=0
+)
+
+
+def machine_with(disk, h2d=None):
+    """Links that move `disk` and `h2d` pages a second."""
+    return Machine(
+        name="test",
+        host_bytes=2**30,
+        device_bytes=2**30,
+        disk_read=Link(bytes_per_s=disk * PAGE),
+        h2d=Link(bytes_per_s=h2d * PAGE) if h2d else None,
+        host=RATES,
+        device=RATES,
+    )
+
+
+def two_tiers(count, resident, lookahead, compute_s, disk=1.0):
+    """`count` equal chunks of one page, of which `resident` stay; seconds of a steady and of a serial pass."""
+    table = table_of([1] * count)
+    budget = Budget(host=(resident + lookahead + 1) * PAGE)
+    placement = place(table, budget, compute_tier=Tier.HOST, reserve=Reserve(), lookahead=lookahead)
+    overlapped, serial = (
+        simulate(table, placement, build(table, placement), machine_with(disk), [compute_s] * count)[1]
+        for build in (build_schedule, serial_schedule)
+    )
+    return overlapped, serial
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 3])
+@pytest.mark.parametrize("resident", [0, 8, 16, 24])
+def test_when_transfer_equals_compute_a_pass_takes_one_of_them_and_the_serial_one_their_sum(
+    resident, lookahead
+):
+    count = 40
+    streamed = count - resident
+    overlapped, serial = two_tiers(count, resident, lookahead, compute_s=streamed / count)
+    assert overlapped.bytes == {"disk": streamed * PAGE}
+    # One chunk in flight rides over no unevenness: what computes is then at times two chunks, at times one.
+    assert overlapped.seconds <= (1.12 if lookahead == 1 else 1.02) * streamed
+    assert serial.seconds == pytest.approx(2 * streamed, rel=0.01)
+
+
+@pytest.mark.parametrize("compute_s", [0.1, 10.0])
+def test_the_slower_of_link_and_computation_decides(compute_s):
+    overlapped, _ = two_tiers(40, 20, 1, compute_s)
+    assert overlapped.seconds == pytest.approx(max(20, 40 * compute_s), rel=0.02)
+    assert overlapped.busy_s["compute"] == pytest.approx(40 * compute_s)
+    assert overlapped.busy_s["disk"] == pytest.approx(20)
+    assert overlapped.bubble_s == pytest.approx(overlapped.seconds - 40 * compute_s)
+
+
+def test_three_tiers_overlap_disk_link_and_computation():
+    table = table_of([1] * 60)
+    budget = Budget(host=(5 + 14) * PAGE, device=(5 + 26) * PAGE)
+    placement = place(table, budget, compute_tier=Tier.DEVICE, reserve=Reserve(), lookahead=4)
+    streamed, on_disk = 34, 20
+    assert placement.home.count(Tier.DISK) == on_disk
+    machine = machine_with(disk=on_disk / streamed, h2d=1.0)  # disk, link and computation: 34 s each
+    compute_s = [streamed / 60] * 60
+    _, steady = simulate(table, placement, build_schedule(table, placement), machine, compute_s)
+    assert steady.bytes == {"disk": on_disk * PAGE, "h2d": streamed * PAGE}
+    assert steady.busy_s == pytest.approx({"disk": 34, "h2d": 34, "compute": 34})
+    assert steady.seconds <= 1.02 * 34
+    _, serial = simulate(table, placement, serial_schedule(table, placement), machine, compute_s)
+    assert serial.seconds == pytest.approx(3 * 34, rel=0.01)
+
+
+@pytest.mark.parametrize("num_rows_s", [0.0, 5.0])
+def test_the_first_pass_reads_everything_once_and_never_idles_the_disk(num_rows_s):
+    table = table_of([1] * 40)
+    placement = place(table, Budget(host=20 * PAGE), compute_tier=Tier.HOST, reserve=Reserve())
+    schedule = build_schedule(table, placement)
+    first, steady = simulate(table, placement, schedule, machine_with(1.0), [0.01] * 40, rows_s=num_rows_s)
+    assert first.bytes == {"disk": (40 + placement.slots) * PAGE}  # the next pass's first chunks too
+    assert first.seconds == pytest.approx(40, abs=0.1 + num_rows_s)
+    assert steady.seconds == pytest.approx(22, abs=1e-6 + num_rows_s)
+    assert first.peak_bytes[Tier.HOST] == 20 * PAGE
+
+
+@given(page_counts, st.integers(0, 200), st.integers(1, 40), st.floats(0.01, 10), st.integers(1, 3))
+def test_more_memory_is_never_slower_by_more_than_the_filling_of_the_slots(
+    pages, extra, step, compute_s, lookahead
+):
+    table = table_of(pages)
+    least = smallest_budget(table, compute_tier=Tier.HOST, reserve=Reserve(), lookahead=lookahead).host
+    seconds = []
+    for host in (least + extra * PAGE, least + (extra + step) * PAGE):
+        placement = place(
+            table, Budget(host=host), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=lookahead
+        )
+        schedule = build_schedule(table, placement)
+        work = [compute_s * count for count in pages]
+        seconds.append(simulate(table, placement, schedule, machine_with(1.0), work)[1].seconds)
+    fill_s = max(pages) * (1 + compute_s) * (lookahead + 1)
+    assert seconds[1] <= seconds[0] + fill_s
+
+
+@settings(max_examples=20)
+@given(page_counts, st.integers(0, 200), st.floats(0.1, 10))
+def test_faster_machines_are_never_slower(pages, extra, factor):
+    table = table_of(pages)
+    least = smallest_budget(table, compute_tier=Tier.HOST, reserve=Reserve()).host
+    placement = place(table, Budget(host=least + extra * PAGE), compute_tier=Tier.HOST, reserve=Reserve())
+    schedule = build_schedule(table, placement)
+    slow = simulate(table, placement, schedule, machine_with(1.0), [1.0] * len(pages))[1]
+    fast = simulate(table, placement, schedule, machine_with(1.0 + factor), [1.0] * len(pages))[1]
+    assert fast.seconds <= slow.seconds + 1e-9
+
+
+def test_a_schedule_that_computes_what_it_has_not_fetched_is_our_mistake():
+    table = table_of([1] * 4)
+    placement = place(table, Budget(host=3 * PAGE), compute_tier=Tier.HOST, reserve=Reserve())
+    broken = Schedule((Compute(0),), ())
+    with pytest.raises(InternalError, match="chunk 0"):
+        Simulator(table, placement, machine_with(1.0)).run(broken.first, [1.0] * 4)

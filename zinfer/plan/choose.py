@@ -1,0 +1,104 @@
+"""Choose chunk size, homes and lookahead together.  In: a Source and budgets.  Out: the fastest predicted choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+
+from zinfer.chunks.pack import assemble, layer_sizes
+from zinfer.chunks.search import search_limit
+from zinfer.chunks.source import Source
+from zinfer.chunks.table import ChunkTable
+from zinfer.config.machine import Machine
+from zinfer.errors import BudgetError, InternalError
+from zinfer.plan.forecast import decode_load, simulate_load
+from zinfer.plan.place import Reserve, place, size_steps
+from zinfer.plan.records import Budget, Placement, Schedule, Tier, Workload
+from zinfer.plan.schedule import build_schedule
+from zinfer.plan.simulate import PassRun
+from zinfer.spec.records import ModelSpec
+
+_LOOKAHEADS = {
+    Tier.HOST: (2, 1, 3),
+    Tier.DEVICE: (2, 1, 3, 4),
+}  # disk, link and engine in a row want one more
+# Seen on real disks: with one chunk in flight an unpunctual read leaves the link idle, which no virtual clock knows.
+_LONE_FETCH_LOSS = 1.05
+_SLOTS_SHARE = 1 / 16  # of the room for weights: above that, smaller slots are worth a trial
+_MAX_TRIAL_UNITS = 4096
+_MAX_TRIALS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chunk limit and what follows from it; `steady` is the simulated decode pass it was chosen by."""
+
+    limit: int
+    table: ChunkTable
+    placement: Placement
+    schedule: Schedule
+    steady: PassRun
+
+
+def choose(
+    spec: ModelSpec,
+    source: Source,
+    budget: Budget,
+    machine: Machine,
+    workload: Workload,
+    *,
+    compute_tier: Tier,
+    reserve: Reserve,
+    exact: bool,
+    lookahead: int | None = None,
+) -> Choice:
+    """Try chunk limits and lookaheads and keep the fastest decode pass on the virtual clock.
+
+    Raises BudgetError ZI-2001 when nothing fits, for the smallest chunks and the least lookahead.
+    """
+    lookaheads = _LOOKAHEADS[compute_tier] if lookahead is None else (lookahead,)
+    best: Choice | None = None
+    best_s = inf
+    for limit in _limits(source, budget, compute_tier, reserve, [count + 1 for count in lookaheads]):
+        table = assemble(source, limit)
+        # Of very many chunks no single one matters: two trials do.
+        for count in lookaheads[: 2 if len(table.chunks) > _MAX_TRIAL_UNITS else None]:
+            try:
+                placement = place(table, budget, compute_tier=compute_tier, reserve=reserve, lookahead=count)
+            except BudgetError:
+                continue
+            schedule = build_schedule(table, placement)
+            load = decode_load(workload)
+            _, steady = simulate_load(spec, table, placement, schedule, machine, load, exact=exact)
+            likely_s = steady.seconds * (_LONE_FETCH_LOSS if count == 1 else 1.0)
+            if likely_s < best_s:
+                best, best_s = Choice(limit, table, placement, schedule, steady), likely_s
+            if best is not None and not placement.slots:
+                return best  # nothing streams: no other choice moves less
+    if best is None:
+        least = assemble(source, 1)
+        place(least, budget, compute_tier=compute_tier, reserve=reserve, lookahead=min(lookaheads))
+        raise InternalError(
+            "ZI-2092", "single ops can be placed where larger chunks cannot, and were not tried"
+        )
+    return best
+
+
+def _limits(
+    source: Source, budget: Budget, compute_tier: Tier, reserve: Reserve, slots: Sequence[int]
+) -> Iterator[int]:
+    """Chunk limits worth a trial, the one that should move the fewest bytes first."""
+    room = (budget.device if compute_tier is Tier.DEVICE else budget.host) - reserve.total
+    found = 1  # every op by itself: then the largest may have to stay
+    for count in slots:
+        with suppress(BudgetError):
+            found = search_limit(source, room, count)
+            break
+    if compute_tier is Tier.DEVICE:  # staging slots lie in host memory
+        found = max(min(found, budget.host // slots[0]), 1)
+    yield found
+    if slots[0] * found > room * _SLOTS_SHARE and len(source.units) <= _MAX_TRIAL_UNITS:
+        units = size_steps([size for sizes in layer_sizes(source) for size in sizes])
+        yield from [size for size in units if size < found][:_MAX_TRIALS]

@@ -1,0 +1,88 @@
+"""How long each chunk computes.  In: a ModelSpec, a chunk table, compute rates, the rows of a pass.  Out: seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from zinfer.chunks.table import ChunkTable
+from zinfer.config.machine import Compute
+from zinfer.spec.cost import attention_flops
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec
+from zinfer.units import round_up
+
+_ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
+_PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
+
+
+@dataclass(frozen=True, slots=True)
+class PassLoad:
+    """What one pass carries: `rows` token rows of `sequences` sequences that see `context` tokens each at its end."""
+
+    rows: int
+    sequences: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSeconds:
+    """Compute time of one chunk in one pass: products and attention, and the fixed cost of its ops."""
+
+    work: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.work + self.overhead
+
+
+def chunk_seconds(
+    spec: ModelSpec, table: ChunkTable, compute: Compute, load: PassLoad, *, exact: bool
+) -> list[ChunkSeconds]:
+    """Seconds of every chunk of the table, in its order; a row table costs nothing.
+
+    seconds(op) = weight bytes * seconds_per_byte(dtype, rows) + attention FLOPs / rate + overhead, the product's
+    rate being a measured point at that many rows, so that it covers both regimes: bytes at few rows, FLOPs at many.
+    The head multiplies one row per sequence.
+    """
+    cost = compute.step_cost(exact=exact)
+    per_byte = seconds_per_byte(compute, spec.dtype, load.rows, exact=exact)
+    head_rows = min(load.sequences, load.rows)
+    per_head_byte = seconds_per_byte(compute, spec.dtype, head_rows, exact=exact)
+    is_prefill = load.rows >= _PREFILL_ROWS * load.sequences
+    attention_rate = cost.prefill_attention_flops_per_s if is_prefill else cost.attention_flops_per_s
+    seconds = []
+    for chunk in table.chunks:
+        work = 0.0
+        for index in chunk.ops:
+            op = spec.program[index]
+            nbytes = op.weight_numel * DTYPE_BYTES[spec.dtype]
+            work += nbytes * (per_head_byte if op.kind == "head" else per_byte)
+            if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
+                work += attention_flops(spec, load.rows, visible_keys(spec, op.layer, load)) / attention_rate
+        overhead = len(chunk.ops) * cost.op_overhead_s + (compute.chunk_overhead_s if chunk.ops else 0.0)
+        seconds.append(ChunkSeconds(work, overhead))
+    return seconds
+
+
+def visible_keys(spec: ModelSpec, layer: int, load: PassLoad) -> int:
+    """Keys that a new row sees on average: its sequence's past and half of the new rows, within the window."""
+    window = spec.sliding_window
+    if window is None or (spec.window_layers is not None and not spec.window_layers[layer]):
+        window = load.context
+    new_rows = ceil(load.rows / load.sequences)
+    return min(load.context - (new_rows - 1) // 2, window)
+
+
+def seconds_per_byte(compute: Compute, dtype: str, rows: int, *, exact: bool) -> float:
+    """Seconds per weight byte at so many rows.
+
+    Exact mode has points of its own where the machine was measured ("BF16 exact"); declared machines are taken to
+    pad to 2 rows in 16 bits and to a multiple of 4 in fp32.
+    """
+    if exact and f"{dtype} exact" in compute.products:
+        return compute.seconds_per_byte(f"{dtype} exact", rows)
+    if exact:
+        rows = round_up(rows, 4) if dtype == "F32" else max(rows, 2)
+    return compute.seconds_per_byte(dtype, rows)

@@ -1,0 +1,136 @@
+"""Say a plan in words.  In: a Plan.  Out: lines for people, and what other budgets would buy, also as plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zinfer.errors import BudgetError
+from zinfer.plan.forecast import decode_load, simulate_load
+from zinfer.plan.make import Plan
+from zinfer.plan.place import place, size_flag
+from zinfer.plan.records import Budget, Tier
+from zinfer.plan.schedule import build_schedule
+from zinfer.spec.records import ModelSpec
+from zinfer.units import Bytes, seconds_text
+
+_MAP_WIDTH = 72
+_LETTERS = {Tier.DEVICE: "D", Tier.HOST: "H", Tier.DISK: "."}
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another budget, as flags, and the decode pass it would buy; None: it does not fit."""
+
+    flags: str
+    pass_s: float | None
+    tokens_per_s: float | None
+
+
+def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
+    """Half and twice the compute tier's budget, twice the host's, and all weights in the compute tier.
+
+    Same chunks, cache and lookahead as the plan; for an exact answer plan again with the flags.
+    """
+    tier = plan.placement.compute_tier
+    have, host = (plan.budget.host, 0) if tier is Tier.HOST else (plan.budget.device, plan.budget.host)
+    everything = plan.reserve.total + sum(chunk.nbytes for chunk in plan.table.streamable)
+    sizes = sorted(
+        {have // 2, *(size for size in (have * 3 // 2, have * 2) if size < everything), everything}
+    )
+    budgets = [Budget(host=size) if tier is Tier.HOST else Budget(host, size) for size in sizes]
+    if host:
+        budgets.append(Budget(host * 2, have))
+    return [_alternative(spec, plan, budget) for budget in budgets]
+
+
+def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
+    """Lines of at most about 110 characters: what lives where, what a pass takes and why, what would be better."""
+    forecast, workload = plan.forecast, plan.workload
+    weights = sum(chunk.weight_bytes for chunk in plan.table.chunks)
+    origin = "measured" if plan.machine.measured else "declared, not measured"
+    exact = "exact" if plan.exact else "not exact"
+    busy = sorted(forecast.busy_s.items(), key=lambda item: -item[1])
+    return [
+        f"model      {plan.architecture} · {plan.num_parameters / 1e9:.2f} B parameters · {weights / 1e9:.1f} GB in "
+        f"{len(plan.table.chunks)} chunks of up to {Bytes(plan.table.slot_bytes)}",
+        f"machine    {plan.machine.name} ({origin}) · device {plan.device} · {exact}",
+        f"workload   batch {workload.batch} · prompt {workload.prompt_len} · generate {workload.gen_len} · at most "
+        f"{workload.prefill_rows} rows a pass",
+        "",
+        *_tier_lines(plan),
+        f"chunks     {_map(plan)}",
+        "           in order of use: " + " · ".join(_legend(plan)),
+        "",
+        f"pass       {seconds_text(forecast.pass_s)} per decode pass, bound by {forecast.binding}: "
+        + " · ".join(f"{lane} {seconds_text(seconds)}" for lane, seconds in busy),
+        f"speed      {forecast.tokens_per_s:.3g} tokens/s · first token after {seconds_text(forecast.first_token_s)} · "
+        f"all after {seconds_text(forecast.job_s)}",
+        *_alternative_lines(others),
+        *(
+            f"{'why' if at == 0 else '':<11}{key}: {why}"
+            for at, (key, why) in enumerate(plan.reasons.items())
+        ),
+    ]
+
+
+def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, Any]:
+    """`Plan.to_dict` and the alternatives, for --json."""
+    return plan.to_dict() | {"alternatives": [asdict(other) for other in others]}
+
+
+def _alternative(spec: ModelSpec, plan: Plan, budget: Budget) -> Alternative:
+    tier = plan.placement.compute_tier
+    flags = size_flag(Tier.HOST, budget.host)
+    if tier is Tier.DEVICE:
+        flags = f"{size_flag(tier, budget.device)} {flags}"
+    lookahead = plan.placement.lookahead or 1
+    try:
+        placement = place(plan.table, budget, compute_tier=tier, reserve=plan.reserve, lookahead=lookahead)
+    except BudgetError:
+        return Alternative(flags, None, None)
+    schedule, load = build_schedule(plan.table, placement), decode_load(plan.workload)
+    _, steady = simulate_load(spec, plan.table, placement, schedule, plan.machine, load, exact=plan.exact)
+    return Alternative(flags, steady.seconds, plan.workload.batch / steady.seconds)
+
+
+def _tier_lines(plan: Plan) -> list[str]:
+    names = ("weights", "slots", "staging", "KV", "activations")
+    lines = [f"{'':<11}" + "".join(f"{name:>12}" for name in names) + f"{'used':>12}   of budget"]
+    for use in plan.uses:
+        parts = (use.resident, use.slots, use.staging, use.kv, use.activations, use.total)
+        cells = "".join(f"{str(Bytes(part)) if part else '-':>12}" for part in parts)
+        lines.append(f"{use.tier:<11}{cells}   of {Bytes(use.budget)}")
+    on_disk = [chunk for chunk in plan.table.streamable if plan.placement.home[chunk.id] is Tier.DISK]
+    if on_disk:
+        lines.append(
+            f"{'disk':<11}{Bytes(sum(chunk.nbytes for chunk in on_disk))!s:>12}   read in every pass"
+        )
+    return lines
+
+
+def _map(plan: Plan) -> str:
+    """One letter per chunk in order of use; of long models a sample."""
+    homes = [plan.placement.home[chunk.id] for chunk in plan.table.streamable]
+    step = max(len(homes) / _MAP_WIDTH, 1)
+    picked = [homes[int(at * step)] for at in range(min(len(homes), _MAP_WIDTH))]
+    return "".join(_LETTERS[tier] for tier in picked)
+
+
+def _legend(plan: Plan) -> list[str]:
+    homes = [plan.placement.home[chunk.id] for chunk in plan.table.streamable]
+    return [f"{letter} {tier} ({homes.count(tier)})" for tier, letter in _LETTERS.items() if tier in homes]
+
+
+def _alternative_lines(others: Sequence[Alternative]) -> list[str]:
+    if not others:
+        return []
+    width = max(len(other.flags) for other in others)
+    lines = [""]
+    for other in others:
+        bought = "does not fit"
+        if other.pass_s is not None:
+            bought = f"{seconds_text(other.pass_s):>8} per pass · {other.tokens_per_s:.3g} tokens/s"
+        lines.append(f"{'budgets' if len(lines) == 1 else '':<11}{other.flags:<{width}}  {bought}")
+    return [*lines, ""]

@@ -1,0 +1,115 @@
+"""Predict a run before any weight is read.  In: a model, a placement, a machine, a workload.  Out: seconds, and why."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from zinfer.chunks.table import ChunkTable
+from zinfer.config.machine import Compute, Machine
+from zinfer.plan.cost import ChunkSeconds, PassLoad, chunk_seconds
+from zinfer.plan.records import Forecast, Placement, Schedule, Tier, Workload
+from zinfer.plan.simulate import PassRun, simulate
+from zinfer.spec.records import ModelSpec
+
+_ROW_READS_IN_FLIGHT = 4
+
+
+def forecast(
+    spec: ModelSpec,
+    table: ChunkTable,
+    placement: Placement,
+    schedule: Schedule,
+    machine: Machine,
+    workload: Workload,
+    steady: PassRun,
+    *,
+    exact: bool,
+) -> Forecast:
+    """Simulate the first pass, which loads and prefills, and a later prefill; `steady` is a decode pass, simulated.
+
+    Uses the machine's rates only, no timing of a run.
+    """
+    prompt_rows = workload.batch * workload.prompt_len
+    rows = min(prompt_rows, workload.prefill_rows)
+    prefill_passes = ceil(prompt_rows / rows)
+    prefill = PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len)
+    first, later = simulate_load(spec, table, placement, schedule, machine, prefill, exact=exact)
+    decode = pass_costs(spec, table, placement, machine, decode_load(workload), exact=exact)
+    first_token_s = first.seconds + (prefill_passes - 1) * later.seconds
+    waves = ceil((workload.num_requests or workload.batch) / workload.batch)
+    decode_s = (workload.gen_len - 1) * steady.seconds
+    return Forecast(
+        first_token_s=first_token_s,
+        pass_s=steady.seconds,
+        prefill_s=later.seconds,
+        tokens_per_s=workload.batch / steady.seconds,
+        job_s=first_token_s + waves * decode_s + (waves - 1) * prefill_passes * later.seconds,
+        binding=_binding(steady, decode),
+        bytes_per_pass=steady.bytes,
+        busy_s=steady.busy_s,
+    )
+
+
+def decode_load(workload: Workload) -> PassLoad:
+    """A decode pass half-way through the generation."""
+    return PassLoad(workload.batch, workload.batch, workload.prompt_len + ceil(workload.gen_len / 2))
+
+
+def simulate_load(
+    spec: ModelSpec,
+    table: ChunkTable,
+    placement: Placement,
+    schedule: Schedule,
+    machine: Machine,
+    load: PassLoad,
+    *,
+    exact: bool,
+) -> tuple[PassRun, PassRun]:
+    """The first and a steady pass under one load."""
+    costs = pass_costs(spec, table, placement, machine, load, exact=exact)
+    rows_s = row_seconds(table, placement, machine, load.rows)
+    return simulate(table, placement, schedule, machine, [cost.total for cost in costs], rows_s=rows_s)
+
+
+def pass_costs(
+    spec: ModelSpec,
+    table: ChunkTable,
+    placement: Placement,
+    machine: Machine,
+    load: PassLoad,
+    *,
+    exact: bool,
+) -> list[ChunkSeconds]:
+    """Compute seconds of every chunk on the engine of the compute tier; the last one also samples."""
+    engine = _engine(machine, placement)
+    costs = chunk_seconds(spec, table, engine, load, exact=exact)
+    last = table.streamable[-1].id
+    sampling_s = engine.token_overhead_s * load.sequences
+    costs[last] = ChunkSeconds(costs[last].work, costs[last].overhead + sampling_s)
+    return costs
+
+
+def row_seconds(table: ChunkTable, placement: Placement, machine: Machine, rows: int) -> float:
+    """What the embedding rows of a pass take: single reads for the tables that no tier holds."""
+    held = {
+        chunk.tensors[0].name
+        for chunk in table.chunks
+        if not chunk.ops and placement.home[chunk.id] is not Tier.DISK
+    }
+    num_reads = rows * sum(name not in held for name in table.row_tables)
+    return ceil(num_reads / _ROW_READS_IN_FLIGHT) * machine.disk_row_latency_s
+
+
+def _engine(machine: Machine, placement: Placement) -> Compute:
+    if placement.compute_tier is Tier.HOST:
+        return machine.host
+    assert machine.device is not None, "a machine without a device was given device chunks"
+    return machine.device
+
+
+def _binding(steady: PassRun, costs: list[ChunkSeconds]) -> str:
+    """The engine or link that works longest in a steady pass; fixed costs count apart from computation."""
+    work, overhead = sum(cost.work for cost in costs), sum(cost.overhead for cost in costs)
+    busy_s = {lane: steady.busy_s.get(lane, 0.0) for lane in ("disk", "h2d")} | {"compute": work + overhead}
+    longest = max(busy_s, key=lambda lane: busy_s[lane])
+    return "overhead" if longest == "compute" and overhead > work else longest

@@ -1,0 +1,62 @@
+"""What a model costs, from its ModelSpec alone.  In: shapes.  Out: bytes and FLOPs of ops, cache and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zinfer.plan.place import Reserve
+from zinfer.plan.records import Workload
+from zinfer.spec.cost import activation_peak_bytes
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec
+from zinfer.units import KIB, round_up
+
+KV_PAGE_TOKENS = 16  # a sequence's part of the KV cache is rounded up to pages of so many tokens
+ROW_STAGING_BYTES = 128 * KIB  # windows through which embedding rows are read
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Sizes of one model.  `pass_bytes` is what one pass multiplies with, embedding tables read by rows aside."""
+
+    num_parameters: int
+    num_ops: int
+    pass_bytes: int
+    largest_op_bytes: int
+    row_table_bytes: int
+    kv_bytes_per_token: int
+    flops_per_row: int  # products alone; attention comes on top
+
+
+def profile(spec: ModelSpec) -> Profile:
+    """Sum up the program; nothing is read and nothing is allocated."""
+    width = DTYPE_BYTES[spec.dtype]
+    op_bytes = [op.weight_numel * width for op in spec.program]
+    return Profile(
+        num_parameters=spec.num_parameters,
+        num_ops=len(op_bytes),
+        pass_bytes=sum(op_bytes),
+        largest_op_bytes=max(op_bytes),
+        row_table_bytes=sum(lookup.num_rows * lookup.width * width for lookup in spec.lookups),
+        kv_bytes_per_token=spec.kv_bytes_per_token,
+        flops_per_row=2 * sum(op_bytes) // width,
+    )
+
+
+def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
+    """The cache for every sequence at its end, in whole pages."""
+    tokens = round_up(workload.prompt_len + workload.gen_len, KV_PAGE_TOKENS)
+    return workload.batch * tokens * spec.kv_bytes_per_token
+
+
+def reserve_for(
+    spec: ModelSpec, workload: Workload, *, exact: bool, logit_rows: int | None = None
+) -> Reserve:
+    """What the compute tier needs beside weights for passes of at most `workload.prefill_rows` rows.
+
+    `logit_rows` of them want logits: by default one per sequence.
+    """
+    context = workload.prompt_len + workload.gen_len
+    activations = activation_peak_bytes(
+        spec, workload.prefill_rows, logit_rows or workload.batch, context, exact=exact
+    )
+    return Reserve(kv=kv_bytes(spec, workload), activations=activations + ROW_STAGING_BYTES)

@@ -1,0 +1,136 @@
+"""What a plan says.  Frozen records: tiers, placement, schedule steps, forecast.  All have a JSON form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from zinfer.chunks.table import ChunkId
+
+
+class Tier(StrEnum):
+    """A class of memory.  With device="cpu" host memory is compute memory and there is no DEVICE tier."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Begin moving a chunk into the compute tier; never blocks.  Needs a free slot (streamed) or its home bytes."""
+
+    chunk: ChunkId
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Lease a chunk (waiting for it alone) and run its ops over all micro-batches of the pass."""
+
+    chunk: ChunkId
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Drop a streamed chunk from the compute tier; its slot is free."""
+
+    chunk: ChunkId
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRows:
+    """Read the rows of the embedding tables that this pass's ids name (a fetch that depends on data)."""
+
+
+Step = Fetch | Compute | Evict | FetchRows
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Steps of the first pass (which also loads what stays) and of every later one.
+
+    The steady pass assumes that the leading streamed chunks are already on their way: look-ahead wraps around.
+    """
+
+    first: tuple[Step, ...]
+    steady: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each chunk lives.
+
+    `home[i]` is the tier of chunk i's lasting copy (the file always holds one more).  Chunks whose home is the
+    compute tier are resident; the others stream through `slots` slots of `slot_bytes` in the compute tier.
+    Chunks with home DISK on a machine with a device pass through `staging` host slots of the same size.
+    """
+
+    compute_tier: Tier
+    home: tuple[Tier, ...]
+    slots: int
+    slot_bytes: int
+    staging: int
+    lookahead: int
+
+    def resident(self, chunk: int) -> bool:
+        """Whether the chunk stays in the compute tier after its first use."""
+        return self.home[chunk] is self.compute_tier
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the plan is for: `batch` sequences at once, `prompt_len` tokens each, `gen_len` to generate.
+
+    `prefill_rows` is the largest number of token rows one pass carries, `kv_tokens` what the KV cache must hold.
+    """
+
+    batch: int = 1
+    prompt_len: int = 128
+    gen_len: int = 128
+    prefill_rows: int = 2048
+    num_requests: int | None = None
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens the KV cache holds when every sequence is at its end."""
+        return self.batch * (self.prompt_len + self.gen_len)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes zinfer may hold in each memory tier, everything counted."""
+
+    host: int
+    device: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """What one memory tier holds at its peak, in bytes; the sum never exceeds `budget`."""
+
+    tier: Tier
+    budget: int
+    resident: int
+    slots: int
+    staging: int
+    kv: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes used at the peak."""
+        return self.resident + self.slots + self.staging + self.kv + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predicted before any weight is read.  Seconds, bytes per pass per link, and what binds."""
+
+    first_token_s: float  # from the start of LLM() to the first token: load, prefill, sample
+    pass_s: float  # a steady decode pass
+    prefill_s: float  # a prefill pass when the resident set is loaded
+    tokens_per_s: float  # all sequences together, steady decode
+    job_s: float
+    binding: str  # "disk" | "h2d" | "compute" | "overhead"
+    bytes_per_pass: dict[str, int]  # link name -> bytes ("disk", "h2d")
+    busy_s: dict[str, float]  # engine or link -> busy seconds in a steady pass

@@ -1,0 +1,133 @@
+"""Settle what a pass carries.  In: the workload that was asked for and a budget.  Out: one that fits, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import ceil
+
+from zinfer.chunks.table import ChunkTable
+from zinfer.config.resolve import Resolved
+from zinfer.errors import BudgetError, InternalError, UsageError
+from zinfer.plan.place import Reserve, place, size_flag, smallest_budget
+from zinfer.plan.profile import KV_PAGE_TOKENS, reserve_for
+from zinfer.plan.records import Budget, Tier, Workload
+from zinfer.spec.records import ModelSpec
+
+_MAX_ROWS = 2048
+_ACTIVATIONS_SHARE = 1 / 8  # of the budget: more rows per pass than that cost too much residency
+
+
+def asked_workload(
+    spec: ModelSpec, resolved: Resolved, workload: Workload, compute_bytes: int
+) -> tuple[Workload, dict[str, str]]:
+    """Apply the settings to the wish; with max_rows "auto" a pass carries what costs little of the budget.
+
+    Returns the workload and a reason for each "auto" that was settled.  Raises UsageError ZI-1012 for a context
+    that the model does not have.
+    """
+    runtime = resolved.settings.runtime
+    reasons = {}
+    length = workload.prompt_len + workload.gen_len
+    if runtime.context == "auto":
+        length = min(length, spec.max_context)
+        reasons["runtime.context"] = f"auto: {length} tokens per sequence are asked for"
+    elif runtime.context > spec.max_context:
+        raise UsageError(
+            "ZI-1012",
+            f"a context of {runtime.context} tokens was asked for, the model was made for {spec.max_context}",
+            remedy=f"--set runtime.context={spec.max_context}",
+        )
+    else:
+        length = runtime.context
+    prompt_len = max(min(workload.prompt_len, length - 1), 1)
+    batch = workload.batch if runtime.max_batch == "auto" else min(workload.batch, runtime.max_batch)
+    rows = min(batch * prompt_len, _MAX_ROWS) if runtime.max_rows == "auto" else runtime.max_rows
+    settled = replace(
+        workload,
+        batch=batch,
+        prompt_len=prompt_len,
+        gen_len=length - prompt_len,
+        prefill_rows=max(rows, batch),
+    )
+    if runtime.max_rows == "auto":
+        share = compute_bytes * _ACTIVATIONS_SHARE
+        for rows in _halves(settled.prefill_rows, batch):
+            settled = replace(settled, prefill_rows=rows)
+            if reserve_for(spec, settled, exact=resolved.settings.exact).activations <= share:
+                break
+        reasons["runtime.max_rows"] = f"auto: {settled.prefill_rows} rows leave the budget to the weights"
+    return settled, reasons
+
+
+def shrunk_workload(
+    spec: ModelSpec, resolved: Resolved, asked: Workload, least: ChunkTable, budget: Budget, tier: Tier
+) -> tuple[Workload, dict[str, str]]:
+    """The workload that needs the fewest passes of those that fit beside single ops (`least`).
+
+    A streamed pass takes about as long whatever it carries.  Only what the settings leave to "auto" shrinks: the
+    rows of a pass and the sequences at once.  Raises BudgetError ZI-2001 with the smallest change that works.
+    """
+    runtime = resolved.settings.runtime
+    lookahead = 1 if runtime.lookahead == "auto" else runtime.lookahead
+    batches = list(_halves(asked.batch, 1)) if runtime.max_batch == "auto" else [asked.batch]
+    fitting = []
+    need, reserve, workload = budget, Reserve(), asked
+    for batch in batches:
+        rows = [asked.prefill_rows] if runtime.max_rows != "auto" else _halves(asked.prefill_rows, batch)
+        for count in rows:
+            workload = replace(asked, batch=batch, prefill_rows=count)
+            reserve = reserve_for(spec, workload, exact=resolved.settings.exact)
+            need = smallest_budget(least, compute_tier=tier, reserve=reserve, lookahead=lookahead)
+            if need.host <= budget.host and need.device <= budget.device:
+                fitting.append(workload)
+    if fitting:
+        reason = f"cut from {asked.prefill_rows} rows a pass and {asked.batch} sequences: more do not fit"
+        best = min(fitting, key=lambda candidate: _num_passes(candidate, asked.batch))
+        return best, {"runtime.max_rows": reason, "runtime.max_batch": reason}
+    try:  # the last one tried is the smallest
+        place(least, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
+    except BudgetError as error:
+        error.remedy = _remedy(spec, resolved, workload, need, budget, tier)
+        raise
+    raise InternalError("ZI-2093", "a plan was refused that can be placed")
+
+
+def _num_passes(workload: Workload, num_sequences: int) -> int:
+    waves = ceil(num_sequences / workload.batch)
+    return waves * (ceil(workload.batch * workload.prompt_len / workload.prefill_rows) + workload.gen_len)
+
+
+def _remedy(
+    spec: ModelSpec, resolved: Resolved, workload: Workload, need: Budget, budget: Budget, tier: Tier
+) -> str:
+    """The smallest change that works: a larger budget where the machine has it, else a shorter context."""
+    flags = []
+    is_granted = True
+    for name, have, wanted, limit in (
+        (Tier.DEVICE, budget.device, need.device, resolved.device_limit_bytes),
+        (Tier.HOST, budget.host, need.host, resolved.host_limit_bytes),
+    ):
+        if wanted > have:
+            flags.append(size_flag(name, wanted))
+            is_granted = is_granted and wanted <= limit
+    if is_granted:
+        return " ".join(flags)
+    missing = (
+        need.device - resolved.device_limit_bytes
+        if tier is Tier.DEVICE
+        else need.host - resolved.host_limit_bytes
+    )
+    length = workload.prompt_len + workload.gen_len
+    excess = -(-missing // (workload.batch * spec.kv_bytes_per_token))
+    context = (length - excess) // KV_PAGE_TOKENS * KV_PAGE_TOKENS
+    if context > 0:
+        return f"--set runtime.context={context}"
+    return f"a machine with more memory; this model needs at least {' '.join(flags)}"
+
+
+def _halves(value: int, least: int) -> Iterator[int]:
+    while value > least:
+        yield value
+        value //= 2
+    yield least

@@ -1,0 +1,155 @@
+"""Carry a schedule out on a virtual clock.  In: steps, seconds of every move and computation.  Out: a timeline."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from zinfer.chunks.table import ChunkTable
+from zinfer.config.machine import Machine
+from zinfer.errors import InternalError
+from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step, Tier
+
+_STEADY_PASSES = 2  # after so many the first pass no longer shows
+
+
+class Stretch(NamedTuple):
+    """One engine or link at work on one chunk (-1: on embedding rows), seconds on the virtual clock."""
+
+    lane: str  # "compute" | "disk" | "h2d" | "rows"
+    chunk: int
+    begin_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassRun:
+    """What one simulated pass took; `bubble_s` is the time its computation waited for chunks."""
+
+    seconds: float
+    bubble_s: float
+    busy_s: dict[str, float]  # lane -> seconds
+    bytes: dict[str, int]  # link -> bytes of the fetches that the pass began
+    peak_bytes: dict[Tier, int]  # weights: chunks on their way or there, slots and staging in full
+    timeline: tuple[Stretch, ...]
+
+
+class Simulator:
+    """Links and the compute engine work side by side, each on one thing at a time.
+
+    A fetch begins when its step is reached and, from disk to a device, a staging slot is free; a computation
+    begins when its chunk has arrived and the one before has ended.  A link takes what is ready for it, so a chunk
+    from host memory may overtake one that is still being read.  Clocks run on from pass to pass.
+    """
+
+    def __init__(self, table: ChunkTable, placement: Placement, machine: Machine) -> None:
+        self.placement = placement
+        self.now_s = 0.0
+        self._chunks = table.chunks
+        self._bytes = {
+            "disk": [chunk.read_bytes for chunk in table.chunks],
+            "h2d": [chunk.nbytes for chunk in table.chunks],
+        }
+        disk, h2d = machine.disk_read, machine.h2d
+        self._seconds = {
+            "disk": [
+                len(chunk.reads) * disk.latency_s + nbytes / disk.bytes_per_s
+                for chunk, nbytes in zip(table.chunks, self._bytes["disk"], strict=True)
+            ],
+            "h2d": [h2d.seconds(nbytes) for nbytes in self._bytes["h2d"]] if h2d else [],
+        }
+        self._ready_s: dict[int, float] = {}  # chunks in the compute tier -> when they are there
+        self._host_s: dict[int, float] = {}  # chunks in host memory below a device -> likewise
+        self._staging_s = deque([0.0] * placement.staging)  # when each staging slot is free again
+        self._busy: dict[str, deque[Stretch]] = {"disk": deque(), "h2d": deque()}
+        self._held = {Tier.HOST: placement.staging * placement.slot_bytes, Tier.DEVICE: 0}
+
+    def run(self, steps: Iterable[Step], compute_s: Sequence[float], rows_s: float = 0.0) -> PassRun:
+        """One pass; `compute_s` holds seconds per chunk of the table, `rows_s` those of its embedding rows.
+
+        Raises InternalError ZI-2091 when the schedule computes a chunk that it has not fetched.
+        """
+        begin_s, bubble_s = self.now_s, 0.0
+        timeline: list[Stretch] = []
+        peak_bytes = dict(self._held)
+        for step in steps:
+            match step:
+                case Fetch(chunk):
+                    timeline += self._fetch(chunk)
+                    peak_bytes = {tier: max(peak_bytes[tier], held) for tier, held in self._held.items()}
+                case Compute(chunk):
+                    if chunk not in self._ready_s:
+                        raise InternalError(
+                            "ZI-2091", f"the schedule computes chunk {chunk} before fetching it"
+                        )
+                    start_s = max(self.now_s, self._ready_s[chunk])
+                    bubble_s += start_s - self.now_s
+                    self.now_s = start_s + compute_s[chunk]
+                    timeline.append(Stretch("compute", chunk, start_s, self.now_s))
+                case Evict(chunk):
+                    del self._ready_s[chunk]
+                    self._held[self.placement.compute_tier] -= self.placement.slot_bytes
+                case FetchRows():
+                    timeline.append(Stretch("rows", -1, self.now_s, self.now_s + rows_s))
+                    self.now_s += rows_s
+        busy_s: dict[str, float] = {}
+        moved: Counter[str] = Counter()
+        for lane, number, start_s, end_s in timeline:
+            busy_s[lane] = busy_s.get(lane, 0.0) + end_s - start_s
+            if lane in self._bytes:
+                moved[lane] += self._bytes[lane][number]
+        return PassRun(self.now_s - begin_s, bubble_s, busy_s, dict(moved), peak_bytes, tuple(timeline))
+
+    def _fetch(self, chunk: int) -> list[Stretch]:
+        home, tier = self.placement.home[chunk], self.placement.compute_tier
+        stays_s = self._host_s.get(chunk)
+        if tier is Tier.HOST or not self._chunks[chunk].ops:
+            moves = [self._move(chunk, "disk", self.now_s)]
+        elif home is Tier.HOST:
+            moves = [self._move(chunk, "disk", self.now_s)] if stays_s is None else []
+            if moves:
+                self._held[Tier.HOST] += self._bytes["h2d"][chunk]
+                stays_s = self._host_s[chunk] = moves[0].end_s
+            moves.append(self._move(chunk, "h2d", max(self.now_s, stays_s or 0.0)))
+        else:
+            moves = [self._move(chunk, "disk", max(self.now_s, self._staging_s.popleft()))]
+            moves.append(self._move(chunk, "h2d", moves[0].end_s))
+            self._staging_s.append(moves[1].end_s)
+        self._ready_s[chunk] = moves[-1].end_s
+        where = tier if self._chunks[chunk].ops else Tier.HOST
+        self._held[where] += self._bytes["h2d"][chunk] if home is where else self.placement.slot_bytes
+        return moves
+
+    def _move(self, chunk: int, lane: str, ready_s: float) -> Stretch:
+        """Occupy the link in its first gap from `ready_s` on; the disk serves in the order of issue, so has none."""
+        seconds = self._seconds[lane][chunk]
+        busy = self._busy[lane]
+        while busy and busy[0].end_s <= self.now_s:
+            busy.popleft()
+        at = 0
+        if lane == "disk" and busy:
+            at, ready_s = len(busy), max(ready_s, busy[-1].end_s)
+        while at < len(busy) and busy[at].begin_s < ready_s + seconds:
+            ready_s = max(ready_s, busy[at].end_s)
+            at += 1
+        move = Stretch(lane, chunk, ready_s, ready_s + seconds)
+        busy.insert(at, move)
+        return move
+
+
+def simulate(
+    table: ChunkTable,
+    placement: Placement,
+    schedule: Schedule,
+    machine: Machine,
+    compute_s: Sequence[float],
+    *,
+    rows_s: float = 0.0,
+) -> tuple[PassRun, PassRun]:
+    """The first pass, which also loads, and a steady one."""
+    simulator = Simulator(table, placement, machine)
+    first = simulator.run(schedule.first, compute_s, rows_s)
+    steady = [simulator.run(schedule.steady, compute_s, rows_s) for _ in range(_STEADY_PASSES)]
+    return first, steady[-1]
