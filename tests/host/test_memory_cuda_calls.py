@@ -1,0 +1,208 @@
+"""What the CUDA transfer asks of the runtime, and in which order, with a runtime that writes it down.
+
+tests/gpu has the tests of what then happens; this one needs no GPU.
+"""
+
+import threading
+from contextlib import ExitStack, contextmanager
+
+import chunk_files
+import pytest
+import torch
+
+from zinfer.errors import MachineError
+from zinfer.memory import assemble
+from zinfer.memory.assemble import open_manager
+from zinfer.memory.cuda import CudaTransfer
+from zinfer.memory.links import LinkLog
+from zinfer.memory.nvme import Files, Reader
+from zinfer.memory.slab import HostSlab
+from zinfer.memory.transfer import Order
+from zinfer.plan.records import Budget, Tier
+
+PAGES = [3, 3, 3, 3]
+
+
+class Runtime:
+    """Stands for torch.cuda: every call is noted; synchronize() blocks until `finish` is set, or raises `error`."""
+
+    def __init__(self):
+        self.calls, self.num_events, self.finish, self.error = [], 0, threading.Event(), None
+        self.finish.set()
+        self.compute = self.Stream(None)
+        self.compute.name = "compute"
+
+    def Stream(self, device):
+        return FakeStream(self)
+
+    def Event(self, **_):
+        self.num_events += 1
+        return FakeEvent(self, self.num_events)
+
+    def current_stream(self, device):
+        return self.compute
+
+    @contextmanager
+    def stream(self, stream):
+        yield
+
+
+class FakeStream:
+    def __init__(self, runtime, name="copy"):
+        self.runtime, self.name = runtime, name
+
+    def wait_stream(self, other):
+        self.runtime.calls.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event):
+        self.runtime.calls.append((self.name, "waits for", event.number))
+
+
+class FakeEvent:
+    def __init__(self, runtime, number):
+        self.runtime, self.number = runtime, number
+
+    def record(self, stream):
+        self.runtime.calls.append((stream.name, "records", self.number))
+
+    def synchronize(self):
+        self.runtime.finish.wait(20)
+        if self.runtime.error:
+            raise self.runtime.error
+
+    def elapsed_time(self, end):
+        return 1000.0
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    fake = Runtime()
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+@pytest.fixture
+def seam(tmp_path, runtime):
+    """A table, its contents, a transfer with one staging slot, and four device places."""
+    table, contents = chunk_files.write_chunks(tmp_path, PAGES)
+    with ExitStack() as closing:
+        files, staging, arena = Files(table.files), HostSlab(table.slot_bytes), HostSlab(4 * table.slot_bytes)
+        reader = Reader(files, LinkLog())
+        transfer = CudaTransfer(reader, [staging.bytes_N], LinkLog(), torch.device("cpu"))
+        places = list(arena.bytes_N.split(table.slot_bytes))
+        for thing in (arena, staging, files, reader, transfer):
+            closing.callback(thing.close)
+        closing.callback(runtime.finish.set)
+        yield table, contents, transfer, places
+
+
+def test_events_order_the_copy_behind_the_last_reader_and_computation_behind_the_copy(seam, runtime):
+    table, contents, transfer, places = seam
+    assert runtime.calls == [("copy", "waits for", "compute")]
+    runtime.calls.clear()
+    fence = transfer.fence()
+    ticket = transfer.begin(Order(table.chunks[0], places[0], after=fence))
+    ticket.wait()
+    transfer.ready(ticket)
+    assert runtime.calls == [
+        ("compute", "records", 1),
+        ("copy", "waits for", 1),
+        ("copy", "records", 2),
+        ("copy", "records", 3),
+        ("compute", "waits for", 3),
+    ]
+    assert chunk_files.bytes_of(dict(views(table.chunks[0], places[0])), table.chunks[0]) == contents[0]
+
+
+def views(chunk, place_N):
+    return ((piece.key, place_N[piece.offset : piece.offset + piece.nbytes]) for piece in chunk.tensors)
+
+
+def test_a_staging_slot_is_filled_again_only_when_its_copy_has_ended(seam, runtime):
+    table, _, transfer, places = seam
+    runtime.finish.clear()
+    first, second = (transfer.begin(Order(table.chunks[i], places[i])) for i in (0, 1))
+    first.wait()  # the copy is queued on the device
+    assert not second._landed.wait(0.05)
+    assert transfer._free == []
+    runtime.finish.set()
+    second.wait()
+    transfer.close()
+    assert len(transfer._free) == 1
+    assert transfer._log.num_bytes == {"h2d": 2 * table.chunks[0].nbytes}
+    assert [movement.end_s - movement.begin_s for movement in transfer._log.drain()] == pytest.approx([1, 1])
+
+
+def test_a_copy_that_fails_on_the_device_surfaces_at_the_next_lease(seam, runtime):
+    table, _, transfer, places = seam
+    runtime.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    ticket = transfer.begin(Order(table.chunks[0], places[0]))
+    ticket.wait()
+    transfer.close()
+    with pytest.raises(MachineError, match=r"ZI-5331.*chunk 0.*illegal memory access"):
+        transfer.ready(ticket)
+    assert len(transfer._free) == 1
+
+
+def test_a_copy_that_cannot_be_issued_lands_with_an_error(seam, runtime):
+    table, _, transfer, places = seam
+    ticket = transfer.begin(Order(table.chunks[0], places[0][:10]))
+    with pytest.raises(MachineError, match=r"ZI-5331.*chunk 0"):
+        ticket.wait()
+    again = transfer.begin(Order(table.chunks[0], places[0]))
+    again.wait()  # its staging slot was free again
+
+
+def test_nothing_is_recorded_on_torchs_allocator_and_nothing_synchronises_the_device(seam):
+    import inspect
+
+    from zinfer.memory import cuda
+
+    source = inspect.getsource(cuda)
+    assert "record_stream" not in source
+    assert "cuda.synchronize" not in source
+
+
+def test_a_manager_on_the_recorded_runtime(tmp_path, runtime, monkeypatch):
+    """The whole path but the device: slab, page-locking, fences at the end of leases, closing in order."""
+    table, contents = chunk_files.write_chunks(tmp_path, PAGES)
+    locked = {}
+
+    class Library:
+        @staticmethod
+        def cudaHostRegister(address, nbytes, flags):
+            locked[address] = nbytes
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(address):
+            del locked[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Library)
+    monkeypatch.setattr(assemble, "DeviceSlab", lambda nbytes, device: HostSlab(nbytes))
+    monkeypatch.setattr(assemble.torch, "device", lambda name: torch.empty(0).device)
+    placement = chunk_files.sim_placement(table, (0,), (1,), 1, 1)
+    budget = Budget(*(chunk_files.needed_bytes(table, placement, tier) for tier in (Tier.HOST, Tier.DEVICE)))
+    manager = open_manager(table, placement, budget, device="cuda:0")
+    for _ in range(2):
+        for number in range(4):
+            manager.prefetch(number)
+            with manager.lease(number) as lease:
+                assert chunk_files.bytes_of(lease, table.chunks[number]) == contents[number]
+            if number:
+                manager.evict(number)
+            manager.check()
+    fences = [call for call in runtime.calls if call[:2] == ("compute", "records")]
+    reused = [call for call in runtime.calls[1:] if call[:2] == ("copy", "waits for")]
+    assert len(fences) == 8  # one per lease
+    assert (
+        len(reused) == 5
+    )  # chunks 2 and 3 of the first pass, 1 to 3 of the second: the slot had a reader before
+    assert {call[2] for call in reused} <= {call[2] for call in fences}
+    assert manager.stats().link_bytes["h2d"] == 7 * table.slot_bytes
+    manager._memory.tiers[Tier.HOST].slab._pin._thread.join()
+    assert sum(locked.values()) == 2 * table.slot_bytes
+    manager.close()
+    assert locked == {}

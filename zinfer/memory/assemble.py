@@ -1,0 +1,113 @@
+"""Put the tiers of a plan together.  In: a chunk table, a placement, budgets, a device.  Out: a manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from zinfer.chunks.table import ChunkTable, Read
+from zinfer.config.machine import Machine
+from zinfer.errors import InternalError
+from zinfer.memory.cuda import CudaTransfer
+from zinfer.memory.ledger import Ledger
+from zinfer.memory.links import LinkLog, Pace
+from zinfer.memory.manager import ChunkManager, Memory
+from zinfer.memory.nvme import Files, Reader, Verify
+from zinfer.memory.rows import RowReader
+from zinfer.memory.sim import SimMode, SimTransfer
+from zinfer.memory.slab import DeviceSlab, HostSlab, Slab
+from zinfer.memory.tier import TierMemory
+from zinfer.memory.transfer import HostTransfer, Transfer
+from zinfer.plan.evict import Policy
+from zinfer.plan.records import Budget, Placement, Tier
+
+
+def open_manager(
+    table: ChunkTable,
+    placement: Placement,
+    budget: Budget,
+    *,
+    device: str = "cpu",
+    machine: Machine | None = None,
+    reservations: Mapping[Tier, Mapping[str, int]] | None = None,
+    policy: Policy | None = None,
+    moments: Sequence[int] = (),
+    verify: Verify = "always",
+    sim_mode: SimMode = "copy",
+) -> ChunkManager:
+    """Ledgers first, then memory, then threads; nothing is read yet.
+
+    `device` is "cpu" (the placement computes in host memory), "sim" (needs `machine`, whose disk and h2d rates pace
+    it) or "cuda:N"; `reservations` are bytes per tier and name (KV, activations, ...) beside weights and staging.
+    Raises BudgetError ZI-2401 when reservations and staging alone exceed a budget, ZI-2402 when the system grants
+    less than the budget.
+    """
+    compute = placement.compute_tier
+    if (device == "cpu") != (compute is Tier.HOST) or (
+        device == "sim" and (machine is None or machine.h2d is None)
+    ):
+        raise InternalError(
+            "ZI-5403", f"device {device!r} does not fit a placement that computes in {compute} memory"
+        )
+    reserved = reservations or {}
+    capacities = {Tier.HOST: budget.host} | ({Tier.DEVICE: budget.device} if compute is Tier.DEVICE else {})
+    ledgers = {tier: Ledger(tier, capacity, reserved.get(tier)) for tier, capacity in capacities.items()}
+    log = LinkLog()
+    with ExitStack() as undo:
+        tiers = {}
+        for tier, ledger in ledgers.items():
+            slots = placement.slots if tier is compute else placement.staging
+            tiers[tier] = _tier_memory(
+                table, placement, ledger, slots, device if tier is Tier.DEVICE else "cpu"
+            )
+            undo.callback(tiers[tier].close)
+        pace = Pace(machine.disk_read) if device == "sim" and machine else None
+        files = Files(table.files)
+        undo.callback(files.close)
+        reader = Reader(files, log, verify=verify, pace=pace)
+        undo.callback(reader.close)
+        rows = RowReader(files, log, blocks=_row_blocks(table) if verify == "always" else {}, pace=pace)
+        undo.callback(rows.close)
+        transfer: Transfer = HostTransfer(reader)
+        if compute is Tier.DEVICE:
+            staging = tiers[Tier.HOST].lend_slots("staging")
+            if device == "sim" and machine and machine.h2d:
+                transfer = SimTransfer(reader, staging, log, machine.h2d, mode=sim_mode)
+            else:
+                transfer = CudaTransfer(reader, staging, log, torch.device(device))
+                tiers[Tier.HOST].pin(torch.cuda.cudart())  # type: ignore[no-untyped-call]
+        undo.callback(transfer.close)
+        manager = ChunkManager(
+            table,
+            placement,
+            Memory(tiers, files, reader, rows, transfer, log),
+            policy=policy,
+            moments=moments,
+        )
+        undo.pop_all()
+        return manager
+
+
+def _tier_memory(
+    table: ChunkTable, placement: Placement, ledger: Ledger, slots: int, device: str
+) -> TierMemory:
+    homes = {chunk.id: chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is ledger.tier}
+    nbytes = sum(homes.values()) + slots * placement.slot_bytes
+    slab: Slab = DeviceSlab(nbytes, torch.device(device)) if device.startswith("cuda") else HostSlab(nbytes)
+    return TierMemory(ledger, slab, homes, slots, placement.slot_bytes)
+
+
+def _row_blocks(table: ChunkTable) -> dict[str, list[Read]]:
+    """The checksummed ranges in which each row table lies: the blocks of the chunks that hold its rows."""
+    return {
+        name: [
+            read
+            for chunk in table.chunks
+            if any(piece.name == name for piece in chunk.tensors)
+            for read in chunk.reads
+            if read.digest is not None
+        ]
+        for name in table.row_tables
+    }

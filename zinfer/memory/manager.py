@@ -1,0 +1,392 @@
+"""Move chunks as the schedule says.  In: prefetch, lease, evict.  Out: weight views that are there and stay there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from zinfer.chunks.table import ChunkId, ChunkTable, TensorSlice
+from zinfer.errors import InternalError
+from zinfer.log import logger
+from zinfer.memory.lease import DTYPES, Lease, Views, WeightKey
+from zinfer.memory.links import LinkLog, Ticket
+from zinfer.memory.nvme import Files, Reader
+from zinfer.memory.residency import Event, Residency, State
+from zinfer.memory.rows import RowReader
+from zinfer.memory.tier import Place, TierMemory
+from zinfer.memory.transfer import HostTransfer, Order, Transfer
+from zinfer.plan.evict import Lru, Pinned, Policy
+from zinfer.plan.records import Placement, Tier
+
+_MOMENT = "moment"  # the name under which advance() reserves
+
+Choose = Callable[[Collection[int]], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a manager manages and closes: the tiers' memory, and who moves bytes between them."""
+
+    tiers: Mapping[Tier, TierMemory]
+    files: Files
+    reader: Reader
+    rows: RowReader
+    transfer: Transfer  # into the compute tier
+    log: LinkLog
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """What was moved, waited for and held since the manager was made."""
+
+    link_bytes: dict[str, int]
+    num_fetches: int
+    wait_s: float
+    peak_bytes: dict[str, int]  # tier -> held and reserved together
+    surprises: int
+
+
+class ChunkManager:
+    """Keeps the states of all chunks; alone starts transfers and gives bytes away.
+
+    Used from one thread at a time: workers only land tickets, and what they landed is booked at the next call.
+    After any error the books balance, the chunk is absent, and close() works.  `moments` are the bytes of the
+    compute tier that each moment of a pass needs beside weights, for advance().
+    """
+
+    def __init__(
+        self,
+        table: ChunkTable,
+        placement: Placement,
+        memory: Memory,
+        *,
+        policy: Policy | None = None,
+        moments: Sequence[int] = (),
+    ) -> None:
+        self.table = table
+        self.placement = placement
+        self.device = memory.transfer.device  # of views and rows
+        self.log = memory.log  # bytes per link, and what moved when
+        self.surprises = 0
+        self._memory = memory
+        self._policy = policy or Pinned()
+        self._recent = Lru()  # who goes when the order is not the planned one and the policy names nobody
+        self._moments = moments
+        self._residency = Residency()
+        self._tickets: dict[tuple[ChunkId, Tier], Ticket] = {}  # of all chunks that are not absent
+        self._arriving: dict[ChunkId, Tier] = {}
+        self._failed: dict[ChunkId, BaseException] = {}  # booked, but not yet told to anyone
+        self._strays: set[ChunkId] = set()  # streamed chunks that came without a prefetch: first to go
+        self._views = Views()
+        self._num_fetches = 0
+        self._wait_s = 0.0
+        self._is_closed = False
+        self._to_host = HostTransfer(memory.reader)
+        self._row_pieces: dict[str, list[tuple[ChunkId, TensorSlice]]] = {
+            name: [] for name in table.row_tables
+        }
+        for record in table.chunks:
+            for piece in record.tensors:
+                if piece.name in self._row_pieces:
+                    self._row_pieces[piece.name].append((record.id, piece))
+
+    def prefetch(self, chunk: ChunkId) -> Ticket:
+        """Begin to bring a chunk to where it computes (a row table: into host memory); never blocks.
+
+        A chunk that is there or on its way answers with its ticket.  Raises InternalError ZI-5401 when no place is
+        free and the policy names no victim: the schedule is wrong.
+        """
+        self._settle()
+        tier = self._goal(chunk)
+        self._strays.discard(chunk)
+        self._failed.pop(chunk, None)
+        if self._residency.state(chunk, tier) is State.ABSENT:
+            if not self._make_room(chunk, tier, self._choose):
+                self._no_room(chunk, tier)
+            self._begin(chunk, tier)
+        return self._tickets[chunk, tier]
+
+    def lease(self, chunk: ChunkId) -> Lease:
+        """Wait for one chunk and protect it: a context manager that gives its weights.
+
+        A chunk that nobody has fetched is a surprise: counted, fetched, and right all the same.  Raises what its
+        transfer raised (MachineError, IntegrityError).
+        """
+        tier = self.placement.compute_tier
+        self._settle()
+        if chunk in self._failed:
+            raise self._failed.pop(chunk)
+        if self._residency.state(chunk, tier) is State.ABSENT:
+            self._fetch_late(chunk, tier)
+        ticket = self._tickets[chunk, tier]
+        if chunk in self._arriving:
+            begin_s = time.perf_counter()
+            try:
+                ticket.wait()
+            finally:
+                self._wait_s += time.perf_counter() - begin_s
+                self._settle()
+                self._failed.pop(chunk, None)
+        self._memory.transfer.ready(ticket)
+        self._residency.move(chunk, tier, Event.LEASE)
+        self._policy.used(chunk)
+        self._recent.used(chunk)
+        memory = self._memory.tiers[tier]
+        views = self._views.of(self.table.chunks[chunk], memory)
+        return Lease(chunk, memory.places[chunk], views, self._end_lease, self._place_of)
+
+    def evict(self, chunk: ChunkId) -> None:
+        """Drop a chunk from the compute tier.  One still on its way is cancelled; one that is absent is no matter.
+
+        Raises InternalError ZI-0121 for a leased chunk.
+        """
+        tier = self.placement.compute_tier
+        if self._arriving.get(chunk) is tier:
+            self._tickets[chunk, tier].cancel()
+            self._tickets[chunk, tier].join()
+        self._settle()
+        self._failed.pop(chunk, None)
+        if self._residency.state(chunk, tier) is not State.ABSENT:
+            self._drop(chunk, tier)
+
+    def drop_streamed(self) -> None:
+        """After an error: every chunk without a home in the compute tier goes, also those on their way.
+
+        A lease that an interruption left behind ends here.
+        """
+        tier = self.placement.compute_tier
+        memory = self._memory.tiers[tier]
+        streamed = [chunk for chunk in memory.places if not memory.has_home(chunk)]
+        for chunk in streamed:
+            self._tickets[chunk, tier].cancel()
+        for chunk in streamed:
+            while self._residency.state(chunk, tier) is State.LEASED:
+                self._end_lease(chunk, memory.places[chunk])
+            self.evict(chunk)
+        self._failed.clear()
+
+    def advance(self, moment: int) -> None:
+        """Before a moment begins: make room for what it needs beside weights (PatrickStar 1.1), and reserve it.
+
+        Evicts the policy's victims, waiting for chunks on their way where nothing else is left.  Raises BudgetError
+        ZI-2401 when even that does not suffice.
+        """
+        tier = self.placement.compute_tier
+        memory = self._memory.tiers[tier]
+        need = self._moments[moment]
+        extra = need - memory.ledger.reserved.get(_MOMENT, 0)
+        self._settle()
+        while memory.ledger.free_bytes < extra:
+            victim = self._choose(list(self._residency.chunks(tier, State.RESIDENT)))
+            if victim is not None:
+                self._drop(ChunkId(victim), tier)
+            elif not self._await_one(tier):
+                break
+        memory.ledger.reserve(_MOMENT, need)
+        if extra > 0 and memory.ledger.free_bytes < memory.empty_bytes:
+            memory.discard_empty()
+
+    def rows(self, name: str, ids_T: Tensor) -> Tensor:
+        """Rows of an embedding table by id (int [T], any order, repeated at will): [T, *row shape] on the device.
+
+        From chunks that stay in memory where they have arrived (the table's own, or a tied head's), else from disk;
+        the bytes are the same.  Raises as RowReader.read.
+        """
+        self._settle()
+        table = self.table.row_tables[name]
+        ids_T = ids_T.to("cpu", torch.int64)
+        is_missing_T = torch.ones(len(ids_T), dtype=torch.bool)
+        rows = torch.empty((len(ids_T), *table.row_shape), dtype=DTYPES[table.dtype], device=self.device)
+        for chunk, piece in self._row_pieces[name]:
+            tier = self.placement.home[chunk]
+            if tier is Tier.DISK or self._residency.state(chunk, tier) in (State.ABSENT, State.ARRIVING):
+                continue
+            is_here_T = (ids_T >= piece.start) & (ids_T < piece.stop)
+            here_N = is_here_T.nonzero()[:, 0]
+            if len(here_N):
+                rows[here_N] = self._gather(chunk, tier, piece.key, ids_T[here_N] - piece.start)
+                is_missing_T &= ~is_here_T
+        missing_N = is_missing_T.nonzero()[:, 0]
+        if len(missing_N):
+            octets = torch.from_numpy(self._memory.rows.read(table, ids_T[missing_N].numpy()))
+            rows[missing_N] = octets.view(rows.dtype).reshape(-1, *table.row_shape).to(self.device)
+        return rows
+
+    def stats(self) -> MemoryStats:
+        """Totals so far."""
+        peaks = {str(tier): memory.ledger.peak_bytes for tier, memory in self._memory.tiers.items()}
+        return MemoryStats(self.log.num_bytes, self._num_fetches, self._wait_s, peaks, self.surprises)
+
+    def check(self) -> None:
+        """Ledgers balance, no live places overlap, states and places agree.  Raises InternalError otherwise."""
+        self._settle()
+        self._residency.check()
+        for tier, memory in self._memory.tiers.items():
+            memory.check()
+            known = set(self._residency.chunks(tier, State.ARRIVING, State.RESIDENT, State.LEASED))
+            if known != set(memory.places):
+                raise InternalError(
+                    "ZI-0161", f"{tier}: chunks {known} have states, {set(memory.places)} have bytes"
+                )
+
+    def close(self) -> None:
+        """Await or cancel what is on its way, end the threads, close the files, give every byte back.
+
+        May be called again, and after any error; views must not be used afterwards.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with ExitStack() as closing:
+            for memory in self._memory.tiers.values():
+                closing.callback(memory.close)
+            closing.callback(self._views.clear)
+            closing.callback(self._memory.files.close)
+            closing.callback(self._memory.rows.close)
+            closing.callback(self._memory.reader.close)
+            closing.callback(self._memory.transfer.close)
+            for chunk, tier in self._arriving.items():
+                self._tickets[chunk, tier].cancel()
+            for chunk, tier in self._arriving.items():
+                self._tickets[chunk, tier].join()
+            self._arriving.clear()
+            self._tickets.clear()
+            self._residency = Residency()
+
+    def _goal(self, chunk: ChunkId) -> Tier:
+        """Where a prefetch takes the chunk."""
+        home = self.placement.home[chunk]
+        if not self.table.chunks[chunk].ops and home is not self.placement.compute_tier:
+            if home is Tier.DISK:
+                raise InternalError(
+                    "ZI-5402", f"chunk {chunk} is a row table that is read by rows: it is not fetched"
+                )
+            return home
+        return self.placement.compute_tier
+
+    def _begin(self, chunk: ChunkId, tier: Tier) -> None:
+        memory, host = self._memory.tiers[tier], self._memory.tiers[Tier.HOST]
+        home_N, is_filled = None, False
+        if host is not memory and host.has_home(chunk):
+            is_filled = self._residency.state(chunk, Tier.HOST) is State.RESIDENT
+            if not is_filled:
+                host.take(chunk)
+            # The copy reads the home: leased, or not yet readable by anyone else, until the ticket is booked.
+            self._residency.move(chunk, Tier.HOST, Event.LEASE if is_filled else Event.FETCH)
+            home_N = host.bytes_of(chunk)
+        place = memory.take(chunk)
+        self._residency.move(chunk, tier, Event.FETCH)
+        after = memory.fences.pop(place.offset, None)
+        order = Order(self.table.chunks[chunk], memory.bytes_of(chunk), home_N, is_filled, after)
+        mover = self._memory.transfer if tier is self.placement.compute_tier else self._to_host
+        self._arriving[chunk] = tier
+        self._tickets[chunk, tier] = mover.begin(order)
+        self._num_fetches += 1
+
+    def _settle(self) -> None:
+        """Book every ticket that has landed."""
+        landed = [chunk for chunk, tier in self._arriving.items() if self._tickets[chunk, tier].done]
+        for chunk in landed:
+            tier = self._arriving.pop(chunk)
+            error = self._tickets[chunk, tier].error
+            self._book(chunk, tier, error)
+            if tier is not Tier.HOST and self._memory.tiers[Tier.HOST].has_home(chunk):
+                self._book(chunk, Tier.HOST, error)
+            if error is not None:
+                del self._tickets[chunk, tier]
+                self._strays.discard(chunk)
+                self._failed[chunk] = error
+
+    def _book(self, chunk: ChunkId, tier: Tier, error: BaseException | None) -> None:
+        if self._residency.state(chunk, tier) is State.LEASED:
+            self._residency.move(chunk, tier, Event.RELEASE)
+        elif error is None:
+            self._residency.move(chunk, tier, Event.ARRIVED)
+        else:
+            self._residency.move(chunk, tier, Event.FAILED)
+            self._memory.tiers[tier].give_back(chunk)
+
+    def _drop(self, chunk: ChunkId, tier: Tier) -> None:
+        memory = self._memory.tiers[tier]
+        self._residency.move(chunk, tier, Event.EVICT)
+        self._memory.transfer.release(memory.bytes_of(chunk))
+        memory.give_back(chunk)
+        del self._tickets[chunk, tier]
+        self._strays.discard(chunk)
+
+    def _make_room(self, chunk: ChunkId, tier: Tier, choose: Choose) -> bool:
+        """Evict until the chunk has a place; False when `choose` names nobody before that."""
+        memory = self._memory.tiers[tier]
+        while not memory.has_room(chunk):
+            there = list(self._residency.chunks(tier, State.RESIDENT))
+            if memory.needs_slot(chunk):
+                there = [other for other in there if not memory.has_home(other)]
+            victim = choose(there)
+            if victim is None:
+                return False
+            self._drop(ChunkId(victim), tier)
+        return True
+
+    def _choose(self, candidates: Collection[int]) -> int | None:
+        strays = [chunk for chunk in candidates if chunk in self._strays]
+        return self._recent.victim(strays) if strays else self._policy.victim(candidates)
+
+    def _choose_any(self, candidates: Collection[int]) -> int | None:
+        victim = self._choose(candidates)
+        return self._recent.victim(candidates) if victim is None else victim
+
+    def _fetch_late(self, chunk: ChunkId, tier: Tier) -> None:
+        """Bring a chunk that the schedule has not: any unleased one may go for it, and this call may wait."""
+        self.surprises += 1
+        logger.debug("chunk %d is needed and was not fetched: the order differs from the schedule", chunk)
+        while not self._make_room(chunk, tier, self._choose_any):
+            if not self._await_one(tier):
+                self._no_room(chunk, tier)
+        self._begin(chunk, tier)
+        if not self._memory.tiers[tier].has_home(chunk):
+            self._strays.add(chunk)
+
+    def _await_one(self, tier: Tier) -> bool:
+        """Wait until a chunk that is on its way to the tier has landed; False when there is none."""
+        for chunk, where in self._arriving.items():
+            if where is tier:
+                self._tickets[chunk, tier].join()
+                self._settle()
+                return True
+        return False
+
+    def _no_room(self, chunk: ChunkId, tier: Tier) -> NoReturn:
+        ledger = self._memory.tiers[tier].ledger
+        raise InternalError(
+            "ZI-5401",
+            f"no place for chunk {chunk} in {tier} memory: {ledger.free_bytes} of {ledger.capacity_bytes} bytes free, "
+            f"{self.placement.slots} slots, held by {ledger.held}",
+        )
+
+    def _gather(self, chunk: ChunkId, tier: Tier, key: WeightKey, ids_N: Tensor) -> Tensor:
+        memory = self._memory.tiers[tier]
+        view = self._views.of(self.table.chunks[chunk], memory)[key]
+        if tier is not self.placement.compute_tier:
+            return view.index_select(0, ids_N).to(self.device)
+        self._memory.transfer.ready(self._tickets[chunk, tier])
+        rows = view.index_select(0, ids_N.to(self.device))
+        memory.fences[memory.places[chunk].offset] = self._memory.transfer.fence()
+        return rows
+
+    def _end_lease(self, chunk: ChunkId, place: Place) -> None:
+        tier = self.placement.compute_tier
+        memory = self._memory.tiers[tier]
+        if (
+            memory.places.get(chunk) == place
+        ):  # else the chunk was dropped, or all was closed, under the lease
+            memory.fences[place.offset] = self._memory.transfer.fence()
+            self._residency.move(chunk, tier, Event.RELEASE)
+
+    def _place_of(self, chunk: ChunkId) -> Place | None:
+        return self._memory.tiers[self.placement.compute_tier].places.get(chunk)

@@ -1,0 +1,157 @@
+"""Exact-size allocations.  In: a number of bytes.  Out: one uint8 tensor to cut slots from, given back on close()."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zinfer.errors import BudgetError
+from zinfer.log import logger
+from zinfer.units import GIB, MIB, Bytes, round_up
+
+HUGE_PAGE = 2 * MIB
+_MADV_DONTNEED = 4  # the mmap module names it only where the C library did at build time
+
+
+class Slab(Protocol):
+    """Bytes of one tier.  Owns them until close(); views taken before keep their address, not their contents."""
+
+    bytes_N: Tensor  # uint8
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """The range holds nothing of value: give its memory back where the tier can (whole pages)."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; may be called again."""
+        ...
+
+
+class HostSlab:
+    """Private anonymous memory, on 2 MiB pages where it is large enough: direct reads into such pages cost a sixth
+    of the CPU.  Nothing is touched ahead, so resident memory grows with what is read into it.
+
+    Closing returns the pages at once.  The address range itself lives as long as the last view of it, so a stale
+    view reads zeros and never another's memory.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        is_huge = nbytes >= HUGE_PAGE
+        size = max(nbytes + (HUGE_PAGE if is_huge else 0), mmap.PAGESIZE)
+        try:
+            self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise _too_much("host", nbytes, error) from error
+        # Through a memoryview, which pins the mapping: torch alone would let it be unmapped under a live tensor.
+        whole_N = torch.frombuffer(memoryview(self._map), dtype=torch.uint8)
+        self._begin = -whole_N.data_ptr() % HUGE_PAGE if is_huge else 0
+        self._nbytes = nbytes
+        self.bytes_N = whole_N[self._begin : self._begin + nbytes]
+        self._pin: _Pinning | None = None
+        if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._map.madvise(mmap.MADV_HUGEPAGE, self._begin, round_up(nbytes, mmap.PAGESIZE))
+
+    def pin(self, cuts: Sequence[int], runtime: Any) -> None:
+        """Begin to page-lock the slab for the CUDA runtime, in the background; `cuts` as for `_Pinning`."""
+        self._pin = _Pinning(self.bytes_N.data_ptr(), cuts, runtime)
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Return the pages that lie wholly inside the range; they read as zeros afterwards."""
+        begin = round_up(offset, mmap.PAGESIZE)
+        nbytes = (offset + nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and self._pin is None and nbytes > 0:
+            self._map.madvise(_MADV_DONTNEED, self._begin + begin, nbytes)
+
+    def close(self) -> None:
+        """Unpin, return every page, let go of the mapping."""
+        if self._pin is not None:
+            self._pin.undo()
+            self._pin = None
+        self.discard(0, round_up(self._nbytes, mmap.PAGESIZE))
+        self._map = None
+        self.bytes_N = torch.empty(0, dtype=torch.uint8)
+
+
+class DeviceSlab:
+    """Device memory: one allocation of torch's, at least 512-byte aligned, never split or moved."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        try:
+            self.bytes_N = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise _too_much("device", nbytes, error) from error
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Part of an allocation cannot be returned to the device."""
+
+    def close(self) -> None:
+        """Hand the allocation back to torch, once the last view is gone."""
+        self.bytes_N = torch.empty(0, dtype=torch.uint8)
+
+
+class _Pinning:
+    """cudaHostRegister in the background, at most 1 GiB at a time; page-locking everything at once stalls others.
+
+    A copy may not straddle two registrations, so the pieces end at `cuts`: ascending offsets where slots begin and
+    end.  The first refusal is announced and undoes the rest: copies from pageable memory are slow but right.
+    """
+
+    def __init__(self, address: int, cuts: Sequence[int], runtime: Any) -> None:
+        self._runtime = runtime
+        self._registered: list[int] = []  # addresses
+        self._stop = threading.Event()
+        pieces = [(address + begin, end - begin) for begin, end in _pieces(cuts)]
+        self._thread = threading.Thread(target=self._run, args=(pieces,), name="zinfer-pin", daemon=True)
+        self._thread.start()
+
+    def undo(self) -> None:
+        """Stop and unregister; must come before the memory is unmapped, and after the last copy has ended."""
+        self._stop.set()
+        self._thread.join()
+        self._unregister()
+
+    def _run(self, pieces: Sequence[tuple[int, int]]) -> None:
+        for address, nbytes in pieces:
+            if self._stop.is_set():
+                return
+            code = int(self._runtime.cudaHostRegister(address, nbytes, 0))
+            if code:
+                logger.warning(
+                    "host memory cannot be page-locked (CUDA error %d after %d of %d pieces, %s each at most): copies "
+                    "to the device come from pageable memory, expect about half their speed; see `ulimit -l`",
+                    code,
+                    len(self._registered),
+                    len(pieces),
+                    Bytes(GIB),
+                )
+                return
+            self._registered.append(address)
+
+    def _unregister(self) -> None:
+        while self._registered:
+            self._runtime.cudaHostUnregister(self._registered.pop())
+
+
+def _pieces(cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Join neighbouring cuts to ranges of at most 1 GiB; a single longer one stays whole."""
+    begin = cuts[0] if cuts else 0
+    for before, after in pairwise(cuts):
+        if after - begin > GIB and before > begin:
+            yield begin, before
+            begin = before
+    if cuts and cuts[-1] > begin:
+        yield begin, cuts[-1]
+
+
+def _too_much(tier: str, nbytes: int, error: BaseException) -> BudgetError:
+    return BudgetError(
+        "ZI-2402",
+        f"{Bytes(nbytes)} of {tier} memory for weights were asked of the system, it refuses: {error}",
+        remedy=f"--{tier}-mem 50%   # less than is free now",
+    )

@@ -1,0 +1,139 @@
+"""One tier's memory.  In: a slab, an account, who lives there.  Out: a place for every chunk that comes, or none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from zinfer.arena import Arena
+from zinfer.chunks.table import ChunkId
+from zinfer.errors import InternalError
+from zinfer.memory.ledger import Ledger
+from zinfer.memory.slab import HostSlab, Slab
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes [offset, offset + nbytes) of a slab; its generation grows each time the place is emptied."""
+
+    offset: int
+    nbytes: int
+    generation: int
+
+
+class TierMemory:
+    """Slots for chunks that pass through, and for each chunk that stays a home of its exact size.
+
+    All offsets are fixed at the start, so addresses repeat and nothing fragments.  A place costs its bytes in the
+    ledger from take() to give_back().  `fences` keeps the mark of each place's last reader.
+    """
+
+    def __init__(
+        self, ledger: Ledger, slab: Slab, homes: Mapping[ChunkId, int], slots: int, slot_bytes: int
+    ) -> None:
+        self.ledger = ledger
+        self.slab = slab
+        self.slot_bytes = slot_bytes
+        self.places: dict[ChunkId, Place] = {}
+        self.fences: dict[int, object] = {}  # offset -> what a write must come after
+        self._arena = Arena(len(slab.bytes_N))
+        self._free = [self._cut(slot_bytes) for _ in range(slots)]
+        self._free.reverse()  # taken from the end: the lowest and the warmest first
+        self._homes = {chunk: (self._cut(nbytes), nbytes) for chunk, nbytes in homes.items()}
+        self._generations: Counter[int] = Counter()
+
+    def has_home(self, chunk: ChunkId) -> bool:
+        """Whether the chunk has bytes of its own here."""
+        return chunk in self._homes
+
+    def has_room(self, chunk: ChunkId) -> bool:
+        """Whether take() would succeed."""
+        need = self._homes[chunk][1] if chunk in self._homes else self.slot_bytes
+        return need <= self.ledger.free_bytes and (chunk in self._homes or bool(self._free))
+
+    def needs_slot(self, chunk: ChunkId) -> bool:
+        """Whether a free slot is what the chunk lacks."""
+        return chunk not in self._homes and not self._free
+
+    @property
+    def empty_bytes(self) -> int:
+        """Bytes of places that nobody is in."""
+        return len(self.slab.bytes_N) - sum(place.nbytes for place in self.places.values())
+
+    def lend_slots(self, name: str) -> list[Tensor]:
+        """All slots, for someone else to fill and empty (staging); reserved under `name` in the ledger."""
+        self.ledger.reserve(name, len(self._free) * self.slot_bytes)
+        lent = [self.slab.bytes_N[offset : offset + self.slot_bytes] for offset in self._free]
+        self._free.clear()
+        return lent
+
+    def pin(self, runtime: Any) -> None:
+        """Begin to page-lock the whole slab, in pieces that end where places do."""
+        if isinstance(self.slab, HostSlab):
+            blocks = self._arena.blocks()
+            self.slab.pin([offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]], runtime)
+
+    def take(self, chunk: ChunkId) -> Place:
+        """A place for the chunk.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
+        offset, nbytes = self._homes.get(chunk) or (self._free[-1], self.slot_bytes)
+        self.ledger.take(chunk, nbytes)
+        if chunk not in self._homes:
+            self._free.pop()
+        self.places[chunk] = Place(offset, nbytes, self._generations[offset])
+        return self.places[chunk]
+
+    def give_back(self, chunk: ChunkId) -> None:
+        """Empty the chunk's place."""
+        place = self.places.pop(chunk)
+        self.ledger.give_back(chunk)
+        self._generations[place.offset] += 1
+        if chunk not in self._homes:
+            self._free.append(place.offset)
+
+    def bytes_of(self, chunk: ChunkId) -> Tensor:
+        """The chunk's place as uint8."""
+        place = self.places[chunk]
+        return self.slab.bytes_N[place.offset : place.offset + place.nbytes]
+
+    def discard_empty(self) -> None:
+        """Return the memory of every empty place to the system, so that others can really have it."""
+        for offset in self._free:
+            self.slab.discard(offset, self.slot_bytes)
+        for chunk, (offset, nbytes) in self._homes.items():
+            if chunk not in self.places:
+                self.slab.discard(offset, nbytes)
+
+    def check(self) -> None:
+        """Books balance, and no two places overlap.  Raises InternalError."""
+        self.ledger.check()
+        self._arena.check()
+        if {chunk: place.nbytes for chunk, place in self.places.items()} != self.ledger.held:
+            raise InternalError(
+                "ZI-0141", f"{self.ledger.tier}: places {self.places} are not what {self.ledger.held} says"
+            )
+        live = sorted((place.offset, place.offset + place.nbytes) for place in self.places.values())
+        live += [(offset, offset + self.slot_bytes) for offset in self._free]
+        end = 0
+        for begin, stop in sorted(live):
+            if begin < end:
+                raise InternalError("ZI-0142", f"{self.ledger.tier}: two places overlap at offset {begin}")
+            end = stop
+
+    def close(self) -> None:
+        """Empty every place, give the slab back."""
+        for chunk in list(self.places):
+            self.give_back(chunk)
+        self.fences.clear()
+        self.slab.close()
+
+    def _cut(self, nbytes: int) -> int:
+        offset = self._arena.take(nbytes)
+        if offset is None:
+            raise InternalError(
+                "ZI-0143", f"a place of {nbytes} bytes does not fit in a slab of {self._arena.size}"
+            )
+        return offset
