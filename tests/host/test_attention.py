@@ -1,0 +1,267 @@
+"""Attention against a dense mask: windows, groups, trees, cuts into passes; and bits that depend on the row alone."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from zinfer.kvcache.cache import PagedKv
+from zinfer.layers import attention
+from zinfer.layers.attention import attend
+from zinfer.layers.packed import Packed
+from zinfer.spec.attention_cost import KV_BLOCK, attention_workspace_bytes
+
+WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def packed(counts, past, positions=None, ancestors=None):
+    """A batch with `counts[s]` new rows after `past[s]` committed ones."""
+    bounds = [0]
+    for count in counts:
+        bounds.append(bounds[-1] + count)
+    if positions is None:
+        positions = [p + i for count, p in zip(counts, past, strict=True) for i in range(count)]
+    return Packed(
+        tokens_T=torch.zeros(bounds[-1], dtype=torch.long),
+        positions_T=torch.as_tensor(positions),
+        bounds=tuple(bounds),
+        past=tuple(past),
+        logit_rows=torch.zeros(0, dtype=torch.long),
+        ancestors=ancestors,
+    )
+
+
+def dense(q, k, v, mask, scale):
+    """Attention of [N, H, D] over [M, K, D] with bool [N, M], in fp64."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
+
+
+def causal(rows, keys, window=None):
+    """Rows are the last `rows` of `keys` tokens."""
+    at, key = torch.arange(keys - rows, keys)[:, None], torch.arange(keys)
+    return (key <= at) & (key > at - window) if window else key <= at
+
+
+def qkv(tokens, heads=4, kv_heads=2, dim=16, dtype=torch.float32):
+    draw = torch.Generator().manual_seed(tokens)
+    q = torch.randn(tokens, heads, dim, generator=draw)
+    k, v = torch.randn(2, tokens, kv_heads, dim, generator=draw)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def fed(cuts, *, heads=4, kv_heads=2, dim=16, window=None, exact=True, dtype=torch.float32, mates=()):
+    """Outputs of one sequence fed in passes that end at `cuts`, with sequences of `mates` tokens beside it."""
+    q, k, v = qkv(cuts[-1], heads, kv_heads, dim, dtype)
+    kv = PagedKv(num_layers=1, num_kv_heads=kv_heads, head_dim=dim, num_pages=200, dtype=WORDS[dtype])
+    kv.open(0, cuts[-1])
+    outputs, start = [], 0
+    for number, stop in enumerate(cuts):
+        others = [qkv(count, heads, kv_heads, dim, dtype) for count in mates]
+        ids = [*range(100 * number + 1, 100 * number + 1 + len(mates)), 0]
+        for id_, count in zip(ids[:-1], mates, strict=True):
+            kv.open(id_, count)
+        batch = packed([*mates, stop - start], [0] * len(mates) + [start])
+        parts = [*others, (q[start:stop], k[start:stop], v[start:stop])]
+        rows = [torch.cat([part[i] for part in parts]) for i in range(3)]
+        view = kv.view(ids, batch.bounds)
+        out = attend(*rows, 0, batch, view, scale=0.25, window=window, exact=exact)
+        view.commit()
+        outputs.append(out[batch.bounds[-2] :])
+        for id_ in ids[:-1]:
+            kv.close(id_)
+        start = stop
+    return torch.cat(outputs)
+
+
+CUTS = [[5], [300], [1, 2, 3], [250, 256, 257, 300], [256, 512, 513], [100, 400, 401, 402, 530]]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("window", [None, 3, 260])
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_agrees_with_a_dense_mask(cuts, window, exact):
+    q, k, v = qkv(cuts[-1])
+    want = dense(q, k, v, causal(cuts[-1], cuts[-1], window), 0.25)
+    torch.testing.assert_close(fed(cuts, window=window, exact=exact).double(), want, atol=1e-5, rtol=0)
+
+
+def test_a_window_off_by_one_would_be_seen():
+    q, k, v = qkv(300)
+    wrong = dense(q, k, v, causal(300, 300, 99), 0.25)
+    assert (fed([100, 300], window=100).double() - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "dtype"),
+    [
+        (4, 4, 8, torch.float32),
+        (8, 1, 64, torch.float32),
+        (6, 2, 12, torch.bfloat16),
+        (8, 1, 64, torch.bfloat16),
+        (3, 3, 80, torch.float16),
+    ],
+)
+def test_exact_bits_depend_on_the_row_alone(heads, kv_heads, dim, dtype):
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
+    whole = fed([530], **shape)
+    assert torch.equal(fed([255, 256, 257, 258, 300, 512, 513, 530], **shape), whole)
+    assert torch.equal(fed([3, 40, 529, 530], mates=(7, 300, 1), **shape), whole)
+    windowed = fed([530], window=290, **shape)
+    assert torch.equal(fed([100, 300, 529, 530], window=290, **shape), windowed)
+    assert not torch.equal(windowed, whole)
+
+
+def test_moving_the_block_borders_would_be_seen(monkeypatch):
+    whole = fed([530])
+    monkeypatch.setattr(attention, "KV_BLOCK", KV_BLOCK // 2)
+    monkeypatch.setattr("zinfer.kvcache.cache.KV_BLOCK", KV_BLOCK // 2)
+    moved = fed([530])
+    assert not torch.equal(moved, whole)
+    torch.testing.assert_close(moved, whole, atol=1e-5, rtol=0)
+
+
+def random_tree(count, draw):
+    """Parents (-1: the past), depths and the ancestor table of a random tree."""
+    parents = [-1] + [int(torch.randint(-1, i, (), generator=draw)) for i in range(1, count)]
+    table, depths = torch.eye(count, dtype=torch.bool), []
+    for row, parent in enumerate(parents):
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+        if parent >= 0:
+            table[row] |= table[parent]
+    return parents, depths, table
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("window", [None, 4, 260])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_trees_with_rejection(seed, window, exact):
+    """Stage a tree, keep one path of it, go on: as if the path alone had ever been fed."""
+    draw = torch.Generator().manual_seed(seed)
+    kv = PagedKv(num_layers=2, num_kv_heads=2, head_dim=16, num_pages=40, dtype="F32")
+    kv.open(9, 4)  # a short sequence that takes the first page, so that ours do not begin at slot 0
+    kv.open(0, 420)
+    past = 253
+    _, k, v = qkv(past)
+    view = kv.view([0], (0, past))
+    for layer in (0, 1):
+        view.stage(layer, k, v * (1 - 2 * layer))
+    view.commit()
+    for round_ in range(3):
+        count = 12
+        parents, depths, table = random_tree(count, draw)
+        tree_q, tree_k, tree_v = qkv(count + 100 * round_ + 1000 * seed)
+        tree_q, tree_k, tree_v = tree_q[-count:], tree_k[-count:], tree_v[-count:]
+        positions = torch.tensor(depths) + past
+        batch = packed([count], [past], positions, ancestors=(table,))
+        view = kv.view([0], batch.bounds)
+        all_k, all_v = torch.cat([k, tree_k]), torch.cat([v, tree_v])
+        mask = torch.cat([torch.ones(count, past, dtype=torch.bool), table], 1)
+        if window:
+            key_positions = torch.cat([torch.arange(past), positions])
+            mask &= key_positions > positions[:, None] - window
+        want = dense(tree_q, all_k, all_v, mask, 0.25)
+        for layer, sign in ((0, 1), (1, -1)):
+            got = attend(
+                tree_q, tree_k, tree_v * sign, layer, batch, view, scale=0.25, window=window, exact=exact
+            )
+            torch.testing.assert_close(got.double(), want * sign, atol=1e-5, rtol=0)
+        leaf = int(torch.randint(0, count, (), generator=draw))
+        path = []
+        while leaf >= 0:
+            path.append(leaf)
+            leaf = parents[leaf]
+        path.reverse()
+        view.commit([path])
+        k, v = torch.cat([k, tree_k[path]]), torch.cat([v, tree_v[path]])
+        past += len(path)
+        assert kv.length(0) == past
+        assert torch.equal(torch.cat([block[0] for block in kv.view([0], (0, 0)).past(0, 0)]), k)
+    got_v = torch.cat([block[1] for block in kv.view([0], (0, 0)).past(1, 0)])
+    assert torch.equal(got_v, -v)  # every layer was compacted
+
+
+def test_keeping_the_wrong_rows_would_be_seen():
+    kv = PagedKv(num_layers=1, num_kv_heads=1, head_dim=4, num_pages=2, dtype="F32")
+    kv.open(0, 8)
+    rows = torch.arange(16.0).view(4, 1, 4)
+    view = kv.view([0], (0, 4))
+    view.stage(0, rows, rows)
+    view.commit([[0, 2, 3]])
+    (kept, _) = kv.view([0], (0, 0)).past(0, 0)[0]
+    assert torch.equal(kept, rows[[0, 2, 3]])
+    assert not torch.equal(kept, rows[[0, 1, 2]])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_gradients_are_those_of_the_dense_form(exact):
+    q, k, v = (x.requires_grad_() for x in qkv(270))
+    batch = packed([270], [0])
+    kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=16, num_pages=20, dtype="F32")
+    kv.open(0, 270)
+    out = attend(q, k, v, 0, batch, kv.view([0], batch.bounds), scale=0.25, window=None, exact=exact)
+    target = torch.randn(out.shape)
+    grads = torch.autograd.grad((out * target).sum(), (q, k, v))
+    want = torch.autograd.grad((dense(q, k, v, causal(270, 270), 0.25) * target).sum(), (q, k, v))
+    for got, wanted in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages made inside and still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known:
+                storage = x.untyped_storage()
+                self.seen[storage._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
+        self.seen = {key: pair for key, pair in self.seen.items() if not pair[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.seen.values()))
+        return out
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("past", "rows", "heads", "kv_heads"), [(0, 300, 4, 2), (700, 1, 8, 2), (300, 150, 4, 4)]
+)
+def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, dtype, exact):
+    dim = 32
+    total = past + rows
+    q, k, v = qkv(total, heads, kv_heads, dim, dtype)
+    kv = PagedKv(num_layers=1, num_kv_heads=kv_heads, head_dim=dim, num_pages=100, dtype=WORDS[dtype])
+    kv.open(0, total)
+    for start, stop in [(0, past), (past, total)] if past else [(0, total)]:
+        batch = packed([stop - start], [start])
+        view = kv.view([0], batch.bounds)
+        with torch.no_grad(), Live() as live:
+            attend(
+                q[start:stop],
+                k[start:stop],
+                v[start:stop],
+                0,
+                batch,
+                view,
+                scale=0.2,
+                window=None,
+                exact=exact,
+            )
+        view.commit()
+    bound = attention_workspace_bytes(rows, total, heads, dim, WORDS[dtype], exact, kv_heads=kv_heads)
+    assert live.peak <= bound
+    if exact:
+        assert live.peak >= 0.5 * bound  # a bound that is never near is no bound

@@ -1,0 +1,90 @@
+"""Placement invariance (G4): where weights live and when they move changes no bit of what comes out."""
+
+import pytest
+import torch
+from tiny_models import CONFIGS, write_tiny
+
+from zinfer import LLM, SamplingParams
+from zinfer.api import DEMO
+from zinfer.chunks.pack import assemble
+from zinfer.chunks.store import shard
+from zinfer.plan.place import smallest_budget
+from zinfer.plan.records import Tier
+
+PROMPTS = [[5, 9, 200, 31, 7, 44], [17], [3, 3, 8, 120, 77, 45, 90, 14, 2, 60, 333]]
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+FIXED = {"machine": "sim-default", "max_rows": 24, "max_batch": 3, "threads": 1}  # only placement differs
+SAMPLED = SamplingParams(max_tokens=6, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
+
+
+def run(folder, **options):
+    """Tokens of greedy and sampled generation, logits, whether weights streamed, and fetches nobody had planned."""
+    with LLM(folder, **FIXED, **options) as llm:
+        greedy = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
+        is_streamed = llm.plan.placement.slots > 0
+        moved = sum(llm.stats.bytes_per_pass.values())
+        sampled = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, SAMPLED)]
+        logits = llm.logits(PROMPTS[2])
+        assert llm.stats.surprises == 0, "the schedule fetches every chunk before it is needed"
+        return greedy, sampled, logits, moved if is_streamed else 0
+
+
+def budgets(folder):
+    """Bytes: the smallest budget of a compute tier, one in which everything stays, and a slot."""
+    with LLM(folder, **FIXED, device="cpu", memory={"host": "1GiB"}) as llm:
+        plan = llm.fit(PROMPTS, PARAMS)
+        single_ops = assemble(llm.model.source, 1)
+        least = smallest_budget(single_ops, compute_tier=Tier.DEVICE, reserve=plan.reserve, lookahead=1)
+        return least.device, plan.reserve.total + single_ops.total_bytes, single_ops.slot_bytes
+
+
+def placements(*sources):
+    """Options under which every source streams: a store pads its chunks otherwise than a checkpoint in place."""
+    least, full, slot_bytes = map(max, zip(*(budgets(source) for source in sources), strict=True))
+    middle = (least + full) // 2
+    for lookahead in (0, 1, 3):
+        yield {"device": "cpu", "memory": {"host": least + lookahead * slot_bytes}, "lookahead": lookahead}
+    yield {"device": "cpu", "memory": {"host": middle}}
+    for device_mem in (least, middle):
+        for host_mem in (least, 2 * full):
+            yield {"device": "sim", "memory": {"device": device_mem, "host": host_mem}}
+
+
+def assert_same(reference, other):
+    assert other[0] == reference[0]
+    assert other[1] == reference[1]
+    assert torch.equal(other[2], reference[2])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_placement_gives_the_same_bits(family, tmp_path):
+    folder = write_tiny(family, tmp_path / "model")
+    store = tmp_path / "store"
+    shard(folder, store)
+    reference = run(folder, device="cpu", memory={"host": "1GiB"})
+    assert reference[3] == 0, "the reference must be resident"
+    for options in placements(folder, store):
+        for source in (folder, store):
+            other = run(source, **options)
+            assert other[3] > 0, f"nothing was streamed with {options}"
+            assert_same(reference, other)
+
+
+def test_the_bundled_model(tmp_path):
+    reference = run(DEMO, device="cpu", memory={"host": "1GiB"})
+    for options in placements(DEMO):
+        other = run(DEMO, **options)
+        assert other[3] > 0
+        assert_same(reference, other)
+
+
+def test_a_changed_bit_is_seen(tmp_path):
+    """The mutation: one flipped weight bit in place must change what comes out."""
+    folder = write_tiny("llama", tmp_path / "model")
+    reference = run(folder, device="cpu", memory={"host": "1GiB"})
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1002] ^= 0x20  # a mantissa bit: the weight changes by a quarter at most
+    file.write_bytes(data)
+    with pytest.raises(AssertionError, match=r"."):
+        assert_same(reference, run(folder, device="cpu", memory={"host": "1GiB"}))

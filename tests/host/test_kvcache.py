@@ -1,0 +1,141 @@
+"""The paged slab: exact size, views without copies, block borders, scattered pages, and commits of some rows."""
+
+import pytest
+import torch
+
+from zinfer.errors import BudgetError
+from zinfer.kvcache.cache import PagedKv
+from zinfer.kvcache.pages import kv_cache_bytes
+from zinfer.spec.attention_cost import KV_BLOCK
+
+
+def cache(num_pages=64, layers=2):
+    return PagedKv(num_layers=layers, num_kv_heads=2, head_dim=4, num_pages=num_pages, dtype="F32")
+
+
+def rows(count, first=0):
+    """Rows that can be told apart, for keys; the values are their negatives."""
+    return torch.arange(first * 8, (first + count) * 8, dtype=torch.float32).view(count, 2, 4)
+
+
+def feed(kv, id_, count, first=0, keep=None):
+    view = kv.view([id_], (0, count))
+    for layer in range(kv.slab.shape[0]):
+        view.stage(layer, rows(count, first) + layer, -rows(count, first) - layer)
+    view.commit(None if keep is None else [keep])
+
+
+def held(kv, id_, layer):
+    blocks = kv.view([id_], (0, 0)).past(layer, 0)
+    assert all(k.shape[0] == KV_BLOCK for k, _ in blocks[:-1])
+    return torch.cat([k for k, _ in blocks]), torch.cat([v for _, v in blocks])
+
+
+def test_the_slab_is_allocated_once_and_exactly():
+    kv = PagedKv(num_layers=3, num_kv_heads=2, head_dim=8, num_pages=5, dtype="BF16")
+    assert kv.nbytes == kv.slab.untyped_storage().nbytes() == kv_cache_bytes(3, 2, 8, 5, "BF16")
+    assert kv.capacity_tokens == 80
+
+
+def test_what_was_fed_is_there_in_every_layer():
+    kv = cache()
+    kv.open(0, 600)
+    feed(kv, 0, 100)
+    feed(kv, 0, 1, first=100)
+    feed(kv, 0, 499, first=101)
+    assert kv.length(0) == 600
+    for layer in (0, 1):
+        keys, values = held(kv, 0, layer)
+        assert torch.equal(keys, rows(600) + layer)
+        assert torch.equal(values, -rows(600) - layer)
+
+
+def test_neighbouring_pages_are_views_without_a_copy():
+    kv = cache()
+    kv.open(0, 600)
+    feed(kv, 0, 600)
+    view = kv.view([0], (0, 0))
+    for k, v in [*view.past(1, 0), view.span(1, 0), view.span(1, 0, 37)]:
+        assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() == kv.slab.data_ptr()
+
+
+def test_scattered_pages_read_the_same():
+    kv = cache(num_pages=40)
+    for id_ in range(4):
+        kv.open(id_, 160)
+    kv.close(0)
+    kv.close(2)
+    kv.open(9, 320)
+    feed(kv, 9, 150)
+    feed(kv, 9, 170, first=150)
+    keys, values = held(kv, 9, 1)
+    assert torch.equal(keys, rows(320) + 1)
+    assert torch.equal(values, -rows(320) - 1)
+    assert torch.equal(kv.view([9], (0, 0)).span(0, 0, 100)[0], rows(320)[100:])
+    kv.close(9)
+    kv.close(1)
+    kv.close(3)
+    kv.tables.check()
+    assert kv.has_room(640)
+
+
+@pytest.mark.parametrize("keep", [[], [0], [0, 1, 2], [3], [0, 2, 5], [1, 2, 3, 4, 5]])
+def test_kept_rows_close_up_and_the_rest_is_forgotten(keep):
+    kv = cache(num_pages=4)
+    kv.open(1, 16)
+    kv.open(2, 16)
+    kv.open(0, 32)
+    kv.close(1)  # sequence 0 does not lie at the slab's start
+    feed(kv, 0, 13)
+    feed(kv, 2, 7, first=500)
+    feed(kv, 0, 6, first=100, keep=keep)
+    feed(kv, 0, 2, first=200)
+    for layer in (0, 1):
+        want = torch.cat([rows(13), rows(6, 100)[keep], rows(2, 200)]) + layer
+        keys, values = held(kv, 0, layer)
+        assert torch.equal(keys, want)
+        assert torch.equal(values, -want)
+        assert torch.equal(held(kv, 2, layer)[0], rows(7, 500) + layer)
+
+
+def test_staged_rows_count_only_once_committed():
+    kv = cache()
+    kv.open(0, 20)
+    feed(kv, 0, 4)
+    view = kv.view([0], (0, 3))
+    view.stage(0, rows(3, 50), rows(3, 50))
+    assert sum(k.shape[0] for k, _ in view.past(0, 0)) == 4
+    assert torch.equal(view.span(0, 0)[0], torch.cat([rows(4), rows(3, 50)]))
+    again = kv.view([0], (0, 1))  # the view before was dropped: nothing happened
+    again.stage(0, rows(1, 70), rows(1, 70))
+    again.commit()
+    assert torch.equal(held(kv, 0, 0)[0], torch.cat([rows(4), rows(1, 70)]))
+
+
+def test_a_batch_stages_each_sequence_in_its_place():
+    kv = cache(layers=1)
+    for id_ in (5, 3):
+        kv.open(id_, 40)
+    feed(kv, 5, 2)
+    view = kv.view([3, 5], (0, 3, 4))
+    view.stage(0, rows(4, 10), rows(4, 10))
+    view.commit([None, []])
+    assert torch.equal(held(kv, 3, 0)[0], rows(3, 10))
+    assert torch.equal(held(kv, 5, 0)[0], rows(2))
+
+
+def test_outgrowing_what_was_reserved_is_refused():
+    kv = cache()
+    kv.open(0, 5)
+    feed(kv, 0, 4)
+    with pytest.raises(BudgetError, match="opened for 5 tokens holds 4 and was given 2"):
+        kv.view([0], (0, 2))
+
+
+def test_room_is_told_before_it_is_asked_for():
+    kv = cache(num_pages=3)
+    assert kv.has_room(48)
+    assert not kv.has_room(49)
+    kv.open(0, 17)
+    assert kv.has_room(16)
+    assert not kv.has_room(17)

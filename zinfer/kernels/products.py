@@ -1,0 +1,148 @@
+"""Products with a weight.  In: rows of activations and a weight view.  Out: rows, in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zinfer.kernels.choice import agreeing_sizes, cover, fastest, pad_rows
+from zinfer.spec.records import ModelSpec
+
+_SIZES = (1, 4, 16, 32, 64, 128, 256)
+_SAMPLE_ROWS = 5
+_TIMED_BYTES = 16 * 2**20  # of a weight: beyond a core's own cache, and measured in a few milliseconds
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def linear(
+    x_TI: Tensor, weight: Tensor, bias: Tensor | None = None, *, exact: bool, transposed: bool = False
+) -> Tensor:
+    """x [T, I] times weight [O, I] ([I, O] when `transposed`), plus bias [O]: [T, O].
+
+    With `exact` a row of the result depends on nothing but that row of x, whatever T is.  Without, a lone row goes
+    through the kernel that was fastest for it (`row_kernel`).
+    """
+    weight_OI = weight.t() if transposed else weight
+    outputs, inputs = weight_OI.shape
+    case = (weight.dtype, weight.device.type, outputs, inputs, transposed, bias is not None)
+    if not exact:
+        product = KERNELS[row_kernel(*case)] if x_TI.shape[0] == 1 else F.linear
+        return product(x_TI, weight_OI, bias)
+    sizes = row_sizes(*case)
+    pieces = [
+        F.linear(pad_rows(x_TI[start:stop], size), weight_OI, bias)[: stop - start]
+        for start, stop, size in cover(x_TI.shape[0], sizes)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
+    """Make all choices for a model's products now: before its weights take the memory, and before anything runs.
+
+    Needs twice the memory of the largest matrix for a moment.  What is not prepared is chosen on first use.
+    """
+    for op in spec.program:
+        weights = {weight.role: weight for weight in op.weights}
+        if "matrix" in weights:
+            outputs, inputs = weights["matrix"].shape[:: -1 if spec.transposed else 1]
+            choose = row_sizes if exact else row_kernel
+            choose(_DTYPES[spec.dtype], device, outputs, inputs, spec.transposed, "bias" in weights)
+
+
+@cache
+def row_sizes(
+    dtype: torch.dtype, device: str, outputs: int, inputs: int, transposed: bool, has_bias: bool
+) -> tuple[int, ...]:
+    """Row counts that agree bit for bit for this weight shape: a self-test on made-up numbers, once per process."""
+    x_PI, weight_OI = _cancelling(outputs, inputs, dtype, device)
+    weight_OI = _laid_out(weight_OI, transposed)
+    bias = torch.full((outputs,), 2.0**-20, dtype=dtype, device=device) if has_bias else None
+    with torch.no_grad():
+        return agreeing_sizes(lambda x: F.linear(x, weight_OI, bias), x_PI, _SIZES)
+
+
+@cache
+def row_kernel(
+    dtype: torch.dtype, device: str, outputs: int, inputs: int, transposed: bool, has_bias: bool
+) -> str:
+    """The name of the fastest of KERNELS for one row: timed on made-up numbers, once per process.
+
+    Only half precision on the CPU has kernels that differ: with and without oneDNN by up to 2 in either direction,
+    depending on the machine.
+    """
+    if device != "cpu" or dtype == torch.float32:
+        return "linear"
+    outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
+    weight_OI = _laid_out(_noise((outputs, inputs), dtype, device), transposed)
+    x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
+    with torch.no_grad():
+        return fastest({name: partial(run, x, weight_OI, bias) for name, run in KERNELS.items()})
+
+
+def _vector(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    x_I = x_1I[0]
+    return (torch.mv(weight_OI, x_I) if bias is None else torch.addmv(bias, weight_OI, x_I))[None]
+
+
+def _linear_without_onednn(x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    with _onednn_off():
+        return F.linear(x_TI, weight_OI, bias)
+
+
+def _vector_without_onednn(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    with _onednn_off():
+        return _vector(x_1I, weight_OI, bias)
+
+
+KERNELS: dict[str, Product] = {
+    "linear": F.linear,
+    "vector": _vector,
+    "linear without oneDNN": _linear_without_onednn,
+    "vector without oneDNN": _vector_without_onednn,
+}
+
+
+@contextmanager
+def _onednn_off() -> Iterator[None]:
+    """As torch.backends.mkldnn.flags(enabled=False), which also touches TF32 settings and warns about them."""
+    was_on = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_on)
+
+
+def _laid_out(weight_OI: Tensor, transposed: bool) -> Tensor:
+    """The same numbers, in memory as [I, O] when `transposed`."""
+    return weight_OI.t().contiguous().t() if transposed else weight_OI
+
+
+def _cancelling(outputs: int, inputs: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """x and weight whose products cancel in pairs far apart: what is left is rounding, other for every order.
+
+    With ordinary numbers two orders of adding mostly round to the same bfloat16, and a test would miss them.
+    """
+    half, shift = inputs // 2, inputs // 5
+    x_PI = torch.zeros(_SAMPLE_ROWS, inputs, dtype=dtype, device=device)
+    weight_OI = torch.zeros(outputs, inputs, dtype=dtype, device=device)
+    for rows_NI, scale, sign in ((x_PI, 16, 1), (weight_OI, 1, -1)):
+        noise = _noise((rows_NI.shape[0], half), dtype, device)
+        rows_NI[:, :half] = noise
+        rows_NI[:, half : 2 * half].copy_(noise.roll(shift, 1)).mul_(sign)
+        rows_NI.mul_(scale)
+    return x_PI, weight_OI
+
+
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Fixed numbers; a short piece is repeated, since drawing a whole weight takes longer than the test."""
+    count = torch.Size(shape).numel()
+    piece = torch.randn(min(count, 65_537), generator=torch.Generator().manual_seed(0)).to(dtype)
+    return piece.repeat(-(-count // piece.numel()))[:count].view(shape).to(device)

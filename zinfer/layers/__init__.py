@@ -1,0 +1,1 @@
+"""Layers.  In: activations and weight views.  Out: activations.  They know no tiers."""

@@ -1,0 +1,1 @@
+"""Models.  In: a ModelSpec.  Out: a composition of layers.  A family is data."""

@@ -1,0 +1,1 @@
+"""Sampling.  In: logits and parameters.  Out: token ids and reasons to stop."""

@@ -1,0 +1,8 @@
+"""Text and token ids.  In: tokenizer files of a checkpoint, text, ids.  Out: ids, text, rendered conversations."""
+
+from __future__ import annotations
+
+from zinfer.tokenizer.stream import IncrementalDecoder
+from zinfer.tokenizer.text import Tokenizer, load_tokenizer
+
+__all__ = ["IncrementalDecoder", "Tokenizer", "load_tokenizer"]
