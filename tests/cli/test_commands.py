@@ -1,0 +1,189 @@
+"""The command line as a user meets it: what it prints, its exit codes, and remedies that work when pasted."""
+
+import json
+import re
+import shlex
+
+import pytest
+from tiny_models import write_tiny
+
+from zinfer.cli.main import COMMANDS, run
+
+IDS = "5,9,200,31,7,44"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny("llama", tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """No test measures this machine."""
+    monkeypatch.setenv("ZINFER_MACHINE", "sim-default")
+    monkeypatch.setenv("ZINFER_DEVICE", "cpu")
+
+
+def refused(capsys, argv):
+    """Run, expect a refusal; returns (exit code, error code, message, remedy)."""
+    exit_code = run([str(part) for part in argv])
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    found = re.search(r"error (ZI-\d{4})  (.*?)(?:\n  try: (.*))?$", err.strip(), re.DOTALL)
+    assert found, err
+    return exit_code, found[1], found[2], found[3]
+
+
+def test_generate_prints_ids_where_there_is_no_tokenizer(model, capsys):
+    assert run(["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "4", "--ignore-eos"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 4
+    assert "plan " in err
+    assert "stats " in err
+
+
+def test_json_has_outputs_plan_and_stats(model, capsys):
+    argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "4", "--ignore-eos", "--json"]
+    assert run([*argv, "--host-mem", "700KiB"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["outputs"][0]["token_ids"]) == 4
+    assert record["plan"]["placement"]["slots"] >= 2
+    assert record["stats"]["passes"] >= 4
+    assert record["stats"]["bytes_per_pass"]["disk"] > 0
+    assert record["stats"]["peak_bytes"]["host"] <= 700 * 1024
+
+
+def test_files_in_and_out(model, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": [1, 2, 3]}\n\n{"prompt": [4]}\n')
+    argv = ["generate", str(model), "-i", str(source), "-o", str(target), "--max-tokens", "3", "--ignore-eos"]
+    assert run(argv) == 0
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [line["prompt_tokens"] for line in lines] == [3, 1]
+    assert all(len(line["token_ids"]) == 3 for line in lines)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("{", "ZI-4912"), ('{"text": "x"}', "ZI-4912"), ('{"prompt": [1.5]}', "ZI-4912"), ("", "ZI-4913")],
+)
+def test_bad_prompt_lines_are_refused(model, tmp_path, capsys, line, code):
+    source = tmp_path / "in.jsonl"
+    source.write_text(line + "\n")
+    exit_code, found, _, remedy = refused(capsys, ["generate", model, "-i", source])
+    assert (exit_code, found) == (3, code)
+    assert remedy
+
+
+def test_an_impossible_budget_names_one_that_works(model, capsys):
+    argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "4", "--ignore-eos"]
+    exit_code, code, message, remedy = refused(capsys, [*argv, "--host-mem", "64KiB"])
+    assert (exit_code, code) == (4, "ZI-2001")
+    assert "64.00 KiB" in message
+    assert run([*argv, *shlex.split(remedy)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "exit_code", "code"),
+    [
+        (["generate", "no/such/folder", "-p", "x"], 3, "ZI-4001"),
+        (["generate", "MODEL", "-p", "x"], 3, "ZI-4601"),
+        (["generate", "MODEL"], 2, "ZI-1101"),
+        (["generate", "MODEL", "--prompt-ids", "1,b"], 2, "ZI-1102"),
+        (["generate", "MODEL", "--prompt-ids", "1,9999"], 2, "ZI-1106"),
+        (["generate", "MODEL", "--prompt-ids", "1", "--max-tokens", "9999"], 2, "ZI-1107"),
+        (["generate", "MODEL", "--prompt-ids", "1", "--set", "memory.hots=1GiB"], 2, "ZI-1002"),
+        (["generate", "MODEL", "--prompt-ids", "1", "--host-mem", "plenty"], 2, "ZI-1003"),
+        (["generate", "MODEL", "--prompt-ids", "1", "--temperature", "-1"], 2, "ZI-1302"),
+        (["generate", "MODEL", "--prompt-ids", "1", "--device", "cuda:7"], None, None),
+        (["shard", "MODEL", "--out", "MODEL"], 2, "ZI-3002"),
+        (["verify", "MODEL"], 6, None),
+        (["trace", "no-such-trace.json", "--png", "x.png"], 3, "ZI-4901"),
+        (["plan", "MODEL", "--machine", "no-such-machine"], 2, "ZI-1007"),
+    ],
+)
+def test_mistakes_end_in_one_numbered_error(model, capsys, argv, exit_code, code):
+    argv = [str(model) if part == "MODEL" else part for part in argv]
+    found_exit, found_code, _, remedy = refused(capsys, argv)
+    assert remedy, "every refusal says what to try"
+    if exit_code is None:
+        assert found_exit in (2, 5)
+    else:
+        assert found_exit == exit_code
+    if code is not None:
+        assert found_code == code
+
+
+@pytest.mark.parametrize(
+    "argv", [["generate", "--no-such-flag"], ["no-such-command"], ["plan", "--batch", "many"]]
+)
+def test_usage_errors_exit_with_2(argv, capsys):
+    assert run(argv) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert run([command, "--help"]) == 0
+    assert "Usage: zinfer" in capsys.readouterr().out
+
+
+def test_a_bug_is_reported_without_a_traceback(monkeypatch, model, capsys):
+    monkeypatch.setattr("zinfer.cli.generate.read_prompts", lambda *_: 1 / 0)
+    assert run(["generate", str(model), "-p", "x"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert run(["-vv", "generate", str(model), "-p", "x"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_shard_verify_and_find_a_flipped_bit(model, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert run(["shard", str(model), "--out", str(store)]) == 0
+    assert run(["verify", str(store), "--source", str(model)]) == 0
+    assert run(["inspect", str(store), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert described["architecture"] == "LlamaForCausalLM"
+    shard_file = next(store.glob("*.safetensors"))
+    data = bytearray(shard_file.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard_file.write_bytes(data)
+    exit_code, code, _, _ = refused(capsys, ["verify", store])
+    assert (exit_code, code) == (6, "ZI-6010")
+    argv = [
+        "generate",
+        store,
+        "--prompt-ids",
+        IDS,
+        "--max-tokens",
+        "2",
+        "--ignore-eos",
+        "--host-mem",
+        "700KiB",
+    ]
+    exit_code, _, message, _ = refused(capsys, argv)
+    assert exit_code == 6
+    assert shard_file.name in message
+
+
+def test_a_trace_can_be_drawn(model, tmp_path, capsys):
+    trace, picture = tmp_path / "t.json", tmp_path / "t.png"
+    argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "3", "--ignore-eos"]
+    assert run([*argv, "--host-mem", "700KiB", "--trace", str(trace)]) == 0
+    lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "M"}
+    assert {"compute", "wait", "disk"} <= lanes
+    assert run(["trace", str(trace), "--png", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_answers_without_weights_or_torch(tmp_path, capsys):
+    config = tmp_path / "config.json"
+    from tiny_models import CONFIGS
+
+    config.write_text(json.dumps(CONFIGS["qwen3"]))
+    assert run(["plan", str(config), "--json", "--host-mem", "2MiB"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["forecast"]["pass_s"] > 0
+    assert record["alternatives"]
+    assert run(["plan", str(config)]) == 0
+    assert "bound by" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+"""`zinfer doctor`.  In: this machine, a model to read.  Out: what it can do, and the profile that plans use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from zinfer.cli.plan import DEMO, open_for_planning
+from zinfer.cli.progress import Progress
+from zinfer.config.limits import MemoryLimits, memory_limits
+from zinfer.config.machine import Compute, Machine
+from zinfer.config.profiles import save_machine
+from zinfer.units import Bytes, rate_text, seconds_text
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--seconds", default=20.0, show_default=True, help="How long to measure.")
+@click.option("--no-save", is_flag=True, help="Print only.")
+@click.option("--json", "as_json", is_flag=True, help="The profile as one JSON object on stdout.")
+def doctor(model: Path | None, seconds: float, no_save: bool, as_json: bool) -> None:
+    """Measure this machine, on the real files of MODEL where one is given, and save the profile that plans use.
+
+    Nothing of the machine's settings is changed.
+    """
+    from zinfer.kernels.products import linear
+    from zinfer.memory.measure import measure
+    from zinfer.runtime.small_model import SmallModel
+
+    _, source = open_for_planning(model or DEMO)
+    limits = memory_limits()
+    with Progress("s", quiet=as_json) as progress:
+        progress(0, round(seconds), "measuring disk and products")
+        machine = measure(source.files, linear, SmallModel, seconds=seconds)
+    if not as_json:
+        for line in describe_machine(machine, limits):
+            click.echo(line)
+        for line in warnings_for(machine, limits, is_small=model is None):
+            click.echo(f"warning    {line}")
+    if not no_save:
+        path = save_machine(machine)
+        click.echo(f"saved      {path}", err=as_json)
+    if as_json:
+        click.echo(json.dumps(machine.model_dump(mode="json")))
+
+
+def describe_machine(machine: Machine, limits: MemoryLimits) -> Iterator[str]:
+    """The machine in lines: memory, disk, products by rows, links."""
+    yield f"machine    {machine.name} · {machine.fingerprint}"
+    yield f"memory     {Bytes(limits.total)}, {Bytes(limits.available)} free (limit: {limits.binding})"
+    yield (
+        f"disk       {rate_text(machine.disk_read.bytes_per_s)} direct reads · one row "
+        f"{seconds_text(machine.disk_row_latency_s)}"
+    )
+    yield from _describe_compute("host", machine.host)
+    if machine.device is None or machine.h2d is None:
+        yield "device     none: weights are computed with where they are, in host memory"
+        return
+    down = f" · down {rate_text(machine.d2h.bytes_per_s)}" if machine.d2h else ""
+    yield f"device     {Bytes(machine.device_bytes)} · up {rate_text(machine.h2d.bytes_per_s)}{down}"
+    yield from _describe_compute("device", machine.device)
+
+
+def warnings_for(machine: Machine, limits: MemoryLimits, *, is_small: bool) -> Iterator[str]:
+    """What a user should know before trusting a plan made from this."""
+    if is_small:
+        yield "the disk was measured on the small bundled model: zinfer doctor MODEL reads the files that count"
+    if limits.is_cgroup:
+        yield f"a memory cgroup allows {Bytes(limits.total)}, less than the machine has"
+    if limits.swap:
+        yield f"{Bytes(limits.swap)} of swap are not counted as memory"
+    if machine.disk_read.bytes_per_s < 5e8:
+        yield f"the disk reads {rate_text(machine.disk_read.bytes_per_s)}: every streamed GB costs seconds"
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge.is_file() and "[never]" in huge.read_text():
+        yield "transparent huge pages are off: direct reads cost several times the CPU"
+
+
+def _describe_compute(name: str, compute: Compute) -> Iterator[str]:
+    for dtype, points in compute.products.items():
+        cells = " · ".join(
+            f"{point.rows} row{'s' if point.rows > 1 else ''} {1 / point.seconds_per_gb:.3g} GB/s"
+            for point in points
+        )
+        yield f"{name:<11}{dtype}: weights at {cells}"
+    yield (
+        f"{'':<11}attention {compute.attention_flops_per_s / 1e9:.0f} GFLOP/s · "
+        f"{seconds_text(compute.op_overhead_s)} per op"
+    )

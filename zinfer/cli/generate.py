@@ -1,0 +1,126 @@
+"""`zinfer generate`.  In: prompts as flags or JSON lines.  Out: text as it comes, or JSON lines, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zinfer.api import LLM, Prompts
+from zinfer.cli.options import engine_options, settings_of
+from zinfer.cli.progress import Progress
+from zinfer.cli.prompts import read_prompts, write_results
+from zinfer.cli.render import forecast_line, stats_lines
+from zinfer.runtime.request import RequestOutput
+from zinfer.sampling.params import SamplingParams
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", help="Text to continue.")
+@click.option("--prompt-ids", metavar="1,2,3", help="Token ids to continue; needs no tokenizer.")
+@click.option(
+    "-i", "--input", "input_file", type=click.Path(path_type=Path), help='JSON lines: {"prompt": ...}.'
+)
+@click.option(
+    "-o", "--output", "output_file", type=click.Path(path_type=Path), help="JSON lines, input order."
+)
+@click.option("--max-tokens", default=64, show_default=True, help="Tokens to generate at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token.")
+@click.option("--top-k", default=0, help="Keep the K likeliest tokens (0: all).")
+@click.option("--top-p", default=1.0, help="Keep the likeliest tokens up to this probability.")
+@click.option(
+    "--min-p", default=0.0, help="Keep tokens of at least this share of the likeliest one's probability."
+)
+@click.option("--repetition-penalty", default=1.0, help="Above 1 discourages tokens already seen.")
+@click.option("--stop", multiple=True, help="End at this text (may be repeated).")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--logprobs", type=int, help="Report this many likeliest tokens per position.")
+@click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
+@click.option(
+    "--exact/--no-exact", default=None, help="A row's result depends on nothing but the row (default on)."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Write a Chrome/Perfetto trace.")
+@engine_options
+def generate(
+    model: str | None,
+    prompt: str | None,
+    prompt_ids: str | None,
+    input_file: Path | None,
+    output_file: Path | None,
+    as_json: bool,
+    trace_file: Path | None,
+    **options: Any,
+) -> None:
+    """Continue text with MODEL, a Hugging Face folder or a zinfer store (default: the bundled model)."""
+    prompts = read_prompts(prompt, prompt_ids, input_file)
+    params, engine = _split(options)
+    loaded = settings_of(model, **engine)
+    streams = input_file is None and output_file is None and not as_json
+    with Progress() as loading, LLM(settings=loaded.settings, trace=trace_file, watch=loading) as llm:
+        llm.fit(prompts, params)
+        click.echo(forecast_line(llm.plan), err=True)
+        if streams:
+            _stream(llm, prompts, params, loading)
+        else:
+            _batch(llm, prompts, params, output_file, as_json)
+        if not as_json:
+            for line in stats_lines(llm.stats):
+                click.echo(line, err=True)
+    if trace_file is not None:
+        click.echo(
+            f"trace      {trace_file} (open in Perfetto, or: zinfer trace {trace_file} --png t.png)", err=True
+        )
+
+
+def _split(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
+    sampling = {
+        name: options.pop(name)
+        for name in (
+            "max_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "seed",
+            "logprobs",
+            "ignore_eos",
+        )
+    }
+    stop = options.pop("stop")
+    return SamplingParams(**sampling, stop=list(stop) or None), options
+
+
+def _stream(llm: LLM, prompts: Prompts, params: SamplingParams, loading: Progress) -> None:
+    if isinstance(prompts, str):
+        click.echo(prompts, nl=False)
+    if llm.tokenizer is None:
+        click.echo(" ".join(map(str, llm.generate(prompts, params)[0].outputs[0].token_ids)))
+        return
+    for delta in llm.stream(prompts, params):
+        loading.clear()
+        loading.is_quiet = True  # from here on the text is the progress
+        click.echo(delta, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+def _batch(
+    llm: LLM, prompts: Prompts, params: SamplingParams, output_file: Path | None, as_json: bool
+) -> None:
+    with Progress("tokens", quiet=as_json and not sys.stderr.isatty()) as progress:
+        outputs: list[RequestOutput] = llm.generate(prompts, params, progress=progress)
+    if output_file is not None:
+        write_results(output_file, outputs)
+        click.echo(f"wrote {len(outputs)} results to {output_file}", err=True)
+    elif not as_json:
+        for output in outputs:
+            click.echo(json.dumps(output.to_dict(), ensure_ascii=False))
+    if as_json:
+        record = {"outputs": [output.to_dict() for output in outputs], "plan": llm.plan.to_dict()}
+        click.echo(json.dumps(record | {"stats": llm.stats.to_dict()}, ensure_ascii=False))

@@ -1,0 +1,113 @@
+"""`zinfer plan`.  In: a model folder or a lone config.json, budgets.  Out: what would live where, and how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zinfer.checkpoint.check import check_weights
+from zinfer.checkpoint.index import CheckpointIndex
+from zinfer.chunks.source import Source, checkpoint_source, imagined_source
+from zinfer.chunks.store import store_source
+from zinfer.cli.options import engine_options, settings_of
+from zinfer.config.limits import memory_limits
+from zinfer.config.machine import Machine
+from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
+from zinfer.config.resolve import resolve
+from zinfer.config.schema import Settings
+from zinfer.plan.explain import alternatives, explain, explained_dict
+from zinfer.plan.make import make_plan
+from zinfer.plan.records import Workload
+from zinfer.spec.read import read_spec
+from zinfer.spec.records import ModelSpec
+
+DEMO = Path(__file__).parents[1] / "assets" / "demo"
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
+@click.option("--prompt-len", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--gen-len", default=128, show_default=True, help="Tokens to generate per sequence.")
+@click.option("--save", "save_file", type=click.Path(path_type=Path), help="Write the plan as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@engine_options
+def plan(
+    model: str | None,
+    batch: int,
+    prompt_len: int,
+    gen_len: int,
+    save_file: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say where MODEL would live, how fast it would run, and what another budget would buy.
+
+    MODEL is a folder, a zinfer store, or a config.json alone; no weight is read.  --machine plans for a machine
+    that is not this one.
+    """
+    settings = settings_of(model, **options).settings
+    spec, source = open_for_planning(Path(settings.model) if settings.model else DEMO)
+    machine, is_here = planning_machine(settings, source, spec.dtype)
+    resolved = resolve(settings, machine, limits=memory_limits() if is_here else None, num_gpus=num_gpus())
+    workload = Workload(batch=batch, prompt_len=prompt_len, gen_len=gen_len)
+    made = make_plan(spec, source, resolved, machine, workload)
+    others = alternatives(spec, made)
+    if save_file is not None:
+        made.save(save_file)
+    if as_json:
+        click.echo(json.dumps(explained_dict(made, others)))
+        return
+    for line in explain(made, others):
+        click.echo(line)
+
+
+def open_for_planning(path: Path) -> tuple[ModelSpec, Source]:
+    """A model's spec and where its weights lie, validated where there are any, else imagined from the config."""
+    index = CheckpointIndex.open(path)
+    spec = read_spec(index.config, index.generation_config, index.dtypes)
+    if index.is_store:
+        return spec, store_source(index, spec)
+    if not index.has_weights:
+        return spec, imagined_source(spec.program, spec.lookups, spec.dtype)
+    check_weights(index, spec)
+    return spec, checkpoint_source(spec.program, spec.lookups, index)
+
+
+def planning_machine(settings: Settings, source: Source, dtype: str) -> tuple[Machine, bool]:
+    """The machine to plan for, and whether it is this one.
+
+    A device budget without a device here plans for the shipped example of a machine with one, and says so.
+    """
+    if settings.machine is not None:
+        return load_machine(settings.machine), False
+    wants_device = settings.device not in ("auto", "cpu") or settings.memory.device != "auto"
+    if wants_device and not num_gpus():
+        click.echo(
+            f"note       no GPU here: planned for the shipped profile {SIM_DEFAULT!r} (--machine names another)",
+            err=True,
+        )
+        return load_machine(SIM_DEFAULT), False
+    machine = saved_machine()
+    if machine is not None:
+        return machine, True
+    try:
+        from zinfer.kernels.products import linear
+        from zinfer.memory.measure import probe
+        from zinfer.runtime.small_model import SmallModel
+    except ModuleNotFoundError:  # a laptop without torch: plans need none
+        return load_machine(SIM_DEFAULT), False
+    click.echo(
+        "note       no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)",
+        err=True,
+    )
+    files = [file for file in source.files if file.is_file()]
+    return probe(files, linear, SmallModel, dtype=dtype), True
+
+
+def num_gpus() -> int:
+    """NVIDIA devices the system shows; asks no driver and imports no torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

@@ -1,0 +1,86 @@
+"""Prompts and results as files.  In: flags or JSON lines.  Out: prompts; results, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from zinfer.errors import CheckpointError, MachineError, UsageError
+from zinfer.runtime.request import RequestOutput
+
+
+def read_prompts(
+    prompt: str | None, prompt_ids: str | None, input_file: Path | None
+) -> str | list[int] | list[str] | list[list[int]]:
+    """The one source that was given.  Raises UsageError ZI-1101 for none or several, ZI-1102 for ill-formed ids."""
+    if sum(source is not None for source in (prompt, prompt_ids, input_file)) != 1:
+        raise UsageError(
+            "ZI-1101",
+            "exactly one of --prompt, --prompt-ids and --input is wanted",
+            remedy='zinfer generate -p "Once"',
+        )
+    if prompt is not None:
+        return prompt
+    if prompt_ids is not None:
+        try:
+            return [int(part) for part in prompt_ids.split(",")]
+        except ValueError as error:
+            raise UsageError(
+                "ZI-1102",
+                f"--prompt-ids wants whole numbers, {prompt_ids!r} was given",
+                remedy="--prompt-ids 1,2,3",
+            ) from error
+    assert input_file is not None, "one source was counted above"
+    return read_prompt_lines(input_file)
+
+
+def read_prompt_lines(path: Path) -> list[str] | list[list[int]]:
+    """JSON lines {"prompt": text} or {"prompt": [ids]}, all of one kind.  Raises CheckpointError ZI-4911 to ZI-4913."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            "ZI-4911", f"{path} cannot be read: {error}", remedy=f"ls -l {path.parent}"
+        ) from error
+    prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if not prompts or (texts and ids):
+        what = "mixes text and token ids" if prompts else "holds no prompts"
+        raise CheckpointError("ZI-4913", f"{path} {what}", remedy='one {"prompt": "text"} per line')
+    return texts or ids
+
+
+def _prompt(path: Path, number: int, line: str) -> str | list[int]:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        prompt = None
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return prompt
+    raise CheckpointError(
+        "ZI-4912",
+        f'{path} line {number} is not {{"prompt": text or list of token ids}}: {line[:60]!r}',
+        remedy='write lines like {"prompt": "Once upon a time"}',
+    )
+
+
+def write_results(path: Path, outputs: Sequence[RequestOutput]) -> None:
+    """One JSON line per result; the file appears complete or not at all.  Raises MachineError ZI-5911."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for output in outputs:
+                file.write(json.dumps(output.to_dict(), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise MachineError(
+            "ZI-5911", f"{path} cannot be written: {error.strerror}", remedy="choose another --output"
+        ) from error

@@ -1,0 +1,53 @@
+"""Lines for people.  In: plans and stats.  Out: short aligned lines; GiB for memory, GB for links."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from zinfer.plan.make import Plan
+from zinfer.runtime.stats import Stats
+from zinfer.units import Bytes, rate_text, seconds_text
+
+WHY = {
+    "disk": "the disk's read rate",
+    "h2d": "the host-to-device link",
+    "compute": "computation",
+    "overhead": "the fixed cost of many small steps",
+}
+
+
+def forecast_line(plan: Plan) -> str:
+    """One line before the work starts: where the weights will be and what a pass will take."""
+    where = ", ".join(f"{Bytes(use.resident)} of weights in {use.tier}" for use in plan.uses)
+    streamed = plan.forecast.bytes_per_pass
+    read = " + ".join(f"{Bytes(count)} over {link}" for link, count in streamed.items() if count)
+    forecast = plan.forecast
+    return (
+        f"plan       {where}; {read or 'nothing'} streamed per pass; first token "
+        f"{seconds_text(forecast.first_token_s)}, then {forecast.tokens_per_s:.1f} tokens/s, bound by "
+        f"{forecast.binding}"
+    )
+
+
+def stats_lines(stats: Stats) -> Iterator[str]:
+    """What a run took beside what was predicted, and a warning when it was far slower."""
+    if stats.pass_s is None:
+        yield f"stats      {stats.num_tokens} tokens in {len(stats.passes)} passes"
+        return
+    predicted_s = stats.forecast.pass_s
+    moved = ", ".join(
+        f"{link} {Bytes(int(count))}/pass at {rate_text(count / stats.pass_s)}"
+        for link, count in stats.bytes_per_pass.items()
+        if count
+    )
+    yield (
+        f"stats      {stats.num_tokens} tokens; {seconds_text(stats.pass_s)} per pass, predicted "
+        f"{seconds_text(predicted_s)}; {moved or 'nothing streamed'}; {stats.limit_s / stats.pass_s:.0%} of the limit"
+    )
+    peaks = ", ".join(f"{tier} {Bytes(count)}" for tier, count in stats.peak_bytes.items())
+    yield f"memory     at most {peaks}"
+    if stats.is_slow():
+        yield (
+            f"warning    {predicted_s / stats.pass_s:.0%} of the predicted speed: {WHY[stats.forecast.binding]} is "
+            "what binds, and something else is using it, or it changed since it was measured (zinfer doctor)"
+        )

@@ -1,0 +1,1 @@
+"""Runtime.  In: requests and a schedule.  Out: tokens.  The one generation loop."""

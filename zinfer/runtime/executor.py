@@ -1,0 +1,130 @@
+"""Run one pass.  In: packed batches and a schedule.  Out: logits.  Interprets steps; decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zinfer.chunks.table import ChunkTable
+from zinfer.layers.packed import KvView, Packed
+from zinfer.memory.manager import ChunkManager
+from zinfer.models.decoder import Flow, run_op
+from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule
+from zinfer.runtime.stats import PassRecord, Stats
+from zinfer.runtime.trace import Recorder
+from zinfer.spec.records import ModelSpec
+
+Watch = Callable[[int, int, str], None]  # (done, total, what): bytes of weights that a pass has been through
+
+
+def unwatched(_done: int, _total: int, _what: str) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass(slots=True)
+class Micro:
+    """One micro-batch of a pass: its rows, its cache view, and the activations on their way through the ops."""
+
+    batch: Packed
+    kv: KvView
+    flow: Flow
+
+
+class Executor:
+    """Interprets the schedule over the chunk manager: the only place where weights meet activations.
+
+    The first pass follows `schedule.first`, which also loads what stays; later ones `schedule.steady`.  After an
+    error every streamed chunk is dropped and the next pass starts from the first schedule again.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        table: ChunkTable,
+        manager: ChunkManager,
+        schedule: Schedule,
+        *,
+        stats: Stats,
+        exact: bool,
+        recorder: Recorder,
+        watch: Watch = unwatched,
+    ) -> None:
+        self.spec = spec
+        self.table = table
+        self.manager = manager
+        self.schedule = schedule
+        self.exact = exact
+        self.stats = stats
+        self.recorder = recorder
+        self.watch = watch
+        self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
+        self._is_warm = False
+
+    def run(self, batches: Sequence[tuple[Packed, KvView]]) -> list[Tensor]:
+        """One traversal of all chunks with every micro-batch: fp32 logits [logit rows, V] per micro-batch.
+
+        A sequence's rows lie in one micro-batch.  Raises what a failed read or transfer raised.
+        """
+        micros = [Micro(batch, kv, Flow()) for batch, kv in batches]
+        begin_s, begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
+        try:
+            with torch.no_grad():
+                self._interpret(micros)
+        except BaseException:
+            self._is_warm = False
+            self.manager.drop_streamed()
+            raise
+        self.stats.passes.append(
+            PassRecord(
+                seconds=time.perf_counter() - begin_s,
+                rows=sum(batch.num_rows for batch, _ in batches),
+                is_first=not self._is_warm,
+                is_decode=all(
+                    batch.num_rows == batch.num_sequences and all(batch.past) for batch, _ in batches
+                ),
+                num_bytes=dict(Counter(self.manager.log.num_bytes) - begin_bytes),
+            )
+        )
+        self._is_warm = True
+        return [micro.flow.take_logits() for micro in micros]
+
+    def _interpret(self, micros: Sequence[Micro]) -> None:
+        next_op = done_bytes = 0
+        name = f"pass {len(self.stats.passes) + 1}" + ("" if self._is_warm else ", loading")
+        for step in self.schedule.steady if self._is_warm else self.schedule.first:
+            match step:
+                case Fetch(chunk):
+                    self.manager.prefetch(chunk)
+                case Compute(chunk):
+                    end_op = self.table.chunks[chunk].ops[-1] + 1
+                    self._compute(chunk, range(next_op, end_op), micros)
+                    next_op = end_op
+                    done_bytes += self.table.chunks[chunk].nbytes
+                    self.watch(done_bytes, self._pass_bytes, name)
+                case Evict(chunk):
+                    self.manager.evict(chunk)
+                case FetchRows():
+                    self._fetch_rows(micros)
+
+    def _compute(self, chunk: int, ops: range, micros: Sequence[Micro]) -> None:
+        with self.recorder.span("wait", f"chunk {chunk}"):
+            lease = self.manager.lease(self.table.chunks[chunk].id)
+        with lease as views:
+            for micro in micros:
+                for index in ops:
+                    op = self.spec.program[index]
+                    weights = {weight.role: views[weight.key] for weight in op.weights}
+                    with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
+                        run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)
+
+    def _fetch_rows(self, micros: Sequence[Micro]) -> None:
+        for micro in micros:
+            for lookup in self.spec.lookups:
+                ids_T = micro.batch.tokens_T if lookup.role == "tokens" else micro.batch.positions_T
+                with self.recorder.span("rows", lookup.name):
+                    micro.flow.rows[lookup.role] = self.manager.rows(lookup.name, ids_T + lookup.offset)

@@ -1,0 +1,122 @@
+"""Open a model for planning.  In: a folder and settings.  Out: its spec, where its weights lie, the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zinfer.checkpoint.check import check_weights
+from zinfer.checkpoint.index import CheckpointIndex
+from zinfer.chunks.source import Source, checkpoint_source
+from zinfer.chunks.store import store_source
+from zinfer.config.limits import memory_limits
+from zinfer.config.machine import Machine
+from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
+from zinfer.config.resolve import Resolved, resolve
+from zinfer.config.schema import Settings
+from zinfer.errors import CheckpointError, UsageError
+from zinfer.kernels.products import linear
+from zinfer.log import logger
+from zinfer.plan.make import Plan, make_plan
+from zinfer.plan.records import Workload
+from zinfer.spec.read import read_spec
+from zinfer.spec.records import ModelSpec
+from zinfer.tokenizer import Tokenizer, load_tokenizer
+
+AUTO_BATCH = 64  # sequences at once, when nothing else is said: more cost cache that the weights could use
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be planned and opened: everything but its weights."""
+
+    folder: Path
+    spec: ModelSpec
+    source: Source
+    tokenizer: Tokenizer | None
+    machine: Machine
+    resolved: Resolved
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.  Raises CheckpointError ZI-4601 when the folder has none."""
+        if self.tokenizer is None:
+            raise CheckpointError(
+                "ZI-4601",
+                f"{self.folder} has no tokenizer.json, which text needs",
+                remedy="pass token ids (--prompt-ids 1,2,3), or put the model's tokenizer.json beside its weights",
+            )
+        return self.tokenizer
+
+    def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
+        """Raises UsageError ZI-1105 to ZI-1107: no token, ids outside the vocabulary, more than the context holds."""
+        if not ids:
+            raise UsageError("ZI-1105", "a prompt without tokens was given", remedy="give at least one token")
+        bad = [token for token in ids if not 0 <= token < self.spec.vocab_size]
+        if bad:
+            raise UsageError(
+                "ZI-1106",
+                f"token id {bad[0]} is outside the vocabulary of {self.spec.vocab_size}",
+                remedy=f"use ids from 0 to {self.spec.vocab_size - 1}",
+            )
+        if len(ids) + max_tokens > self.spec.max_context:
+            raise UsageError(
+                "ZI-1107",
+                f"{len(ids)} prompt tokens and {max_tokens} to generate exceed the model's context of "
+                f"{self.spec.max_context}",
+                remedy=f"--max-tokens {max(self.spec.max_context - len(ids), 1)}",
+            )
+
+    def workload(self, lengths: Sequence[tuple[int, int]]) -> Workload:
+        """What requests of these (prompt, generated) lengths ask of a plan."""
+        return Workload(
+            batch=min(len(lengths), AUTO_BATCH),
+            prompt_len=max(prompt for prompt, _ in lengths),
+            gen_len=max(generated for _, generated in lengths),
+            num_requests=len(lengths),
+        )
+
+    def plan(self, workload: Workload | None = None) -> Plan:
+        """Where every chunk will live and how fast that is.  Raises BudgetError when it cannot be done."""
+        workload = workload or Workload(batch=1, prompt_len=16, gen_len=16)
+        return make_plan(self.spec, self.source, self.resolved, self.machine, workload)
+
+
+def open_model(folder: Path, settings: Settings) -> Model:
+    """Check the folder, read its config and headers, choose the machine profile.
+
+    Raises CheckpointError for whatever is wrong with the folder, MachineError when the device is not there.
+    """
+    index = CheckpointIndex.open(folder)
+    spec = read_spec(index.config, index.generation_config, index.dtypes)
+    if not index.has_weights:
+        raise CheckpointError(
+            "ZI-4021", f"{folder} holds no weights to run", remedy=f"zinfer plan {folder} needs none"
+        )
+    if index.is_store:
+        source = store_source(index, spec)
+    else:
+        check_weights(index, spec)
+        source = checkpoint_source(spec.program, spec.lookups, index)
+    machine = machine_for(settings, source.files, spec.dtype)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    resolved = resolve(settings, machine, limits=memory_limits(), num_gpus=num_gpus)
+    return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
+
+
+def machine_for(settings: Settings, files: Sequence[Path], dtype: str) -> Machine:
+    """The named profile; for a simulated device the shipped one; else what doctor saved, or a short probe."""
+    if settings.machine is not None:
+        return load_machine(settings.machine)
+    if settings.device == "sim":
+        return load_machine(SIM_DEFAULT)
+    from zinfer.memory.measure import for_files, probe
+    from zinfer.runtime.small_model import SmallModel
+
+    machine = saved_machine()
+    if machine is not None:
+        return for_files(machine, files)
+    logger.warning("no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)")
+    return probe(files, linear, SmallModel, dtype=dtype)

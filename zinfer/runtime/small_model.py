@@ -1,0 +1,90 @@
+"""A model so small that only fixed costs count.  In: rows and context of a pass.  Out: a pass, to be timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from zinfer.kvcache.cache import PagedKv
+from zinfer.kvcache.pages import pages_for
+from zinfer.layers.packed import Packed
+from zinfer.models.decoder import DTYPES, Flow, run_op
+from zinfer.spec.cost import attention_flops
+from zinfer.spec.read import read_spec
+
+_MAX_TOKENS = 2048
+_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,  # attention is of the usual size
+    "vocab_size": 256,
+    "max_position_embeddings": _MAX_TOKENS,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+class SmallModel:
+    """Runs the real ops of a decoder over made-up weights and one sequence; nothing moves, nothing is kept."""
+
+    def __init__(self, device: torch.device, dtype: str = "BF16") -> None:
+        spec = replace(read_spec(_CONFIG), dtype=dtype)
+        self._spec = spec
+        self._device = device
+        draw = torch.Generator().manual_seed(0)
+        self._weights: dict[tuple[str, int, int], Tensor] = {
+            weight.key: torch.randn(weight.shape, generator=draw).to(device, DTYPES[dtype])
+            for op in spec.program
+            for weight in op.weights
+        }
+        self._kv = PagedKv(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            num_pages=pages_for(_MAX_TOKENS),
+            dtype=dtype,
+            device=device,
+        )
+        self._kv.slab.zero_()
+        self._kv.open(0, _MAX_TOKENS)
+
+    @property
+    def num_ops(self) -> int:
+        """Ops of a pass."""
+        return len(self._spec.program)
+
+    def attention_flops(self, rows: int, context: int) -> float:
+        """Of all layers, for `rows` new rows of one sequence that ends at `context` tokens."""
+        visible = context - (rows - 1) // 2
+        return float(attention_flops(self._spec, rows, visible) * self._spec.num_layers)
+
+    def run(self, rows: int, context: int, *, exact: bool) -> None:
+        """One pass of one sequence; blocks until it is done."""
+        past = context - rows
+        self._kv.tables[0].length = past
+        batch = Packed(
+            tokens_T=torch.zeros(rows, dtype=torch.long, device=self._device),
+            positions_T=torch.arange(past, context, device=self._device),
+            bounds=(0, rows),
+            past=(past,),
+            logit_rows=torch.tensor([rows - 1], device=self._device),
+        )
+        view = self._kv.view([0], batch.bounds)
+        flow = Flow()
+        flow.rows["tokens"] = torch.ones(
+            rows, self._spec.model_dim, dtype=DTYPES[self._spec.dtype], device=self._device
+        )
+        with torch.no_grad():
+            for op in self._spec.program:
+                weights = {weight.role: self._weights[weight.key] for weight in op.weights}
+                run_op(op, self._spec, flow, weights, batch, view, exact=exact)
+            flow.take_logits().sum().item()  # waits for a device

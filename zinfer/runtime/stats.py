@@ -1,0 +1,86 @@
+"""What a run really did.  In: passes as they end, the plan.  Out: achieved beside predicted, in documented keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from zinfer.plan.records import Forecast
+
+SLOW_SHARE = 0.7  # a run below this share of its predicted speed is announced
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One pass: wall seconds, token rows, how many of them were prompt rows, and bytes moved per link."""
+
+    seconds: float
+    rows: int
+    is_first: bool  # it also loaded what stays
+    is_decode: bool  # no prompt rows
+    num_bytes: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class Stats:
+    """Totals of one engine.  `forecast` is what the plan said before any weight was read."""
+
+    forecast: Forecast
+    passes: list[PassRecord] = field(default_factory=list)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    num_tokens: int = 0
+    first_token_s: float | None = None
+    surprises: int = 0  # chunks that were needed before the schedule had fetched them
+
+    @property
+    def decode_passes(self) -> list[PassRecord]:
+        """Steady passes that only decoded."""
+        return [done for done in self.passes if done.is_decode and not done.is_first]
+
+    @property
+    def pass_s(self) -> float | None:
+        """Median seconds of a steady decode pass; None when there was none."""
+        return median(done.seconds for done in self.decode_passes) if self.decode_passes else None
+
+    @property
+    def bytes_per_pass(self) -> dict[str, float]:
+        """Link -> mean bytes of a steady decode pass."""
+        passes = self.decode_passes
+        links = {link for done in passes for link in done.num_bytes}
+        return {
+            link: sum(done.num_bytes.get(link, 0) for done in passes) / len(passes) for link in sorted(links)
+        }
+
+    @property
+    def limit_s(self) -> float:
+        """What no engine on this machine could beat: the busiest link's or engine's seconds in a decode pass."""
+        return max(self.forecast.busy_s.values(), default=0.0)
+
+    def is_slow(self) -> bool:
+        """Whether decode passes took far longer than predicted."""
+        return self.pass_s is not None and self.pass_s * SLOW_SHARE > self.forecast.pass_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Documented keys; seconds and bytes.  None where nothing of the kind was run."""
+        pass_s = self.pass_s
+        return {
+            "passes": len(self.passes),
+            "tokens": self.num_tokens,
+            "first_token_s": self.first_token_s,
+            "predicted_first_token_s": self.forecast.first_token_s,
+            "pass_s": pass_s,
+            "predicted_pass_s": self.forecast.pass_s,
+            "pass_seconds": [done.seconds for done in self.decode_passes],
+            "bytes_per_pass": self.bytes_per_pass,
+            "bytes": {
+                link: sum(done.num_bytes.get(link, 0) for done in self.passes)
+                for link in sorted({link for done in self.passes for link in done.num_bytes})
+            },
+            "peak_bytes": dict(self.peak_bytes),
+            "limit_s": self.limit_s,
+            "limit_share": self.limit_s / pass_s if pass_s else None,
+            "binding": self.forecast.binding,
+            "surprises": self.surprises,
+        }
