@@ -1,0 +1,260 @@
+"""Engines side by side on the same weights and token ids.  In: a checkpoint, a kind of pass.  Out: one row per engine.
+
+A row is "streamed" (the weights do not fit: budget and a memory group around the process) or "resident".  Rows are
+run one after another, never at once; with several rounds the order is turned round each time, and passes of all
+rounds are pooled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from answer import BF16_GAP, compare, stream_error
+from cgroup import MemoryGroup, NoGroupError, drop_caches, make
+from harness import MIB, ROOT, Child, run_child, summary
+
+HEADROOM = (
+    700 * MIB
+)  # what a Python process with its libraries and a little page cache may take above the budget
+WARM_UP = 2  # decode passes that are thrown away
+STREAMED, RESIDENT = "streamed", "resident"
+ENGINES = ROOT / "benchmarks" / "engines"
+PROFILE = "machine.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A runner and what it is given; `modes` are those that it can be asked for."""
+
+    name: str
+    script: str
+    modes: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def engines(work: Path, vocab: int) -> list[Engine]:
+    """All engines with their best documented settings; files they need lie in `work`."""
+    gguf = {"gguf": str(work / "model.gguf"), "vocab_size": vocab, "batch": 2048}
+    return [
+        Engine("zinfer", "run_zinfer.py", (STREAMED, RESIDENT), {"machine": str(work / PROFILE)}),
+        Engine("accelerate", "run_accelerate.py", (STREAMED,), {"folder": str(work / "offload")}),
+        Engine("airllm", "run_airllm.py", (STREAMED,), {"folder": str(work / "airllm")}),
+        Engine("llama.cpp mmap", "run_llamacpp.py", (STREAMED, RESIDENT), gguf | {"load_mode": "auto"}),
+        Engine("llama.cpp no-mmap", "run_llamacpp.py", (STREAMED, RESIDENT), gguf | {"load_mode": "none"}),
+        Engine("transformers", "run_transformers.py", (RESIDENT,)),
+    ]
+
+
+@dataclass(slots=True)
+class Row:
+    """One engine in one mode, over all rounds.  `error` says why there is no figure, `why` why no ratio."""
+
+    engine: str
+    mode: str
+    comparable: bool = True
+    why: str = ""
+    error: str = ""
+    pass_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    read_bytes: list[int] = field(default_factory=list)
+    reported_read_bytes: float | None = None
+    peak_rss_bytes: int = 0
+    import_rss_bytes: int = 0
+    group_peak_bytes: int | None = None
+    caches: str = ""
+    answer: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether there is a figure, and the answer behind it is right."""
+        return not self.error and bool(self.answer.get("matches")) and not self.answer.get("stream_error")
+
+    @property
+    def median(self) -> float | None:
+        """Median seconds of a steady pass; None without a right answer: a wrong run has no time."""
+        return summary(self.pass_s)["median"] if self.is_right else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the record."""
+        return asdict(self) | summary(self.pass_s) | {"is_right": self.is_right}
+
+
+@dataclass(slots=True)
+class Contest:
+    """One model, one kind of pass, and the rows so far."""
+
+    model: Path
+    work: Path
+    kind: str
+    prompts: list[list[int]]
+    steps: int
+    budget_bytes: int
+    timeout_s: float = 300.0
+    forced: list[list[int]] | None = None
+    reference: np.ndarray | None = None
+    rows: dict[tuple[str, str], Row] = field(default_factory=dict)
+
+    def ask(
+        self, name: str, script: str, job: dict[str, Any], group: MemoryGroup | None
+    ) -> tuple[Child, Any]:
+        """Run one runner; its result is None if it failed."""
+        stem = f"{self.work}/{name.replace(' ', '-')}"
+        job_file, result_file, log = (Path(f"{stem}.{kind}") for kind in ("job.json", "result.json", "log"))
+        result_file.unlink(missing_ok=True)
+        base = {"kind": self.kind, "model": str(self.model), "prompts": self.prompts, "steps": self.steps}
+        job_file.write_text(json.dumps(base | {"forced": self.forced, "logits": f"{stem}.npy"} | job))
+        runner = [sys.executable, str(ENGINES / script), str(job_file), str(result_file)]
+        child = run_child(runner, log, group, self.timeout_s)
+        done = child.returncode == 0 and result_file.exists()
+        return child, json.loads(result_file.read_text()) if done else None
+
+    def set_reference(self) -> None:
+        """Tokens and logits of the oracle: transformers in float32, all in memory.  Raises RuntimeError without it."""
+        job = {"dtype": "float32", "steps": self.steps if self.kind == "decode" else 1}
+        child, result = self.ask("reference", "run_transformers.py", job, None)
+        if result is None:
+            raise RuntimeError(f"the reference cannot be run: {child.why}")
+        self.reference = np.load(result["logits"])
+        self.forced = [result["argmax"]] if self.kind == "decode" else None
+
+    def run(self, engine: Engine, mode: str) -> Row:
+        """Run one engine once more in one mode and add what it saw to its row."""
+        row = self.rows.setdefault((engine.name, mode), Row(engine.name, mode))
+        if row.error:
+            return row
+        job: dict[str, Any] = {"options": engine.options}
+        with self.limited(row) if mode == STREAMED else nullcontext() as group:
+            if mode == STREAMED:
+                job["budget_bytes"] = self.budget_bytes
+                row.caches = drop_caches()
+                if row.caches != "dropped":
+                    row.comparable, row.why = False, f"caches {row.caches}"
+            child, result = self.ask(f"{engine.name}.{mode}", engine.script, job, group)
+        row.peak_rss_bytes = max(row.peak_rss_bytes, child.peak_rss_bytes)
+        row.group_peak_bytes = child.group_peak_bytes
+        if result is None:
+            row.error = child.why
+            return row
+        self.judge(row, result)
+        warm_up = WARM_UP if self.kind == "decode" and len(result["pass_s"]) > WARM_UP else 1
+        row.pass_s += result["pass_s"][warm_up:]
+        row.read_bytes += result["read_bytes"][warm_up:]
+        row.first_token_s.append(result["first_token_s"])
+        row.import_rss_bytes = result["import_rss_bytes"]
+        row.reported_read_bytes = result["reported_read_bytes"]
+        row.settings, row.versions, row.facts = result["settings"], result["versions"], result["facts"]
+        return row
+
+    @contextmanager
+    def limited(self, row: Row) -> Iterator[MemoryGroup | None]:
+        """A group of budget + headroom around one run; without one the row is not comparable."""
+        nbytes = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+        if nbytes <= self.budget_bytes + HEADROOM:
+            row.comparable, row.why = False, "the group holds the whole checkpoint"
+        try:
+            group = make(self.budget_bytes + HEADROOM)
+        except NoGroupError as error:
+            row.comparable, row.why = False, str(error)
+            yield None
+            return
+        try:
+            yield group
+        finally:
+            group.remove()
+
+    def judge(self, row: Row, result: dict[str, Any]) -> None:
+        """Compare a result with the reference; the worst of all rounds stays in the row."""
+        logits = np.load(result["logits"]) if result["logits"] else None
+        verdict = compare(self.reference, logits, log_probabilities=result["log_softmax"])
+        error = ""
+        if self.forced and result["tokens"]:
+            error = stream_error(self.reference, self.forced[0], result["tokens"])
+        answer = asdict(verdict) | {"gap": BF16_GAP, "stream_error": error}
+        if not row.answer or row.is_right:
+            row.answer = answer
+
+    def rounds(self, contestants: list[Engine], modes: tuple[str, ...], count: int) -> Iterator[Row]:
+        """All engines in all modes, `count` times; yields each row as it is done.  A failing engine stays out."""
+        turns = [(engine, mode) for mode in modes for engine in contestants if mode in engine.modes]
+        for number in range(count):
+            for engine, mode in turns if number % 2 == 0 else reversed(turns):
+                yield self.run(engine, mode)
+
+    def ratio(self, row: Row) -> float | None:
+        """How many times longer a pass takes than zinfer's in the same mode; None where it may not be formed."""
+        ours = self.rows.get(("zinfer", row.mode))
+        if ours is None or ours.median is None or row.median is None:
+            return None
+        return row.median / ours.median if row.comparable and ours.comparable else None
+
+
+def doctor(model: Path, work: Path, seconds: float = 20.0) -> dict[str, Any]:
+    """Let zinfer measure this machine and keep the profile in `work` for its rows; nothing is saved elsewhere.
+
+    It measures disk and products, never a pass of this model.  Raises RuntimeError if it fails.
+    """
+    command = [sys.executable, "-m", "zinfer", "doctor", str(model), "--seconds", str(seconds)]
+    child = run_child([*command, "--no-save", "--json"], work / "doctor.log")
+    if child.returncode:
+        raise RuntimeError(f"zinfer doctor failed: {child.why}")
+    profile = json.loads(child.log.strip().splitlines()[-1])
+    (work / PROFILE).write_text(json.dumps(profile))
+    return profile
+
+
+def prepare(model: Path, work: Path, contestants: list[Engine]) -> dict[str, str]:
+    """What engines convert once per model, outside of any measurement; engine -> why it failed."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "offload").mkdir(exist_ok=True)
+    failed = {}
+    gguf, split = work / "model.gguf", work / "airllm"
+    names = {engine.script for engine in contestants}
+    steps = {
+        "run_llamacpp.py": (gguf, [str(ROOT / "benchmarks" / "write_gguf.py"), str(model), str(gguf)]),
+        "run_airllm.py": (
+            split / "ready",
+            [str(ENGINES / "run_airllm.py"), "--split", str(model), str(split)],
+        ),
+    }
+    for script, (product, arguments) in steps.items():
+        if script not in names or product.exists():
+            continue
+        split.mkdir(exist_ok=True)
+        child = run_child([sys.executable, *arguments], work / f"prepare-{script}.log", timeout_s=600)
+        if child.returncode:
+            failed[script] = f"could not convert the model: {child.why}"
+        elif product.parent == split:
+            product.touch()
+    return failed
+
+
+def checkpoint(options: argparse.Namespace) -> Path:
+    """The folder that was named, or a random checkpoint at `--shape` in the work folder, made if it is not there."""
+    if options.model:
+        return Path(options.model).resolve()
+    folder = options.work / options.shape
+    if not (folder / "config.json").exists():
+        options.work.mkdir(parents=True, exist_ok=True)
+        tool = [sys.executable, str(ROOT / "tools" / "make_checkpoint.py")]
+        child = run_child([*tool, "--shape", options.shape, "--out", str(folder)], options.work / "make.log")
+        if child.returncode:
+            raise RuntimeError(f"the checkpoint cannot be made: {child.why}")
+    return folder
+
+
+def random_prompts(vocab: int, count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of prompts, the same for every engine; the first few ids are left to special tokens."""
+    draw = random.Random(seed)
+    return [[draw.randrange(300, vocab) for _ in range(length)] for _ in range(count)]

@@ -1,0 +1,69 @@
+"""How fast this machine's products read weights.  In: a job.  Out: seconds to read all matrices once, per product.
+
+One activation row is multiplied with every matrix of the checkpoint, all in memory, as often as `steps` says; the
+input embedding is left out, since a pass reads rows of it.  Nothing else is done, so no engine can be faster with
+these products.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import job
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+
+def matrices(model: Path) -> list[Tensor]:
+    """Copies of all matrices but the input embedding, in memory of our own."""
+    found = []
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found += [
+                opened.get_tensor(name).clone()
+                for name in opened.keys()  # noqa: SIM118  (not a mapping)
+                if len(opened.get_slice(name).get_shape()) == 2 and ".embed_tokens." not in name
+            ]
+    return found
+
+
+def without_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of torch's own kernels."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        return F.linear(x, weight)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear, oneDNN": F.linear,
+    "linear, oneDNN off": without_onednn,
+    "mv": lambda x, weight: torch.mv(weight, x[0]),
+}
+
+
+def measure(task: job.Job) -> dict[str, object]:
+    """{product: [median, smallest, largest] seconds}, the bytes that were read, and the settings."""
+    weights = matrices(Path(task.model))
+    rows = {weight.shape[1]: torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in weights}
+    products = {}
+    with torch.inference_mode():
+        for name, product in PRODUCTS.items():
+            seconds = []
+            for _ in range(task.steps + 1):
+                start = job.clock()
+                for weight in weights:
+                    product(rows[weight.shape[1]], weight)
+                seconds.append(job.clock() - start)
+            products[name] = [statistics.median(seconds[1:]), min(seconds[1:]), max(seconds[1:])]
+    nbytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    return {"products": products, "weight_bytes": nbytes, "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    task = job.Job(**json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(measure(task)))

@@ -1,0 +1,126 @@
+"""zinfer through its public API.  In: a job.  Out: its result.
+
+Passes are timed where a user sees them, between the tokens that `progress` reports; the engine's own count is kept
+beside it.  `options`: prediction (a file that the plan is written to before any weight is read), machine (a machine
+profile).  Without a budget the host tier is large enough for everything.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import job
+import torch
+
+from zinfer import LLM, SamplingParams
+
+RESIDENT = "100%"
+
+
+class Ticks:
+    """Callable for `progress`: when each token came, and how much had been read from disk by then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.reads: list[int] = []
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.times.append(job.clock())
+        self.reads.append(job.disk_bytes())
+
+
+def open_llm(task: job.Job) -> LLM:
+    """The engine with the job's budget; inexact mode: the fastest product per shape."""
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    budget = RESIDENT if task.budget_bytes is None else task.budget_bytes
+    return LLM(
+        task.model, device="cpu", memory={"host": budget}, exact=False, machine=task.options.get("machine")
+    )
+
+
+def predict(llm: LLM, task: job.Job, params: SamplingParams) -> None:
+    """Write the plan for this job, and when it was made, where `options.prediction` says."""
+    if "prediction" in task.options:
+        plan = llm.fit(task.prompts, params).to_dict()
+        stamped = {"unix_s": time.time(), "read_bytes": job.disk_bytes(), "plan": plan}
+        Path(task.options["prediction"]).write_text(json.dumps(stamped))
+
+
+def decode(task: job.Job) -> job.Outcome:
+    """One prompt, `task.steps` greedy tokens; then the logits of the reference's prefixes in one pass."""
+    read_before, import_rss, began = job.disk_bytes(), job.rss_bytes(), job.clock()
+    params = SamplingParams(max_tokens=task.steps, temperature=0.0, ignore_eos=True)
+    with open_llm(task) as llm:
+        predict(llm, task, params)
+        ticks = Ticks()
+        output = llm.generate(task.prompts, params, progress=ticks)[0].outputs[0]
+        stats: dict[str, Any] = llm.stats.to_dict()
+        read_in_all = job.disk_bytes() - read_before
+        seconds, reads = gaps(ticks.times), gaps(ticks.reads)
+        logits = None
+        if task.forced:
+            prompt = task.prompts[0]
+            rows = llm.logits(prompt + task.forced[0][:-1])
+            logits = rows[len(prompt) - 1 :].numpy()
+    return job.Outcome(
+        pass_s=seconds,
+        first_token_s=ticks.times[0] - began,
+        argmax=[int(token) for token in logits.argmax(-1)] if logits is not None else [],
+        logits=logits,
+        settings=settings(task),
+        tokens=list(output.token_ids),
+        read_bytes=[int(count) for count in reads],
+        reported_read_bytes=stats["bytes_per_pass"].get("disk", 0.0),
+        import_rss_bytes=import_rss,
+        facts={"stats": stats, "read_bytes_in_all": read_in_all},
+    )
+
+
+def prefill(task: job.Job) -> job.Outcome:
+    """All prompts in one pass, `task.steps` times; each call's time is a pass and its sampling."""
+    import_rss, began = job.rss_bytes(), job.clock()
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    seconds, reads, first_token_s, tokens = [], [], 0.0, []
+    with open_llm(task) as llm:
+        predict(llm, task, params)
+        for step in range(task.steps):
+            read, start = job.disk_bytes(), job.clock()
+            tokens = [each.outputs[0].token_ids[0] for each in llm.generate(task.prompts, params)]
+            stop = job.clock()
+            if step == 0:
+                first_token_s = stop - began
+            seconds.append(stop - start)
+            reads.append(job.disk_bytes() - read)
+        stats = llm.stats.to_dict()
+        logits = torch.stack([llm.logits(prompt)[-1] for prompt in task.prompts]).numpy()
+    return job.Outcome(
+        pass_s=seconds,
+        first_token_s=first_token_s,
+        argmax=[int(token) for token in logits.argmax(-1)],
+        logits=logits,
+        settings=settings(task),
+        tokens=tokens,
+        read_bytes=reads,
+        reported_read_bytes=stats["bytes_per_pass"].get("disk", 0.0),
+        import_rss_bytes=import_rss,
+        facts={"stats": stats},
+    )
+
+
+def gaps(values: list[Any]) -> list[Any]:
+    """Differences between neighbours."""
+    return [later - earlier for earlier, later in pairwise(values)]
+
+
+def settings(task: job.Job) -> dict[str, Any]:
+    """What was set."""
+    return {"memory.host": task.budget_bytes or RESIDENT, "exact": False, "threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    job.main(lambda task: (decode if task.kind == "decode" else prefill)(task), "zinfer", "torch")
