@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-BENCHMARKS = ("roofs.py", "offload_decode.py", "offload_prefill.py", "prediction.py")
+BENCHMARKS = ("overlap.py", "roofs.py", "offload_decode.py", "offload_prefill.py", "prediction.py")
+TAKES_NO_OPTIONS = ("overlap.py",)
 QUICK_IS_UNKNOWN = ("roofs.py",)
 
 
@@ -22,6 +23,7 @@ def main() -> int:
     here, ended = Path(__file__).resolve().parent, []
     for script in BENCHMARKS:
         options = [word for word in sys.argv[1:] if not (word == "--quick" and script in QUICK_IS_UNKNOWN)]
+        options = [] if script in TAKES_NO_OPTIONS else options
         print(f"\n== {script} {' '.join(options)}", flush=True)
         start = time.perf_counter()
         status = subprocess.run([sys.executable, str(here / script), *options], check=False).returncode

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from zinfer.kvcache.cache import PagedKv
 from zinfer.layers import attention
 from zinfer.layers.attention import attend
 from zinfer.layers.packed import Packed
+from zinfer.runtime.live_bytes import LiveBytes
 from zinfer.spec.attention_cost import KV_BLOCK, attention_workspace_bytes
 
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -210,30 +209,6 @@ def test_gradients_are_those_of_the_dense_form(exact):
         torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages made inside and still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known:
-                storage = x.untyped_storage()
-                self.seen[storage._cdata] = (
-                    torch.multiprocessing.reductions.StorageWeakRef(storage),
-                    storage.nbytes(),
-                )
-        self.seen = {key: pair for key, pair in self.seen.items() if not pair[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.seen.values()))
-        return out
-
-
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -248,7 +223,7 @@ def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, dtype, exa
     for start, stop in [(0, past), (past, total)] if past else [(0, total)]:
         batch = packed([stop - start], [start])
         view = kv.view([0], batch.bounds)
-        with torch.no_grad(), Live() as live:
+        with torch.no_grad(), LiveBytes() as live:
             attend(
                 q[start:stop],
                 k[start:stop],

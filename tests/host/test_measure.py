@@ -12,7 +12,8 @@ from zinfer.config.machine import Machine
 from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
 from zinfer.memory import measure as measuring
-from zinfer.memory.measure import for_files, measure_compute, measure_disk, probe
+from zinfer.memory.measure import for_files, measure_compute, probe
+from zinfer.memory.measure_links import _ranges, measure_disk
 from zinfer.runtime.small_model import SmallModel
 
 MIB = 2**20
@@ -67,6 +68,11 @@ def test_a_probe_fills_in_what_a_plan_needs(files):
     assert Machine.model_validate_json(machine.model_dump_json()) == machine
 
 
+def test_files_too_small_to_read_directly_are_guessed_too(tmp_path):
+    (tmp_path / "small").write_bytes(b"x")
+    assert measure_disk([tmp_path / "small"], 0.01) == measure_disk([], 0.01)
+
+
 def test_without_files_the_disk_is_guessed():
     machine = probe([], linear, Idle, shapes=SHAPES, seconds=0.01)
     assert machine.disk_read.bytes_per_s == 1e9
@@ -87,7 +93,7 @@ def test_another_disk_is_measured_again_and_the_same_is_not(files):
 
 def test_ranges_are_direct_reads_inside_the_files(files):
     for nbytes in (PIECE_BYTES, 256 * 1024):
-        reads = measuring._ranges(files, nbytes)
+        reads = _ranges(files, nbytes)
         assert {read.file for read in reads} == {0, 1, 2}
         for read in reads:
             assert read.offset % PAGE == read.nbytes % PAGE == 0

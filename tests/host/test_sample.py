@@ -1,5 +1,6 @@
 """Sampling: the processors against transformers', the draws against their distribution, rows against batch mates."""
 
+import tracemalloc
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from zinfer.errors import MachineError
+from zinfer.runtime.live_bytes import LiveBytes
 from zinfer.sampling import sample as module
 from zinfer.sampling.params import SamplingParams
 from zinfer.sampling.philox import philox, uniform
@@ -216,3 +218,21 @@ def test_the_logits_given_are_left_alone():
     )
     sample(logits, [Sequence(params, 1, [1])] * 3, eos_ids=[2])
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(("count", "vocab"), [(1, 32000), (40, 32000), (300, 1000)])
+def test_workspace_stays_below_its_bound(count, vocab):
+    params = SamplingParams(
+        temperature=0.7, top_k=500, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=5, seed=1
+    )
+    rows = [Sequence(params, i, [1, 2]) for i in range(count)]
+    logits = torch.randn(count, vocab)
+    with LiveBytes():
+        sample(logits[:1], rows[:1])  # what is imported on first use is no workspace
+    tracemalloc.start()
+    with LiveBytes() as live:
+        sample(logits, rows)
+    peak = live.peak + tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    bound = sampling_cost.sampling_workspace_bytes(count, vocab)
+    assert 0.5 * bound <= peak <= bound

@@ -13,6 +13,7 @@ from zinfer.cli.progress import Progress
 from zinfer.config.limits import MemoryLimits, memory_limits
 from zinfer.config.machine import Compute, Machine
 from zinfer.config.profiles import save_machine
+from zinfer.plan.profile import matrix_shapes
 from zinfer.units import Bytes, rate_text, seconds_text
 
 
@@ -27,14 +28,15 @@ def doctor(model: Path | None, seconds: float, no_save: bool, as_json: bool) -> 
     Nothing of the machine's settings is changed.
     """
     from zinfer.kernels.products import linear
-    from zinfer.memory.measure import measure
+    from zinfer.memory.measure import SHAPES, measure
     from zinfer.runtime.small_model import SmallModel
 
-    _, source = open_for_planning(model or DEMO)
+    spec, source = open_for_planning(model or DEMO)
+    shapes = matrix_shapes(spec) if model else SHAPES
     limits = memory_limits()
     with Progress("s", quiet=as_json) as progress:
         progress(0, round(seconds), "measuring disk and products")
-        machine = measure(source.files, linear, SmallModel, seconds=seconds)
+        machine = measure(source.files, linear, SmallModel, shapes=shapes, seconds=seconds)
     if not as_json:
         for line in describe_machine(machine, limits):
             click.echo(line)

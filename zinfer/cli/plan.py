@@ -20,6 +20,7 @@ from zinfer.config.resolve import resolve
 from zinfer.config.schema import Settings
 from zinfer.plan.explain import alternatives, explain, explained_dict
 from zinfer.plan.make import make_plan
+from zinfer.plan.profile import matrix_shapes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
@@ -51,7 +52,7 @@ def plan(
     """
     settings = settings_of(model, **options).settings
     spec, source = open_for_planning(Path(settings.model) if settings.model else DEMO)
-    machine, is_here = planning_machine(settings, source, spec.dtype)
+    machine, is_here = planning_machine(settings, source, spec)
     resolved = resolve(settings, machine, limits=memory_limits() if is_here else None, num_gpus=num_gpus())
     workload = Workload(batch=batch, prompt_len=prompt_len, gen_len=gen_len)
     made = make_plan(spec, source, resolved, machine, workload)
@@ -77,7 +78,7 @@ def open_for_planning(path: Path) -> tuple[ModelSpec, Source]:
     return spec, checkpoint_source(spec.program, spec.lookups, index)
 
 
-def planning_machine(settings: Settings, source: Source, dtype: str) -> tuple[Machine, bool]:
+def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tuple[Machine, bool]:
     """The machine to plan for, and whether it is this one.
 
     A device budget without a device here plans for the shipped example of a machine with one, and says so.
@@ -105,7 +106,7 @@ def planning_machine(settings: Settings, source: Source, dtype: str) -> tuple[Ma
         err=True,
     )
     files = [file for file in source.files if file.is_file()]
-    return probe(files, linear, SmallModel, dtype=dtype), True
+    return probe(files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec)), True
 
 
 def num_gpus() -> int:

@@ -93,6 +93,7 @@ class Machine(BaseModel):
     disk_row_latency_s: float = 1e-4  # one small read, for embedding rows
     h2d: Link | None = None
     d2h: Link | None = None
+    host_copy_bytes_per_s: float | None = None  # within host memory; for the reader, no plan uses it
     host: Compute
     device: Compute | None = None
     measured: bool = False  # False: declared numbers, or shipped profile

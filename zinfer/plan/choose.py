@@ -25,7 +25,7 @@ _LOOKAHEADS = {
     Tier.DEVICE: (2, 1, 3, 4),
 }  # disk, link and engine in a row want one more
 # Seen on real disks: with one chunk in flight an unpunctual read leaves the link idle, which no virtual clock knows.
-_LONE_FETCH_LOSS = 1.05
+_LONE_FETCH_LOSS = 1.1
 _SLOTS_SHARE = 1 / 16  # of the room for weights: above that, smaller slots are worth a trial
 _MAX_TRIAL_UNITS = 4096
 _MAX_TRIALS = 4

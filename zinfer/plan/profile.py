@@ -42,6 +42,13 @@ def profile(spec: ModelSpec) -> Profile:
     )
 
 
+def matrix_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """[out, in] of the products of one layer and of one block of the head, on which a machine is measured."""
+    matrices = [op.matrix for op in spec.program if op.matrix and op.layer in (0, spec.num_layers)]
+    layer = [op.matrix for op in spec.program if op.matrix and op.layer == 0]
+    return [(m.shape[0], m.shape[1]) for m in matrices[: len(layer) + 1]]
+
+
 def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
     """The cache for every sequence at its end, in whole pages."""
     tokens = round_up(workload.prompt_len + workload.gen_len, KV_PAGE_TOKENS)

@@ -21,6 +21,7 @@ from zinfer.errors import CheckpointError, UsageError
 from zinfer.kernels.products import linear
 from zinfer.log import logger
 from zinfer.plan.make import Plan, make_plan
+from zinfer.plan.profile import matrix_shapes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
@@ -100,13 +101,13 @@ def open_model(folder: Path, settings: Settings) -> Model:
     else:
         check_weights(index, spec)
         source = checkpoint_source(spec.program, spec.lookups, index)
-    machine = machine_for(settings, source.files, spec.dtype)
+    machine = machine_for(settings, source.files, spec)
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     resolved = resolve(settings, machine, limits=memory_limits(), num_gpus=num_gpus)
     return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
 
 
-def machine_for(settings: Settings, files: Sequence[Path], dtype: str) -> Machine:
+def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> Machine:
     """The named profile; for a simulated device the shipped one; else what doctor saved, or a short probe."""
     if settings.machine is not None:
         return load_machine(settings.machine)
@@ -119,4 +120,4 @@ def machine_for(settings: Settings, files: Sequence[Path], dtype: str) -> Machin
     if machine is not None:
         return for_files(machine, files)
     logger.warning("no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)")
-    return probe(files, linear, SmallModel, dtype=dtype)
+    return probe(files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec))

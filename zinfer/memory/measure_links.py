@@ -1,0 +1,198 @@
+"""Measure the ways bytes take.  In: the files that will be read, a device.  Out: rates of disk, host memory, links."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from zinfer.chunks.table import PAGE, PIECE_BYTES, Chunk, ChunkId, Read, RowTable
+from zinfer.config.machine import Link
+from zinfer.memory.links import LinkLog, Ticket
+from zinfer.memory.nvme import IN_FLIGHT, Files, Reader
+from zinfer.memory.rows import RowReader
+from zinfer.memory.slab import HostSlab
+from zinfer.units import GIB, KIB, MIB
+
+_SMALL_BYTES = 256 * KIB
+_ROW_BYTES = 4 * KIB
+_NUM_ROWS = 24
+_COPY_LATENCY_S = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRates:
+    """Direct reads of real files: large pieces, several in flight, the fixed cost of a piece, and one row alone."""
+
+    link: Link
+    row_latency_s: float
+
+
+NO_FILE = DiskRates(Link(bytes_per_s=1e9, latency_s=1e-4), 2e-4)  # a cautious guess
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRates:
+    """Links between page-locked host memory and a device, and how much could be page-locked (None: no limit met)."""
+
+    h2d: Link
+    d2h: Link
+    pinnable_bytes: int | None
+
+
+def measure_disk(paths: Sequence[Path], seconds: float) -> DiskRates:
+    """Read evenly spread ranges of the files by the engine's own readers.
+
+    The first reads are not counted: decode passes come to the same bytes again and again.
+    """
+    large, small = _ranges(paths, PIECE_BYTES), _ranges(paths, _SMALL_BYTES)
+    if not large:
+        return NO_FILE
+    with ExitStack() as closing:
+        files = Files(paths)
+        closing.callback(files.close)
+        reader, rows = Reader(files, LinkLog()), RowReader(files, LinkLog())
+        closing.callback(reader.close)
+        closing.callback(rows.close)
+        slab = HostSlab(IN_FLIGHT * PIECE_BYTES)
+        closing.callback(slab.close)
+        slab.bytes_N.fill_(0)  # the first touch of memory is not the disk's time
+        places_N = slab.bytes_N.numpy()
+        _piece_seconds(reader, large, places_N, seconds / 8)
+        large_s = _piece_seconds(reader, large, places_N, seconds / 2)
+        small_s = _piece_seconds(reader, small, places_N, seconds / 8)
+        row_s = _row_seconds(rows, paths)
+    large_bytes = sum(read.nbytes for read in large) / len(large)
+    small_bytes = sum(read.nbytes for read in small) / len(small)
+    # Two sizes give both terms of latency + bytes / rate; noise must not make the latency negative or absurd.
+    slope = (large_s - small_s) / max(large_bytes - small_bytes, 1)
+    latency_s = min(max(large_s - large_bytes * slope, 0.0), 0.05 * large_s)
+    return DiskRates(Link(bytes_per_s=large_bytes / (large_s - latency_s), latency_s=latency_s), row_s)
+
+
+def measure_host_copy(nbytes: int = GIB // 8) -> float:
+    """Bytes per second of a copy within host memory, all threads."""
+    source, target = torch.zeros(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    return nbytes / typical_seconds(lambda: target.copy_(source))
+
+
+def measure_copies(
+    device: torch.device, free_bytes: int, seconds: float, nbytes: int = 256 * MIB
+) -> CopyRates:
+    """Large copies each way, and page-locking in steps of 1 GiB for a quarter of `seconds`, all undone again."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    slab = HostSlab(nbytes)
+    slab.bytes_N.fill_(0)
+    address = slab.bytes_N.data_ptr()
+    is_pinned = not int(runtime.cudaHostRegister(address, nbytes, 0))
+    on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def copy_seconds(target: torch.Tensor, source: torch.Tensor) -> float:
+        def run() -> None:
+            target.copy_(source, non_blocking=True)
+            torch.cuda.synchronize(device)
+
+        run()
+        return typical_seconds(run)
+
+    try:
+        up_s, down_s = copy_seconds(on_device, slab.bytes_N), copy_seconds(slab.bytes_N, on_device)
+    finally:
+        if is_pinned:
+            runtime.cudaHostUnregister(address)
+        slab.close()
+    return CopyRates(
+        h2d=Link(bytes_per_s=nbytes / up_s, latency_s=_COPY_LATENCY_S),
+        d2h=Link(bytes_per_s=nbytes / down_s, latency_s=_COPY_LATENCY_S),
+        pinnable_bytes=_pinnable_bytes(free_bytes, seconds / 4),
+    )
+
+
+def device_of(paths: Sequence[Path]) -> str:
+    """The block devices that hold the files, as the kernel numbers them."""
+    numbers = {path.stat().st_dev for path in paths}
+    return " ".join(sorted(f"{os.major(number)}:{os.minor(number)}" for number in numbers))
+
+
+def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
+    """The median of as many runs as begin within `seconds`, at least one."""
+    times: list[float] = []
+    begin_s = now_s = time.perf_counter()
+    while now_s - begin_s < seconds or not times:
+        before_s = now_s
+        run()
+        now_s = time.perf_counter()
+        times.append(now_s - before_s)
+    return median(times)
+
+
+def _ranges(paths: Sequence[Path], nbytes: int) -> list[Read]:
+    """PAGE-aligned ranges of at most `nbytes`, spread over all files, about 64 of them, in a scattered order."""
+    reads = []
+    for file, path in enumerate(paths):
+        size = path.stat().st_size // PAGE * PAGE
+        length = min(nbytes, size)
+        count = max(min(size // nbytes, -(-64 // len(paths))), 1)
+        offsets = {int(at) // PAGE * PAGE for at in np.linspace(0, size - length, count)} if length else set()
+        reads += [Read(file, offset, length, 0, length) for offset in sorted(offsets)]
+    order = np.random.default_rng(0).permutation(len(reads))
+    return [reads[at] for at in order]
+
+
+def _piece_seconds(
+    reader: Reader, reads: Sequence[Read], places_N: npt.NDArray[np.uint8], seconds: float
+) -> float:
+    """Mean seconds per read with IN_FLIGHT of them under way all the time, each into a place of its own."""
+    tickets: list[Ticket] = []
+    begin_s = time.perf_counter()
+    for count, read in enumerate(cycle(reads)):
+        if count >= IN_FLIGHT:
+            tickets[count - IN_FLIGHT].wait()
+            if time.perf_counter() - begin_s > seconds and count >= 2 * IN_FLIGHT:
+                break
+        chunk = Chunk(ChunkId(0), (0,), (), (read,), (), read.nbytes, read.nbytes)
+        tickets.append(Ticket(chunk))
+        place_N = places_N[count % IN_FLIGHT * PIECE_BYTES :][: read.nbytes]
+        reader.begin(tickets[-1], place_N, tickets[-1].land)
+    for ticket in tickets:
+        ticket.wait()
+    return (time.perf_counter() - begin_s) / len(tickets)
+
+
+def _row_seconds(rows: RowReader, paths: Sequence[Path]) -> float:
+    """One row alone, as a decode pass looks it up."""
+    sizes = [path.stat().st_size for path in paths]
+    file = sizes.index(max(sizes))
+    table = RowTable("rows", file, 0, _ROW_BYTES, sizes[file] // _ROW_BYTES, (_ROW_BYTES // 2,), "BF16")
+    drawn = np.random.default_rng(0).integers(0, table.num_rows, size=_NUM_ROWS)
+    return median(
+        typical_seconds(partial(rows.read, table, drawn[at : at + 1]), 0) for at in range(_NUM_ROWS)
+    )
+
+
+def _pinnable_bytes(free_bytes: int, seconds: float) -> int | None:
+    """How much host memory the driver page-locks before it refuses; None when time or memory ended first."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    held: list[HostSlab] = []
+    end_s = time.perf_counter() + seconds
+    try:
+        while (len(held) + 1) * GIB < free_bytes // 2 and time.perf_counter() < end_s:
+            slab = HostSlab(GIB)
+            if int(runtime.cudaHostRegister(slab.bytes_N.data_ptr(), GIB, 0)):
+                return len(held) * GIB
+            held.append(slab)
+        return None
+    finally:
+        for slab in held:
+            runtime.cudaHostUnregister(slab.bytes_N.data_ptr())
+            slab.close()
