@@ -144,6 +144,8 @@ def share_that_tokenises(
 
     Each has a seed of its own (SEED + its number).  One without a complete line fails.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a token at a time: a second thread would only wait
     end_id = end_of_text_id(tokenizer)
     strict = whole_lines = 0
     for number, prompt in enumerate(prompts_of(heldout)[:count]):
@@ -153,6 +155,7 @@ def share_that_tokenises(
             verdict = judge(prompt + lines)
             strict += verdict.strict
             whole_lines += verdict.whole_lines
+    torch.set_num_threads(threads)
     return strict / count, whole_lines / count
 
 

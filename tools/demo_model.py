@@ -209,6 +209,7 @@ def export_folder(model: DemoModel, tokenizer: Tokenizer, folder: Path) -> None:
     state = model.state_dict()
     tensors = {f"model.{name}": value.to(torch.bfloat16).contiguous() for name, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def load_folder(folder: Path) -> DemoModel:

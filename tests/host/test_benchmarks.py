@@ -24,7 +24,8 @@ def load(name):
         sys.path.remove(str(BENCHMARKS))
 
 
-answer, cgroup, harness, write_gguf = (load(name) for name in ("answer", "cgroup", "harness", "write_gguf"))
+answer, cgroup, contest, harness = (load(name) for name in ("answer", "cgroup", "contest", "harness"))
+write_gguf = load("write_gguf")
 
 
 def record(**changed):
@@ -175,6 +176,65 @@ class TestAnswer:
         assert "token 3" in answer.stream_error(reference, best, wrong)
         reference[3, wrong[3]] = reference[3].max() - 0.1
         assert answer.stream_error(reference, best, wrong) == ""
+
+
+class TestContest:
+    @pytest.fixture
+    def rows(self, tmp_path):
+        """A contest in which zinfer took 1 s and a peer 4 s, both right."""
+        held = contest.Contest(tmp_path, tmp_path, "decode", [[1]], 2, 2**20)
+        for engine, seconds in (("zinfer", 1.0), ("peer", 4.0)):
+            row = contest.Row(engine, contest.STREAMED, pass_s=[seconds], answer={"matches": True})
+            held.rows[engine, contest.STREAMED] = row
+        return held, row
+
+    def test_ratio_is_formed_where_both_are_right_and_comparable(self, rows):
+        held, peer = rows
+        assert held.ratio(peer) == 4.0
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"comparable": False},
+            {"error": "it could not be run"},
+            {"answer": {"matches": False}},
+            {"answer": {"matches": True, "stream_error": "token 3 is 7"}},
+            {"pass_s": []},
+        ],
+    )
+    @pytest.mark.parametrize("engine", ["zinfer", "peer"])
+    def test_ratio_is_not_formed_otherwise(self, rows, engine, change):
+        held, peer = rows
+        for name, value in change.items():
+            setattr(held.rows[engine, contest.STREAMED], name, value)
+        assert held.ratio(peer) is None
+
+    def test_row_without_a_group_is_not_comparable(self, rows, monkeypatch):
+        held, peer = rows
+
+        def refuse(limit_bytes):
+            raise cgroup.NoGroupError("none here")
+
+        monkeypatch.setattr(contest, "make", refuse)
+        with held.limited(peer) as group:
+            assert group is None
+        assert (peer.comparable, peer.why, held.ratio(peer)) == (False, "none here", None)
+
+    def test_group_that_holds_the_checkpoint_is_not_comparable(self, rows, monkeypatch):
+        held, peer = rows
+        monkeypatch.setattr(contest, "HEADROOM", 0)
+        (held.model / "model.safetensors").write_bytes(bytes(2 * held.budget_bytes))
+        monkeypatch.setattr(contest, "make", lambda limit_bytes: FakeGroup())
+        with held.limited(peer):
+            assert peer.comparable
+        held.budget_bytes *= 2
+        with held.limited(peer):
+            assert peer.why == "the group holds the whole checkpoint"
+
+
+class FakeGroup:
+    def remove(self):
+        """Nothing was made."""
 
 
 def rotate_halves(x_TD, angle_TF):

@@ -14,6 +14,7 @@ from zinfer.plan.records import Tier
 PROMPTS = [[5, 9, 200, 31, 7, 44], [17], [3, 3, 8, 120, 77, 45, 90, 14, 2, 60, 333]]
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 FIXED = {"machine": "sim-default", "max_rows": 24, "max_batch": 3, "threads": 1}  # only placement differs
+LOOKAHEADS = (0, 1, 3)
 SAMPLED = SamplingParams(max_tokens=6, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
 
 
@@ -30,23 +31,26 @@ def run(folder, **options):
 
 
 def budgets(folder):
-    """Bytes: the smallest budget of a compute tier, one in which everything stays, and a slot."""
+    """Bytes: the smallest budget on the CPU by look-ahead, that of a device, and one in which everything stays."""
     with LLM(folder, **FIXED, device="cpu", memory={"host": "1GiB"}) as llm:
-        plan = llm.fit(PROMPTS, PARAMS)
-        single_ops = assemble(llm.model.source, 1)
-        least = smallest_budget(single_ops, compute_tier=Tier.DEVICE, reserve=plan.reserve, lookahead=1)
-        return least.device, plan.reserve.total + single_ops.total_bytes, single_ops.slot_bytes
+        reserve = llm.fit(PROMPTS, PARAMS).reserve
+        table = assemble(llm.model.source, 1)
+        least = [
+            smallest_budget(table, compute_tier=Tier.HOST, reserve=reserve, lookahead=lookahead).host
+            for lookahead in LOOKAHEADS
+        ]
+        device = smallest_budget(table, compute_tier=Tier.DEVICE, reserve=reserve, lookahead=1).device
+        return *least, device, reserve.total + table.total_bytes
 
 
 def placements(*sources):
     """Options under which every source streams: a store pads its chunks otherwise than a checkpoint in place."""
-    least, full, slot_bytes = map(max, zip(*(budgets(source) for source in sources), strict=True))
-    middle = (least + full) // 2
-    for lookahead in (0, 1, 3):
-        yield {"device": "cpu", "memory": {"host": least + lookahead * slot_bytes}, "lookahead": lookahead}
-    yield {"device": "cpu", "memory": {"host": middle}}
-    for device_mem in (least, middle):
-        for host_mem in (least, 2 * full):
+    *least, device, full = map(max, zip(*(budgets(source) for source in sources), strict=True))
+    for lookahead, host in zip(LOOKAHEADS, least, strict=True):
+        yield {"device": "cpu", "memory": {"host": host}, "lookahead": lookahead}
+    yield {"device": "cpu", "memory": {"host": (least[0] + full) // 2}}
+    for device_mem in (device, (device + full) // 2):
+        for host_mem in (device, 2 * full):
             yield {"device": "sim", "memory": {"device": device_mem, "host": host_mem}}
 
 

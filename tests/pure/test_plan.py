@@ -186,7 +186,8 @@ def test_a_larger_budget_is_predicted_to_be_no_slower(share, step):
             assert portion < 0.4
             return
         passes.append(plan.forecast.pass_s)
-    assert passes[1] <= passes[0] * 1.02
+    # Where a second chunk in flight begins to fit it is taken, for its safety, at up to a tenth of the speed.
+    assert passes[1] <= passes[0] * 1.1
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,11 @@ def test_what_is_auto_shrinks_until_it_fits_and_the_plan_says_so():
     plan = plan_of(spec, workload, device="cpu", memory__host="200MiB")
     assert plan.workload.batch < 64
     assert "cut from" in plan.reasons["runtime.max_batch"]
+    assert plan.workload.num_requests == 64
+    assert plan.forecast.job_s > 127 * plan.forecast.pass_s * 64 / plan.workload.batch
     assert plan.uses[0].total <= 200 * MIB
+    with pytest.raises(BudgetError):
+        plan_of(spec, workload, device="cpu", memory__host="200MiB", runtime__max_batch=64)
     fixed = plan_of(spec, Workload(batch=2), device="cpu", memory__host="200MiB", runtime__max_rows=32)
     assert fixed.workload.prefill_rows == 32
 

@@ -94,6 +94,16 @@ def test_the_first_pass_loads_resident_chunks_past_a_streamed_one_that_waits_for
     assert before_any_compute == set(range(8)) - set(streamed[2:])
 
 
+def test_the_first_pass_hands_slots_to_the_next_one_as_they_fall_free():
+    table = table_of([4] * 12)
+    placement = place(table, Budget(host=16 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=2)
+    first = build_schedule(table, placement).first
+    assert placement.slots == 3
+    last_computes = [at for at, step in enumerate(first) if isinstance(step, Compute)][-3:]
+    wrapped = [at for at, step in enumerate(first) if step in [Fetch(chunk) for chunk in (0, 1, 2)]][-3:]
+    assert wrapped[0] < last_computes[1] < wrapped[1] < last_computes[2] < wrapped[2]
+
+
 def test_a_model_that_fits_is_fetched_once():
     table = table_of([4] * 5)
     placement = place(table, Budget(host=20 * PAGE), compute_tier=Tier.HOST, reserve=Reserve())

@@ -83,6 +83,20 @@ def test_three_tiers_overlap_disk_link_and_computation():
     assert serial.seconds == pytest.approx(3 * 34, rel=0.01)
 
 
+def test_staging_slots_bound_what_is_read_ahead():
+    table = table_of([1] * 40)
+    seconds = {}
+    for staging in (1, 2):
+        budget = Budget(host=staging * PAGE, device=4 * PAGE)
+        placement = place(table, budget, compute_tier=Tier.DEVICE, reserve=Reserve(), lookahead=3)
+        assert placement.staging == staging
+        machine = machine_with(disk=1.0, h2d=1.0)
+        _, steady = simulate(table, placement, build_schedule(table, placement), machine, [0.01] * 40)
+        seconds[staging] = steady.seconds
+    assert seconds[1] == pytest.approx(80)  # one slot: read, then copy, then read
+    assert seconds[2] == pytest.approx(40)
+
+
 @pytest.mark.parametrize("num_rows_s", [0.0, 5.0])
 def test_the_first_pass_reads_everything_once_and_never_idles_the_disk(num_rows_s):
     table = table_of([1] * 40)

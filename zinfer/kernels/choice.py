@@ -71,11 +71,12 @@ def pad_rows(x_RI: Tensor, size: int) -> Tensor:
 
 
 def fastest(
-    candidates: Mapping[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
+    candidates: Mapping[str, Callable[[], object]], clock: Callable[[], float] = time.thread_time
 ) -> str:
     """The name of the candidate with the shortest best time; the first unless another is clearly faster.
 
-    The candidates take turns, so that a slow moment of the machine meets them all.
+    The candidates take turns, so that a slow moment of the machine meets them all, and by default the time is that
+    of the calling thread, so that other work on the machine counts little: the same machine should choose the same.
     """
     best = dict.fromkeys(candidates, float("inf"))
     for _ in range(_ROUNDS):

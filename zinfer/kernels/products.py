@@ -35,7 +35,7 @@ def linear(
     if not exact:
         product = KERNELS[row_kernel(*case)] if x_TI.shape[0] == 1 else F.linear
         return product(x_TI, weight_OI, bias)
-    sizes = row_sizes(*case)
+    sizes = row_sizes(*case, torch.get_num_threads())
     pieces = [
         F.linear(pad_rows(x_TI[start:stop], size), weight_OI, bias)[: stop - start]
         for start, stop, size in cover(x_TI.shape[0], sizes)
@@ -52,15 +52,27 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
         weights = {weight.role: weight for weight in op.weights}
         if "matrix" in weights:
             outputs, inputs = weights["matrix"].shape[:: -1 if spec.transposed else 1]
-            choose = row_sizes if exact else row_kernel
-            choose(_DTYPES[spec.dtype], device, outputs, inputs, spec.transposed, "bias" in weights)
+            case = (_DTYPES[spec.dtype], device, outputs, inputs, spec.transposed, "bias" in weights)
+            if exact:
+                row_sizes(*case, torch.get_num_threads())
+            else:
+                row_kernel(*case)
 
 
 @cache
 def row_sizes(
-    dtype: torch.dtype, device: str, outputs: int, inputs: int, transposed: bool, has_bias: bool
+    dtype: torch.dtype,
+    device: str,
+    outputs: int,
+    inputs: int,
+    transposed: bool,
+    has_bias: bool,
+    num_threads: int,
 ) -> tuple[int, ...]:
-    """Row counts that agree bit for bit for this weight shape: a self-test on made-up numbers, once per process."""
+    """Row counts that agree bit for bit for this weight shape: a self-test on made-up numbers, once per process.
+
+    Libraries share a product among threads in ways that differ, so `num_threads` is the number in force.
+    """
     x_PI, weight_OI = _cancelling(outputs, inputs, dtype, device)
     weight_OI = _laid_out(weight_OI, transposed)
     bias = torch.full((outputs,), 2.0**-20, dtype=dtype, device=device) if has_bias else None
@@ -82,7 +94,7 @@ def row_kernel(
     outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
     weight_OI = _laid_out(_noise((outputs, inputs), dtype, device), transposed)
     x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():
         return fastest({name: partial(run, x, weight_OI, bias) for name, run in KERNELS.items()})
 
 
@@ -107,6 +119,17 @@ KERNELS: dict[str, Product] = {
     "linear without oneDNN": _linear_without_onednn,
     "vector without oneDNN": _vector_without_onednn,
 }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Timings of one thread rank kernels as those of all do, and need no second core to be free."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @contextmanager

@@ -110,8 +110,9 @@ def _blockwise(
     num_new, num_heads, head_dim = q_NHD.shape
     kv_heads = blocks[0][0].shape[1]
     group = num_heads // kv_heads
+    sizes = query_sizes(kv_heads, group, head_dim, q_NHD.device.type, torch.get_num_threads())
     pieces = []
-    for start, stop, size in cover(num_new, query_sizes(kv_heads, group, head_dim, q_NHD.device.type)):
+    for start, stop, size in cover(num_new, sizes):
         q_RKGD = pad_rows(q_NHD[start:stop].flatten(1), size).view(size, kv_heads, group, head_dim)
         q = (q_RKGD.transpose(0, 1).float() * scale).reshape(kv_heads, size * group, head_dim)
         top = q.new_full((kv_heads, size * group, 1), _LOWEST)
@@ -183,8 +184,11 @@ def _fused(
 
 
 @cache
-def query_sizes(kv_heads: int, group: int, head_dim: int, device: str) -> tuple[int, ...]:
-    """How many new rows may share a product: a self-test of both products of a block, once per shape."""
+def query_sizes(kv_heads: int, group: int, head_dim: int, device: str, num_threads: int) -> tuple[int, ...]:
+    """How many new rows may share a product: a self-test of both products of a block, once per shape.
+
+    `num_threads` is the number in force: libraries share the work among threads in ways that differ.
+    """
     sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size == 1 or size * group <= QUERY_ROWS]
     draw = torch.Generator().manual_seed(0)
     q_PW = torch.randn(5, group * head_dim, generator=draw).to(device)

@@ -36,9 +36,7 @@ def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
     tier = plan.placement.compute_tier
     have, host = (plan.budget.host, 0) if tier is Tier.HOST else (plan.budget.device, plan.budget.host)
     everything = plan.reserve.total + sum(chunk.nbytes for chunk in plan.table.streamable)
-    sizes = sorted(
-        {have // 2, *(size for size in (have * 3 // 2, have * 2) if size < everything), everything}
-    )
+    sizes = sorted({have // 2, min(have * 2, everything), everything})
     budgets = [Budget(host=size) if tier is Tier.HOST else Budget(host, size) for size in sizes]
     if host:
         budgets.append(Budget(host * 2, have))

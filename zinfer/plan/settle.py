@@ -45,6 +45,7 @@ def asked_workload(
     rows = min(batch * prompt_len, _MAX_ROWS) if runtime.max_rows == "auto" else runtime.max_rows
     settled = replace(
         workload,
+        num_requests=workload.num_requests or workload.batch,
         batch=batch,
         prompt_len=prompt_len,
         gen_len=length - prompt_len,
