@@ -2,9 +2,10 @@
 
 usage: offload_prefill.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--rounds N] [--quick] ...
 
-A pass this large is bound by arithmetic long before it is bound by the disk, streamed or not: the question is whether
-streaming costs anything.  `--tokens` is the number of passes; the first, which loads, is thrown away.  Most engines do not count the activations
-of 2048 rows in their budget: one that then has too little of its group left for page cache is ended after 200 s.
+A pass this large is bound by arithmetic long before it is bound by the disk, streamed or not: the question is
+whether streaming costs anything.  `--tokens` is the number of passes; the first, which loads, is thrown away.  Most
+engines do not count the activations of 2048 rows in their budget: one that then has too little of its group left
+for page cache is ended after 200 s.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import os
 import random
 import socket
 import sys
+import tempfile
 
 import hypothesis
 import pytest
@@ -11,6 +12,10 @@ import pytest
 # Before any test imports a library that reads them.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Nothing is read from, or left in, the user's cache; what is found once serves the whole session.
+_cache = tempfile.TemporaryDirectory(prefix="zinfer-tests-")
+os.environ["ZINFER_CACHE"] = _cache.name
 
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("ci")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.kernels.choice import agreeing_sizes, cover, fastest, pad_rows
+from zinfer.kernels.remembered import remembered
 from zinfer.spec.records import ModelSpec
 
 _SIZES = (1, 4, 16, 32, 64, 128, 256)
@@ -73,11 +74,19 @@ def row_sizes(
 
     Libraries share a product among threads in ways that differ, so `num_threads` is the number in force.
     """
-    x_PI, weight_OI = _cancelling(outputs, inputs, dtype, device)
-    weight_OI = _laid_out(weight_OI, transposed)
-    bias = torch.full((outputs,), 2.0**-20, dtype=dtype, device=device) if has_bias else None
-    with torch.no_grad():
-        return agreeing_sizes(lambda x: F.linear(x, weight_OI, bias), x_PI, _SIZES)
+
+    def find() -> list[int]:
+        x_PI, weight_OI = _cancelling(outputs, inputs, dtype, device)
+        weight_OI = _laid_out(weight_OI, transposed)
+        bias = torch.full((outputs,), 2.0**-20, dtype=dtype, device=device) if has_bias else None
+        with torch.no_grad():
+            return list(agreeing_sizes(lambda x: F.linear(x, weight_OI, bias), x_PI, _SIZES))
+
+    def is_answer(sizes: object) -> bool:
+        return isinstance(sizes, list) and bool(sizes) and set(sizes) <= set(_SIZES)
+
+    case = (dtype, device, outputs, inputs, transposed, has_bias, num_threads)
+    return tuple(remembered(f"row sizes {case}", is_answer, find))
 
 
 @cache
@@ -92,10 +101,17 @@ def row_kernel(
     if device != "cpu" or dtype == torch.float32:
         return "linear"
     outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
-    weight_OI = _laid_out(_noise((outputs, inputs), dtype, device), transposed)
-    x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
-    with torch.no_grad(), _one_thread():
-        return fastest({name: partial(run, x, weight_OI, bias) for name, run in KERNELS.items()})
+
+    def find() -> str:
+        weight_OI = _laid_out(_noise((outputs, inputs), dtype, device), transposed)
+        x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
+        with torch.no_grad(), _one_thread():
+            return fastest({name: partial(run, x, weight_OI, bias) for name, run in KERNELS.items()})
+
+    case = (dtype, device, outputs, inputs, transposed, has_bias)
+    return str(
+        remembered(f"one-row kernel {case}", lambda name: isinstance(name, str) and name in KERNELS, find)
+    )
 
 
 def _vector(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zinfer.kernels.products import prepare
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.memory.assemble import open_manager
@@ -77,6 +78,7 @@ def open_engine(
     """Allocate what the plan says and start the threads; the first pass loads.  Raises BudgetError, MachineError."""
     begin_s = time.perf_counter()
     torch.set_num_threads(model.resolved.threads)
+    prepare(model.spec, "cuda" if plan.device.startswith("cuda") else "cpu", exact=plan.exact)
     manager = open_manager(
         plan.table,
         plan.placement,
