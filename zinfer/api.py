@@ -38,7 +38,7 @@ class LLM:
     or "sim", `memory` {"device": "20GiB", "host": 64 * 2**30, "disk": "/nvme"}.  Further keywords are settings of
     `runtime` (max_rows, max_batch, context, lookahead, ...).  The plan is made here, no weight is read before the
     first request; a request that needs more cache than was planned makes a new plan.  `watch(done, total, what)`
-    follows each pass, in bytes of weights.  One thread at a time may call; others wait.
+    follows each pass, in bytes of weights.  Threads may call at once: their passes take turns.
     Raises a ZinferError: UsageError, CheckpointError, BudgetError, MachineError.
     """
 
@@ -68,6 +68,7 @@ class LLM:
             settings = load_settings(config, flags=flags).settings
         self._lock = threading.RLock()
         self._engine: Engine | None = None
+        self._num_running = 0
         self._trace = None if trace is None else Path(trace)
         self._watch = watch
         self._ids = count()
@@ -90,27 +91,25 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt; results in input order.  `progress(done, total, what)` counts tokens."""
         params = params or SamplingParams()
-        with self._lock:
-            requests = self._requests(prompts, params)
-            texts = self._texts(requests)
-            total = params.max_tokens * len(requests)
-            for done, _ in enumerate(self._events(requests, texts), 1):
-                if progress is not None:
-                    progress(done, total, "generating")
-            return [_output(request, text) for request, text in zip(requests, texts, strict=True)]
+        requests = self._requests(prompts, params)
+        texts = self._texts(requests)
+        total = params.max_tokens * len(requests)
+        for done, _ in enumerate(self._events(requests, texts), 1):
+            if progress is not None:
+                progress(done, total, "generating")
+        return [_output(request, text) for request, text in zip(requests, texts, strict=True)]
 
     def stream(self, prompt: Prompts, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield text of one prompt as it becomes certain: never half a character, nothing of a stop string."""
         self._need_tokenizer()
-        with self._lock:
-            requests = self._requests(prompt, params or SamplingParams())
-            if len(requests) != 1:
-                raise UsageError(
-                    "ZI-1103", f"stream wants one prompt, {len(requests)} were given", remedy="generate"
-                )
-            for event in self._events(requests, self._texts(requests)):
-                if event.text:
-                    yield event.text
+        requests = self._requests(prompt, params or SamplingParams())
+        if len(requests) != 1:
+            raise UsageError(
+                "ZI-1103", f"stream wants one prompt, {len(requests)} were given", remedy="generate"
+            )
+        for event in self._events(requests, self._texts(requests)):
+            if event.text:
+                yield event.text
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
@@ -134,14 +133,15 @@ class LLM:
 
     def logits(self, prompt: str | list[int]) -> Tensor:
         """Logits of every position of one prompt: CPU float32 [T, V]."""
+        (request,) = self._requests(prompt, SamplingParams(max_tokens=1))
         with self._lock:
-            (request,) = self._requests(prompt, SamplingParams(max_tokens=1))
             return self._open([request]).logits(request)
 
     def fit(self, prompts: Prompts, params: SamplingParams | None = None) -> Plan:
         """Plan for these prompts (and read nothing yet); the plan that their generation will follow."""
+        requests = self._requests(prompts, params or SamplingParams())
         with self._lock:
-            self._plan_for(self._requests(prompts, params or SamplingParams()))
+            self._plan_for(requests)
             return self.plan
 
     def close(self) -> None:
@@ -173,13 +173,33 @@ class LLM:
         return [TextState(self.model.tokenizer, request, self.model.spec.eos_ids) for request in requests]
 
     def _events(self, requests: Sequence[Request], texts: Sequence[TextState]) -> Iterator[Event]:
-        yield from self._open(requests).generate(requests, texts)
+        """Passes as they end.  The lock is held within a pass only, so that a stream left half-read blocks nobody."""
+        with self._lock:
+            events = self._open(requests).generate(requests, texts)
+            self._num_running += 1
+        try:
+            while True:
+                with self._lock:
+                    event = next(events, None)
+                if event is None:
+                    return
+                yield event
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                events.close()
 
     def _plan_for(self, requests: Sequence[Request]) -> None:
         workload = self.model.workload(
             [(len(request.prompt_ids), request.params.max_tokens) for request in requests]
         )
         if self._engine is None or not self.plan.covers(workload):
+            if self._num_running:
+                raise UsageError(
+                    "ZI-1108",
+                    "a request needs a larger plan while another generation is running",
+                    remedy="let it end first, or set runtime.context and runtime.max_batch for both",
+                )
             self.close()
             self.plan = self.model.plan(workload)
             self.stats = Stats(self.plan.forecast)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,9 @@ class Engine:
     begin_s: float
     trace_file: Path | None = None
 
-    def generate(self, requests: Sequence[Request], texts: Sequence[TextState]) -> Iterator[Event]:
+    def generate(
+        self, requests: Sequence[Request], texts: Sequence[TextState]
+    ) -> Generator[Event, None, None]:
         """Events of the one loop, counted."""
         try:
             for event in self.loop.run(requests, texts):

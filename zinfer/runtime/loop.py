@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Loop:
         self._max_rows = max_rows
         self._max_batch = max_batch
 
-    def run(self, requests: Sequence[Request], texts: Sequence[TextState]) -> Iterator[Event]:
+    def run(self, requests: Sequence[Request], texts: Sequence[TextState]) -> Generator[Event, None, None]:
         """Yield an event per sampled token; closing the iterator early gives all pages back."""
         for request in requests:
             self._refuse_impossible(request)
@@ -51,6 +51,12 @@ class Loop:
         try:
             while waiting or running:
                 self._admit(waiting, running)
+                if not running:
+                    raise BudgetError(
+                        "ZI-2202",
+                        f"request {waiting[0][0].id} finds no cache pages: another generation holds them",
+                        remedy="let it end first, or raise runtime.max_batch",
+                    )
                 yield from self._pass(running)
                 for request, _ in running:
                     if request.finish_reason is not None:
