@@ -51,7 +51,9 @@ def test_seeded_draws_do_not_depend_on_batch_mates(llm):
     params = SamplingParams(max_tokens=10, temperature=1.0, seed=5, ignore_eos=True)
     (alone,) = llm.generate("import sys", params)
     among = llm.generate(["x = 1", "import sys", "while True:"], params)[1]
-    other = llm.generate("import sys", SamplingParams(max_tokens=10, temperature=1.0, seed=6, ignore_eos=True))[0]
+    other = llm.generate(
+        "import sys", SamplingParams(max_tokens=10, temperature=1.0, seed=6, ignore_eos=True)
+    )[0]
     assert among.outputs[0].token_ids == alone.outputs[0].token_ids
     assert other.outputs[0].token_ids != alone.outputs[0].token_ids
 
