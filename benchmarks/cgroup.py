@@ -78,6 +78,10 @@ def hierarchies(mounts: str, own: str) -> list[tuple[int, Path, Path]]:
 
 def try_below(parent: Path, version: int, limit_bytes: int) -> MemoryGroup:
     """A limited group below `parent`.  Raises OSError, leaving nothing behind, if it cannot be made or limited."""
+    for left in parent.glob("benchmark-*-*"):  # by a run that was killed and could not clean up
+        if not Path("/proc", left.name.split("-")[1]).exists():
+            with suppress(OSError):
+                left.rmdir()
     folder = parent / f"benchmark-{os.getpid()}-{time.monotonic_ns()}"
     folder.mkdir()
     try:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -177,6 +178,11 @@ def direct_read_rate(files: Sequence[Path], at_most: int = 4 * GIB, in_flight: i
     finally:
         for handle in handles:
             os.close(handle)
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM end a benchmark as Ctrl-C does, so that children are ended and memory groups removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 @dataclass(slots=True)

@@ -28,7 +28,7 @@ from contest import (
     prepare,
     random_prompts,
 )
-from harness import MIB, Record, summary
+from harness import MIB, Record, end_on_signals, summary
 from roofs import Roofs, add_model_options, measure, read_rates
 
 TARGETS = {  # what the project wants of these rows: engine -> (mode, at least this many times longer than zinfer)
@@ -39,8 +39,8 @@ TARGETS = {  # what the project wants of these rows: engine -> (mode, at least t
 }
 
 
-def parse(doc: str | None, tokens: int) -> argparse.Namespace:
-    """The command line, `--quick` applied.  `tokens` is the default number of passes or tokens."""
+def parse(doc: str | None, tokens: int, modes: str) -> argparse.Namespace:
+    """The command line, `--quick` applied.  `tokens`, the number of passes or tokens, and `modes` are defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     parser.add_argument("--budget", type=float, default=40.0, help="host memory, percent of the checkpoint")
@@ -53,7 +53,7 @@ def parse(doc: str | None, tokens: int) -> argparse.Namespace:
     parser.add_argument(
         "--engines", default="", help="only these, by a part of the name, separated by commas"
     )
-    parser.add_argument("--modes", default=f"{STREAMED},{RESIDENT}")
+    parser.add_argument("--modes", default=modes, help="streamed, resident, or both")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which an engine is ended")
     parser.add_argument("--quick", action="store_true", help="fewer tokens: does everything run?")
     options = parser.parse_args()
@@ -70,6 +70,7 @@ def chosen(all_engines: list[Engine], wanted: str) -> list[Engine]:
 
 def compete(options: argparse.Namespace, kind: str, prompts: tuple[int, int]) -> tuple[Contest, Roofs]:
     """Prepare, measure limits, run the reference and every engine; prints a line per row.  `prompts`: count, length."""
+    end_on_signals()
     model = checkpoint(options)
     config = json.loads((model / "config.json").read_text())
     contestants = chosen(engines(options.work, config["vocab_size"]), options.engines)
@@ -196,7 +197,7 @@ def notes(contest: Contest) -> list[str]:
 
 def main() -> None:
     """Run, print, write the record."""
-    options = parse(__doc__, tokens=16)
+    options = parse(__doc__, tokens=16, modes=f"{STREAMED},{RESIDENT}")
     contest, roofs = compete(options, "decode", (1, 32))
     written = record(options, contest, roofs, "offload_decode")
     for name, value in written.limit.items():

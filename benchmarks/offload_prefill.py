@@ -3,13 +3,12 @@
 usage: offload_prefill.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--rounds N] [--quick] ...
 
 A pass this large is bound by arithmetic long before it is bound by the disk, streamed or not: the question is
-whether streaming costs anything.  `--tokens` is the number of passes; the first, which loads, is thrown away.  Most
-engines do not count the activations of 2048 rows in their budget: one that then has too little of its group left
-for page cache is ended after 200 s.
+whether streaming costs anything.  `--tokens` is the number of passes; the first, which loads, is thrown away.
 """
 
 from __future__ import annotations
 
+from contest import STREAMED
 from offload_decode import compete, parse, record
 
 PROMPTS, LENGTH = 16, 128
@@ -17,8 +16,7 @@ PROMPTS, LENGTH = 16, 128
 
 def main() -> None:
     """Run, print, write the record."""
-    options = parse(__doc__, tokens=3)
-    options.timeout = min(options.timeout, 200.0)
+    options = parse(__doc__, tokens=3, modes=STREAMED)
     options.tokens = min(options.tokens, 2) if options.quick else options.tokens
     contest, roofs = compete(options, "prefill", (PROMPTS, LENGTH))
     written = record(options, contest, roofs, "offload_prefill")

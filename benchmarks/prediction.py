@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from contest import PROFILE, STREAMED, Contest, Engine, Row, checkpoint, doctor, random_prompts
-from harness import MIB, Record, summary
+from harness import MIB, Record, end_on_signals, summary
 from roofs import add_model_options, read_rates, weight_files
 
 SLACK = 64 * MIB
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="two budgets, fewer tokens")
     options = parser.parse_args()
+    end_on_signals()
     options.work.mkdir(parents=True, exist_ok=True)
     model = checkpoint(options)
     budgets = [float(percent) for percent in options.budgets.split(",")]

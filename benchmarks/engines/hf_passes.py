@@ -51,12 +51,17 @@ def decode(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outc
 
 
 def prefill(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outcome:
-    """All prompts (of equal length) in one pass, `job.steps` times; logits of each prompt's last position."""
+    """All prompts (of equal length) in one pass, `job.steps` times; logits of each prompt's last position.
+
+    The head is given a matrix: of `logits_to_keep=1`, which gives it one row per sequence in three dimensions, torch
+    makes a batch of products where the weight needs no gradient, with a copy of the head for each sequence.
+    """
     ids = torch.tensor(job.prompts)
     seconds, reads, first_token_s, logits = [], [], 0.0, None
     for step in range(job.steps):
         read, start = disk_bytes(), clock()
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, -1].contiguous()
+        logits = model.lm_head(hidden).float()
         logits.argmax(-1).tolist()
         stop = clock()
         if step == 0:

@@ -36,9 +36,9 @@ def build(model: str, folder: str, dtype: str = "bfloat16") -> Untokenized:
 
 
 def load(task: job.Job) -> tuple[Any, dict[str, Any]]:
-    """The split model and what was set."""
-    model = build(task.model, task.options["folder"], task.dtype)
-    return model, {"device": "cpu", "prefetching": model.prefetching, "compression": None}
+    """The split model, as the transformers model that AirLLM hangs its hooks on, and what was set."""
+    wrapper = build(task.model, task.options["folder"], task.dtype)
+    return wrapper.model, {"device": "cpu", "prefetching": wrapper.prefetching, "compression": None}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def _answers() -> dict[str, Any]:
 
 def _save(answers: dict[str, Any]) -> None:
     path = cache_folder() / _FILE
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"machine": fingerprint(), "answers": answers}), encoding="utf-8")
