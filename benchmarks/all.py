@@ -8,10 +8,13 @@ benchmark are rows without a figure there.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from harness import ENVIRONMENT
 
 BENCHMARKS = ("overlap.py", "roofs.py", "offload_decode.py", "offload_prefill.py", "prediction.py")
 TAKES_NO_OPTIONS = ("overlap.py",)
@@ -21,12 +24,15 @@ QUICK_IS_UNKNOWN = ("roofs.py",)
 def main() -> int:
     """Run them; print how each ended."""
     here, ended = Path(__file__).resolve().parent, []
+    environment = os.environ | ENVIRONMENT
     for script in BENCHMARKS:
         options = [word for word in sys.argv[1:] if not (word == "--quick" and script in QUICK_IS_UNKNOWN)]
         options = [] if script in TAKES_NO_OPTIONS else options
         print(f"\n== {script} {' '.join(options)}", flush=True)
         start = time.perf_counter()
-        status = subprocess.run([sys.executable, str(here / script), *options], check=False).returncode
+        status = subprocess.run(
+            [sys.executable, str(here / script), *options], env=environment, check=False
+        ).returncode
         ended.append((script, status, time.perf_counter() - start))
     print()
     for script, status, seconds in ended:
