@@ -51,7 +51,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
     exact = "exact" if plan.exact else "not exact"
     busy = sorted(forecast.busy_s.items(), key=lambda item: -item[1])
     return [
-        f"model      {plan.architecture} · {plan.num_parameters / 1e9:.2f} B parameters · {weights / 1e9:.1f} GB in "
+        f"model      {plan.architecture} · {_parameters(plan.num_parameters)} parameters · {Bytes(weights)} in "
         f"{len(plan.table.chunks)} chunks of up to {Bytes(plan.table.slot_bytes)}",
         f"machine    {plan.machine.name} ({origin}) · device {plan.device} · {exact}",
         f"workload   batch {workload.batch} · prompt {workload.prompt_len} · generate {workload.gen_len} · at most "
@@ -76,6 +76,11 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
 def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, Any]:
     """`Plan.to_dict` and the alternatives, for --json."""
     return plan.to_dict() | {"alternatives": [asdict(other) for other in others]}
+
+
+def _parameters(count: int) -> str:
+    """70.55 B, 5.44 M."""
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
 def _alternative(spec: ModelSpec, plan: Plan, budget: Budget) -> Alternative:
