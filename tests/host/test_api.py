@@ -175,3 +175,19 @@ def test_a_read_error_in_a_pass_is_reported_and_survived(tiny, monkeypatch):
         assert Path(tiny / "model.safetensors").name in str(caught.value)
         monkeypatch.undo()
         assert model.generate([1, 2, 3], params)[0].outputs[0].token_ids == expected
+
+
+def test_buffered_and_direct_reads_give_the_same(tiny):
+    options = {
+        "machine": "sim-default",
+        "device": "cpu",
+        "threads": 1,
+        "max_rows": 8,
+        "memory": {"host": "1MiB"},
+    }
+    found = []
+    for read_mode in ("direct", "buffered"):
+        with LLM(tiny, **options, read_mode=read_mode) as model:
+            found.append(model.generate([1, 2, 3], GREEDY)[0].outputs[0].token_ids)
+            assert model.plan.placement.slots > 0
+    assert found[0] == found[1]

@@ -322,7 +322,7 @@ def test_no_template_is_never_guessed(templates):
         Tokenizer(CORES["pieces"], templates=templates).apply_chat_template(CHAT)
     assert caught.value.code == "ZI-1401"
     assert "zinfer generate" in caught.value.remedy
-    assert "--chat-template" in caught.value.remedy
+    assert "chat_template=" in caught.value.remedy
 
 
 @pytest.mark.parametrize("messages", [[], ["hello"]])

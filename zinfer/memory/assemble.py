@@ -35,6 +35,7 @@ def open_manager(
     policy: Policy | None = None,
     moments: Sequence[int] = (),
     verify: Verify = "always",
+    wants_direct: bool = True,
     sim_mode: SimMode = "copy",
 ) -> ChunkManager:
     """Ledgers first, then memory, then threads; nothing is read yet.
@@ -64,7 +65,7 @@ def open_manager(
             )
             undo.callback(tiers[tier].close)
         pace = Pace(machine.disk_read) if device == "sim" and machine else None
-        files = Files(table.files)
+        files = Files(table.files, wants_direct=wants_direct)
         undo.callback(files.close)
         reader = Reader(files, log, verify=verify, pace=pace)
         undo.callback(reader.close)

@@ -84,13 +84,14 @@ _SWITCH_INTERVAL = _SwitchInterval(5e-4)
 
 
 class Files:
-    """Weight files, opened when first read and until close(), read directly where the file system can.
+    """Weight files, opened when first read and until close(), read directly where that is wanted and possible.
 
     Elsewhere through the page cache, dropping behind itself, which is announced once.  Used from many threads.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, wants_direct: bool = True) -> None:
         self.paths = tuple(paths)
+        self._wants_direct = wants_direct
         self._files: dict[int, _File] = {}
         self._lock = threading.RLock()
         self._is_announced = False
@@ -145,9 +146,11 @@ class Files:
             file = self._files.get(number)
             if file is None:
                 path = self.paths[number]
-                file = _File(path, self._closing.enter_context(opened(path)), is_direct=True)
+                file = _File(path, self._closing.enter_context(opened(path)), is_direct=self._wants_direct)
                 try:
-                    fcntl.fcntl(file.fd, fcntl.F_SETFL, fcntl.fcntl(file.fd, fcntl.F_GETFL) | os.O_DIRECT)
+                    if file.is_direct:
+                        flags = fcntl.fcntl(file.fd, fcntl.F_GETFL)
+                        fcntl.fcntl(file.fd, fcntl.F_SETFL, flags | os.O_DIRECT)
                 except OSError as error:
                     if error.errno not in _NOT_DIRECT:
                         raise

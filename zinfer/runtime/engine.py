@@ -91,6 +91,7 @@ def open_engine(
             plan.placement.compute_tier: {"kv": plan.reserve.kv, "activations": plan.reserve.activations}
         },
         verify=model.resolved.settings.runtime.verify,
+        wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
     )
     spec = model.spec
     recorder = Recorder() if trace is None else TraceRecorder()

@@ -84,14 +84,14 @@ def render_chat(
             raise CheckpointError(
                 "ZI-4605",
                 f"the chat template is broken: {answer['text']}",
-                remedy="give a working one: --chat-template FILE",
+                remedy="give a working one: llm.chat(messages, chat_template=TEXT)",
             )
         case "runaway":
             raise _runaway(answer["text"])
     raise UsageError(
         "ZI-1402",
         f"the chat template does not take this conversation: {answer['text']}",
-        remedy="change the messages as it says, or give another template: --chat-template FILE",
+        remedy="change the messages as it says, or give another template: llm.chat(messages, chat_template=TEXT)",
     )
 
 
@@ -104,7 +104,7 @@ def _choose(templates: Mapping[str, str], chosen: str | None, has_tools: bool) -
         raise UsageError(
             "ZI-1401",
             f"this checkpoint has {held}: it is a base model, or its template was not published",
-            remedy="continue plain text with `zinfer generate -p TEXT`, or give a template: --chat-template FILE",
+            remedy="continue plain text with `zinfer generate -p TEXT`, or llm.chat(messages, chat_template=TEXT)",
         )
     return templates[name]
 
@@ -116,5 +116,7 @@ def _placeholder(value: object) -> str:
 
 def _runaway(what: str) -> CheckpointError:
     return CheckpointError(
-        "ZI-4606", f"the chat template {what}", remedy="give a trusted one: --chat-template FILE"
+        "ZI-4606",
+        f"the chat template {what}",
+        remedy="give a trusted one: llm.chat(messages, chat_template=TEXT)",
     )
