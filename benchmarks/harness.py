@@ -182,7 +182,7 @@ def direct_read_rate(files: Sequence[Path], at_most: int = 4 * GIB, in_flight: i
 
 def end_on_signals() -> None:
     """Let SIGTERM end a benchmark as Ctrl-C does, so that children are ended and memory groups removed."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(f"ended by signal {number}"))
 
 
 @dataclass(slots=True)
