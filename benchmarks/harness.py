@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MADV_HUGEPAGE, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,8 @@ def direct_read_rate(files: Sequence[Path], at_most: int = 4 * GIB, in_flight: i
             handles.append(os.open(file, os.O_RDONLY | os.O_DIRECT))
             pieces += [(handles[-1], start) for start in range(0, os.fstat(handles[-1]).st_size, PIECE)]
         buffers = [mmap(-1, PIECE, flags=MAP_PRIVATE | MAP_ANONYMOUS) for _ in range(in_flight)]
+        for buffer in buffers:
+            buffer.madvise(MADV_HUGEPAGE)  # as the engine reads: on 4 KiB pages the disk shows half its rate
         pieces = pieces[: max(at_most // PIECE, 1)]
 
         def read(lane: int) -> int:
