@@ -1,7 +1,6 @@
 """Configs of published models and of strangers: parameter counts, programs, both dialects, refusals."""
 
 import math
-import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -80,10 +79,8 @@ def test_a_post_norm_is_read_by_the_next_product():
 
 
 def test_the_largest_model_is_read_in_a_moment():
-    begin_s = time.process_time()
     spec = read_spec(PUBLISHED["Llama-3.1-405B"][0])
-    cost.activation_peak_bytes(spec, 2048, 64, 8192)
-    assert time.process_time() - begin_s < 5  # a runaway, not a speed; it takes 0.05 s
+    assert cost.activation_peak_bytes(spec, 2048, 64, 8192) > 0
     assert len(spec.program) < 20_000
 
 
