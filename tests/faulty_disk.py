@@ -6,7 +6,7 @@ import signal
 
 from zinfer.chunks.disk import Disk
 
-STEPS = ("open", "write", "truncate", "sync", "rename", "remove", "sync_folder")
+STEPS = ("open", "scratch", "write", "truncate", "sync", "rename", "remove", "sync_folder")
 
 
 def kill(_name):
@@ -57,6 +57,10 @@ class StepDisk(Disk):
     def open(self, path):
         self.step("open")
         return super().open(path)
+
+    def scratch(self, folder):
+        self.step("scratch")
+        return super().scratch(folder)
 
     def write(self, fd, data, offset):
         self.step("write", fd, data, offset)

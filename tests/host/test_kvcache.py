@@ -124,12 +124,32 @@ def test_a_batch_stages_each_sequence_in_its_place():
     assert torch.equal(held(kv, 5, 0)[0], rows(2))
 
 
-def test_outgrowing_what_was_reserved_is_refused():
+def test_outgrowing_its_pages_is_refused():
     kv = cache()
     kv.open(0, 5)
     feed(kv, 0, 4)
-    with pytest.raises(BudgetError, match="opened for 5 tokens holds 4 and was given 2"):
-        kv.view([0], (0, 2))
+    with pytest.raises(BudgetError, match="pages for 16 tokens holds 4 and was given 13"):
+        kv.view([0], (0, 13))
+    assert kv.grow(0, 17)
+    kv.view([0], (0, 13))
+
+
+def test_growth_on_demand_keeps_what_is_there():
+    kv = cache(num_pages=8)
+    for id_ in (0, 1):
+        kv.open(id_, 1)
+    for step in range(60):
+        for id_ in (0, 1):
+            assert kv.grow(id_, step + 1)
+            feed(kv, id_, 1, first=1000 * id_ + step)
+    for id_ in (0, 1):
+        assert torch.equal(held(kv, id_, 1)[0], rows(60, 1000 * id_) + 1)
+    assert kv.free_tokens == 0
+    assert not kv.grow(0, 65)
+    kv.close(1)
+    assert kv.free_tokens == 64
+    assert kv.grow(0, 65)
+    kv.check()
 
 
 def test_room_is_told_before_it_is_asked_for():

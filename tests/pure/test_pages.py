@@ -15,7 +15,7 @@ def pages(runs):
 
 
 class Pages(RuleBasedStateMachine):
-    """Random opening and closing against a set of pages."""
+    """Random opening, growing and closing against lists of pages."""
 
     open_ids = Bundle("open_ids")
 
@@ -36,6 +36,17 @@ class Pages(RuleBasedStateMachine):
         assert len(self.owned[self.next_id]) == pages_for(tokens)
         self.next_id += 1
         return self.next_id - 1
+
+    @rule(sequence_id=open_ids, tokens=st.integers(0, 12 * PAGE_TOKENS))
+    def grow(self, sequence_id, tokens):
+        before, free = self.owned[sequence_id], self.tables.pool.free_pages
+        missing = max(pages_for(tokens) - len(before), 0)
+        is_grown = self.tables.grow(sequence_id, tokens)
+        after = pages(self.tables[sequence_id].runs)
+        assert is_grown == (missing <= free)
+        assert after[: len(before)] == before
+        assert len(after) == len(before) + (missing if is_grown else 0)
+        self.owned[sequence_id] = after
 
     @rule(sequence_id=consumes(open_ids))
     def close(self, sequence_id):
@@ -60,15 +71,31 @@ class Pages(RuleBasedStateMachine):
 TestPages = Pages.TestCase
 
 
-def test_neighbours_are_preferred_and_the_smallest_run_that_fits():
-    pool = PagePool(10)
-    first, second, third = pool.take(4), pool.take(3), pool.take(3)
-    pool.give_back(first)
-    pool.give_back(third)
-    assert pool.take(2) == (Run(7, 2),)
-    assert pool.take(5) == (Run(0, 4), Run(9, 1))
-    pool.give_back(second)
-    assert pool.take(3) == (Run(4, 3),)
+def test_sequences_that_grow_by_turns_stay_one_run_while_there_is_room():
+    tables = PageTables(64)
+    for id_ in range(3):
+        tables.open(id_, 2 * PAGE_TOKENS)
+    for tokens in range(2 * PAGE_TOKENS, 15 * PAGE_TOKENS, PAGE_TOKENS):
+        assert all(tables.grow(id_, tokens) for id_ in range(3))
+    assert [len(tables[id_].runs) for id_ in range(3)] == [1, 1, 1]
+
+
+def test_every_page_is_used_before_a_shortage_is_told():
+    tables = PageTables(20)
+    for id_ in range(4):
+        tables.open(id_, 1)
+    assert all(tables.grow(id_, 5 * PAGE_TOKENS) for id_ in range(4))
+    assert not tables.grow(0, 5 * PAGE_TOKENS + 1)
+    tables.check()
+
+
+def test_pages_behind_the_last_one_come_first_then_the_largest_run():
+    pool = PagePool(30)
+    first = pool.take(4)
+    assert first == (Run(0, 4),)
+    assert pool.take(2, after=4) == (Run(4, 2),)
+    assert pool.take(2, after=2) == (Run(6 + 11, 2),)  # page 2 is taken: half of the room before stays free
+    assert pool.take(13, after=6) == (Run(6, 11), Run(19 + 4, 2))
 
 
 def test_all_pages_come_back_as_one_run():
@@ -110,8 +137,20 @@ def test_the_balance_sees_a_page_with_two_owners():
     tables = PageTables(8)
     tables.open(1, 20)
     tables.open(2, 20)
-    tables[2].runs = tables[1].runs
+    tables[2].runs = list(tables[1].runs)
     with pytest.raises(InternalError, match="overlap: True"):
+        tables.check()
+
+
+def test_what_is_not_open_cannot_be_closed():
+    with pytest.raises(InternalError, match="not open"):
+        PageTables(4).close(7)
+
+
+def test_the_balance_sees_a_sequence_that_outgrew_its_pages():
+    tables = PageTables(8)
+    tables.open(1, 20).length = 33
+    with pytest.raises(InternalError, match="longer than their pages"):
         tables.check()
 
 

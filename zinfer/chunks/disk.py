@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,6 +15,14 @@ class Disk:
     def open(self, path: Path) -> int:
         """A descriptor to read and write `path`, made if it is not there; never through a link."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+    def scratch(self, folder: Path) -> int:
+        """A descriptor of a new file without a name in `folder`: nothing is left of it when it is closed."""
+        with suppress(OSError):  # not every file system makes nameless files
+            return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        fd, name = tempfile.mkstemp(prefix="zinfer-", suffix=".scratch", dir=folder)
+        os.unlink(name)  # noqa: PTH108
+        return fd
 
     def write(self, fd: int, data: memoryview, offset: int) -> int:
         """Write at an offset; returns how many bytes were taken, perhaps fewer than given."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from zinfer.errors import BudgetError
+from zinfer.chunks.disk import Disk
+from zinfer.errors import BudgetError, InternalError
 from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, kv_cache_bytes, pages_for
+from zinfer.kvcache.spill import SpilledCopy
 from zinfer.spec.attention_cost import KV_BLOCK
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -18,7 +22,8 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class PagedKv:
     """One slab [layers, 2, pages * PAGE_TOKENS, K, D], allocated once and exactly; sequences own pages of it.
 
-    Owns the slab until it is garbage; views handed out point into it and are valid until their sequence closes.
+    Owns the slab until it is garbage; views handed out point into it and are valid until their sequence closes or is
+    spilled.  A sequence has pages or a copy on disk, in `spill_folder` (None: the system's folder for such files).
     Used by one thread.  `dtype` is the word of ModelSpec.dtype.
     """
 
@@ -31,6 +36,8 @@ class PagedKv:
         num_pages: int,
         dtype: str,
         device: torch.device | str = "cpu",
+        spill_folder: Path | None = None,
+        disk: Disk | None = None,
     ) -> None:
         slots = num_pages * PAGE_TOKENS
         self.nbytes = kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_pages, dtype)
@@ -38,32 +45,100 @@ class PagedKv:
         self.slab = torch.empty(
             (num_layers, 2, slots, num_kv_heads, head_dim), dtype=_DTYPES[dtype], device=device
         )
+        self._planes = (self.slab,)
+        self._spilled: dict[int, SpilledCopy] = {}
+        self._spill_folder = Path(tempfile.gettempdir()) if spill_folder is None else spill_folder
+        self._disk = disk
 
     @property
     def capacity_tokens(self) -> int:
         """Tokens that a lone sequence could have."""
         return self.tables.pool.num_pages * PAGE_TOKENS
 
-    def has_room(self, max_tokens: int) -> bool:
-        """Whether `open` would find its pages now."""
-        return pages_for(max_tokens) <= self.tables.pool.free_pages
+    @property
+    def free_tokens(self) -> int:
+        """Tokens for which nobody owns a page yet."""
+        return self.tables.pool.free_pages * PAGE_TOKENS
 
-    def open(self, sequence_id: int, max_tokens: int) -> None:
-        """Reserve pages for a sequence of at most `max_tokens` tokens; BudgetError ZI-2501 when they lack."""
-        self.tables.open(sequence_id, max_tokens)
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether `open` would find its pages now."""
+        return pages_for(num_tokens) <= self.tables.pool.free_pages
+
+    def open(self, sequence_id: int, num_tokens: int) -> None:
+        """Give a new sequence pages for its first `num_tokens` tokens; BudgetError ZI-2501 when they lack."""
+        if sequence_id in self._spilled:
+            raise InternalError("ZI-2503", f"sequence {sequence_id} is open already, on disk")
+        self.tables.open(sequence_id, num_tokens)
+
+    def grow(self, sequence_id: int, num_tokens: int) -> bool:
+        """See that there are pages for `num_tokens` tokens in all; False, and nothing changed, when they lack."""
+        return self.tables.grow(sequence_id, num_tokens)
 
     def close(self, sequence_id: int) -> None:
-        """Forget a sequence and free its pages."""
+        """Forget a sequence: its pages are free, and its copy on disk is gone."""
+        copy = self._spilled.pop(sequence_id, None)
+        if copy is not None:
+            copy.close()
+        else:
+            self.tables.close(sequence_id)
+
+    def spill(self, sequence_id: int) -> int:
+        """Write a sequence's committed rows to disk and free its pages; returns the bytes written.
+
+        Raises MachineError ZI-5501 when the disk refuses; the sequence then still has its pages.
+        """
+        table = self.tables[sequence_id]
+        copy = SpilledCopy.write(self._planes, table.slots(0, table.length), self._spill_folder, self._disk)
         self.tables.close(sequence_id)
+        self._spilled[sequence_id] = copy
+        return copy.nbytes
+
+    def restore(self, sequence_id: int, num_tokens: int) -> bool:
+        """Take pages for `num_tokens` tokens and read a spilled sequence back into them.
+
+        False when its bytes are damaged or unreadable: it is then forgotten, and whoever wants it computes it again.
+        Raises BudgetError ZI-2501 when pages lack; nothing has changed then.
+        """
+        copy = self._spilled[sequence_id]
+        table = self.tables.open(sequence_id, max(num_tokens, copy.length))
+        is_whole = False
+        try:
+            is_whole = copy.read(self._planes, table.slots(0, copy.length))
+        finally:
+            del self._spilled[sequence_id]
+            copy.close()
+            if is_whole:
+                table.length = copy.length
+            else:
+                self.tables.close(sequence_id)
+        return is_whole
+
+    def spilled_tokens(self, sequence_id: int) -> int | None:
+        """Committed tokens of a sequence that is on disk; None when it is not there."""
+        copy = self._spilled.get(sequence_id)
+        return None if copy is None else copy.length
 
     def length(self, sequence_id: int) -> int:
-        """Committed tokens of a sequence."""
-        return self.tables[sequence_id].length
+        """Committed tokens of a sequence, wherever they are."""
+        copy = self._spilled.get(sequence_id)
+        return self.tables[sequence_id].length if copy is None else copy.length
+
+    def check(self) -> None:
+        """Every page is free or owned once, and no sequence is in two places.  Raises InternalError ZI-2504."""
+        self.tables.check()
+        both = [id_ for id_ in self._spilled if id_ in self.tables]
+        if both:
+            raise InternalError("ZI-2504", f"sequences {both} have pages and a copy on disk")
+
+    def end(self) -> None:
+        """Forget what is on disk; may be called again."""
+        while self._spilled:
+            self._spilled.popitem()[1].close()
 
     def view(self, sequence_ids: Sequence[int], bounds: Sequence[int]) -> PagedView:
         """The cache as one pass sees it: sequence s of the batch stages rows bounds[s]:bounds[s+1].
 
-        Raises BudgetError ZI-2506 when a sequence would outgrow the tokens it was opened for.
+        Raises BudgetError ZI-2506 when a sequence would outgrow its pages: `grow` comes first.
         """
         return PagedView(self.slab, [self.tables[id_] for id_ in sequence_ids], bounds)
 
@@ -76,12 +151,12 @@ class PagedView:
         self._tables = tables
         self._counts = [stop - start for start, stop in pairwise(bounds)]
         for table, count in zip(tables, self._counts, strict=True):
-            if table.length + count > table.max_tokens:
+            if table.length + count > table.room:
                 raise BudgetError(
                     "ZI-2506",
-                    f"a sequence opened for {table.max_tokens} tokens holds {table.length} and was given "
+                    f"a sequence with cache pages for {table.room} tokens holds {table.length} and was given "
                     f"{count} more",
-                    remedy=f"open it for at least {table.length + count} tokens (a larger max_tokens)",
+                    remedy="run fewer sequences at once (runtime.max_batch)",
                 )
         staged = [
             slots
@@ -89,6 +164,7 @@ class PagedView:
             for slots in table.slots(table.length, table.length + count)
         ]
         self._slots_T = _index(staged, slab.device)
+        self._places: dict[tuple[int, int, int], slice | Tensor] = {}  # the same in every layer
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer."""
@@ -130,13 +206,16 @@ class PagedView:
             table.length += len(indices)
 
     def _rows(self, layer: int, sequence: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        place = self._places.get((sequence, start, stop))
+        if place is None:
+            runs = self._tables[sequence].slots(start, stop)
+            is_one = len(runs) == 1
+            place = slice(runs[0].start, runs[0].stop) if is_one else _index(runs, self._slab.device)
+            self._places[sequence, start, stop] = place
         keys, values = self._slab[layer]
-        runs = self._tables[sequence].slots(start, stop)
-        if len(runs) == 1:
-            slots = slice(runs[0].start, runs[0].stop)
-            return keys[slots], values[slots]
-        index = _index(runs, self._slab.device)
-        return keys.index_select(0, index), values.index_select(0, index)
+        if isinstance(place, slice):
+            return keys[place], values[place]
+        return keys.index_select(0, place), values.index_select(0, place)
 
 
 def _index(runs: Sequence[range], device: torch.device) -> Tensor:

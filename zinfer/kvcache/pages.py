@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
 from zinfer.errors import BudgetError, InternalError
+from zinfer.spec.attention_cost import KV_BLOCK
 from zinfer.spec.records import DTYPE_BYTES
 
 PAGE_TOKENS = 16
+_ROOM_TO_GROW = (
+    KV_BLOCK // PAGE_TOKENS
+)  # pages left behind a sequence, while there are enough, for it to grow into
 
 
 def pages_for(tokens: int) -> int:
@@ -38,21 +43,20 @@ class Run:
 class PagePool:
     """Free pages as sorted runs that never touch each other.
 
-    `take` gives one run where one fits (the smallest that does), else the fewest runs; `give_back` joins
-    neighbours again.  Not thread-safe: the generation loop is its only user.
+    Sequences grow page by page, so `take` leaves some room behind whoever owns the pages before: a grown sequence is
+    then mostly one run.  `give_back` joins neighbours again.  Not thread-safe: the generation loop is its only user.
     """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.free_pages = num_pages
         self._free = [Run(0, num_pages)] if num_pages else []
 
-    @property
-    def free_pages(self) -> int:
-        """Pages nobody owns."""
-        return sum(run.count for run in self._free)
+    def take(self, count: int, *, after: int | None = None) -> tuple[Run, ...]:
+        """Hand out `count` pages: first those from page `after` on if they are free, then out of the largest runs.
 
-    def take(self, count: int) -> tuple[Run, ...]:
-        """Hand out `count` pages, or raise BudgetError ZI-2501 and change nothing."""
+        Raises BudgetError ZI-2501 when they lack, and nothing has changed.
+        """
         if count > self.free_pages:
             raise BudgetError(
                 "ZI-2501",
@@ -61,47 +65,70 @@ class PagePool:
                 remedy=f"run fewer sequences at once, ask for at most {self.free_pages * PAGE_TOKENS} tokens, "
                 "or allow more memory (--host-mem, --device-mem)",
             )
+        self.free_pages -= count
         taken: list[Run] = []
-        while count:
-            fitting = [run for run in self._free if run.count >= count]
-            run = min(fitting, key=lambda run: (run.count, run.start)) if fitting else self._largest()
-            piece = Run(run.start, min(run.count, count))
-            self._free.remove(run)
-            if piece.count < run.count:
-                insort(self._free, Run(piece.stop, run.count - piece.count))
-            taken.append(piece)
-            count -= piece.count
-        return tuple(sorted(taken))
+        if count and after is not None:
+            following = next((run for run in self._free if run.start == after), None)
+            if following is not None:
+                taken.append(self._cut(following, after, count))
+        while (left := count - sum(run.count for run in taken)) > 0:
+            largest = max(self._free, key=lambda run: (run.count, -run.start))
+            room = min(max(largest.count - left, 0) // 2, _ROOM_TO_GROW) if largest.start else 0
+            taken.append(self._cut(largest, largest.start + room, left))
+        return tuple(taken)
 
-    def give_back(self, runs: tuple[Run, ...]) -> None:
+    def give_back(self, runs: Iterable[Run]) -> None:
         """Return pages that `take` gave; a page that is already free is an InternalError ZI-2502."""
         joined: list[Run] = []
         for run in sorted([*self._free, *runs]):
             if joined and run.start < joined[-1].stop:
                 raise InternalError("ZI-2502", f"KV pages {run} were given back twice")
-            if joined and run.start == joined[-1].stop:
-                joined[-1] = Run(joined[-1].start, joined[-1].count + run.count)
-            else:
-                joined.append(run)
+            _append(joined, run)
         self._free = joined
+        self.free_pages = sum(run.count for run in joined)
 
-    def _largest(self) -> Run:
-        return max(self._free, key=lambda run: (run.count, -run.start))
+    def _cut(self, run: Run, start: int, most: int) -> Run:
+        """Take at most `most` pages from `start` on out of a free run."""
+        piece = Run(start, min(most, run.stop - start))
+        self._free.remove(run)
+        for rest in (Run(run.start, start - run.start), Run(piece.stop, run.stop - piece.stop)):
+            if rest.count:
+                insort(self._free, rest)
+        return piece
+
+
+def _append(runs: list[Run], run: Run) -> None:
+    """Put a run behind the others, joined to the last one where they are neighbours."""
+    if runs and runs[-1].stop == run.start:
+        runs[-1] = Run(runs[-1].start, runs[-1].count + run.count)
+    else:
+        runs.append(run)
 
 
 @dataclass(slots=True)
 class PageTable:
     """One sequence's pages: token t lies in the t // PAGE_TOKENS-th of them.  `length` tokens are committed."""
 
-    runs: tuple[Run, ...]
-    max_tokens: int
+    runs: list[Run]
     length: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        """Pages it owns."""
+        return sum(run.count for run in self.runs)
+
+    @property
+    def room(self) -> int:
+        """Tokens that its pages hold, committed ones included."""
+        return self.num_pages * PAGE_TOKENS
 
     def slots(self, start: int, stop: int) -> list[range]:
         """The slots of tokens start .. stop - 1, oldest first, as few ranges as the pages allow."""
         found: list[range] = []
         first_token = 0
         for run in self.runs:
+            if first_token >= stop:
+                break
             end_token = first_token + run.count * PAGE_TOKENS
             low, high = max(start, first_token), min(stop, end_token)
             if low < high:
@@ -121,22 +148,44 @@ class PageTables:
     def __getitem__(self, sequence_id: int) -> PageTable:
         return self._tables[sequence_id]
 
+    def __contains__(self, sequence_id: int) -> bool:
+        return sequence_id in self._tables
+
     def __len__(self) -> int:
         return len(self._tables)
 
-    def open(self, sequence_id: int, max_tokens: int) -> PageTable:
-        """Reserve every page that `max_tokens` tokens will need, so that a running sequence never runs out.
+    def open(self, sequence_id: int, num_tokens: int) -> PageTable:
+        """Give a new sequence the pages of its first `num_tokens` tokens; `grow` gets it more.
 
         Raises BudgetError ZI-2501 when the pages are not there, InternalError ZI-2503 when the id is open.
         """
         if sequence_id in self._tables:
             raise InternalError("ZI-2503", f"sequence {sequence_id} is open already")
-        table = PageTable(self.pool.take(pages_for(max_tokens)), max_tokens)
+        table = PageTable([])
+        for run in self.pool.take(pages_for(num_tokens)):
+            _append(table.runs, run)
         self._tables[sequence_id] = table
         return table
 
+    def grow(self, sequence_id: int, num_tokens: int) -> bool:
+        """See that the sequence has pages for `num_tokens` tokens in all; False, and nothing changed, if they lack.
+
+        Its last page's neighbours are preferred, so that its tokens stay one run while they can.
+        """
+        table = self._tables[sequence_id]
+        missing = pages_for(num_tokens) - table.num_pages
+        if missing > self.pool.free_pages:
+            return False
+        if missing > 0:
+            after = table.runs[-1].stop if table.runs else None
+            for run in self.pool.take(missing, after=after):
+                _append(table.runs, run)
+        return True
+
     def close(self, sequence_id: int) -> None:
-        """Give a sequence's pages back."""
+        """Give a sequence's pages back.  Raises InternalError ZI-2505 for one that is not open."""
+        if sequence_id not in self._tables:
+            raise InternalError("ZI-2505", f"sequence {sequence_id} is not open")
         self.pool.give_back(self._tables.pop(sequence_id).runs)
 
     def check(self) -> None:
@@ -144,9 +193,10 @@ class PageTables:
         owned = sorted(run for table in self._tables.values() for run in table.runs)
         held = sum(run.count for run in owned)
         overlap = any(left.stop > right.start for left, right in pairwise(owned))
-        if overlap or held + self.pool.free_pages != self.pool.num_pages:
+        too_long = [id_ for id_, table in self._tables.items() if table.length > table.room]
+        if overlap or too_long or held + self.pool.free_pages != self.pool.num_pages:
             raise InternalError(
                 "ZI-2504",
                 f"KV pages do not balance: {held} held, {self.pool.free_pages} free, {self.pool.num_pages} "
-                f"in all, overlap: {overlap}",
+                f"in all, overlap: {overlap}, sequences longer than their pages: {too_long}",
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from zinfer.kernels.products import prepare
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
+from zinfer.kvcache.spill import spill_folder
 from zinfer.memory.assemble import open_manager
 from zinfer.memory.manager import ChunkManager
 from zinfer.plan.make import Plan
@@ -30,6 +31,7 @@ class Engine:
     """A running engine.  Owns the chunk manager (threads, files, tiers) and the cache until close()."""
 
     manager: ChunkManager
+    kv: PagedKv
     loop: Loop
     stats: Stats
     recorder: Recorder
@@ -59,6 +61,7 @@ class Engine:
     def close(self) -> None:
         """Give everything back and write the trace; may be called again."""
         self._note()
+        self.kv.end()
         self.manager.close()
         if self.trace_file is not None and isinstance(self.recorder, TraceRecorder):
             self.recorder.save(self.trace_file)
@@ -79,6 +82,7 @@ def open_engine(
 ) -> Engine:
     """Allocate what the plan says and start the threads; the first pass loads.  Raises BudgetError, MachineError."""
     begin_s = time.perf_counter()
+    folder = spill_folder(model.resolved.settings.memory.disk, model.folder)
     torch.set_num_threads(model.resolved.threads)
     prepare(model.spec, "cuda" if plan.device.startswith("cuda") else "cpu", exact=plan.exact)
     manager = open_manager(
@@ -102,6 +106,7 @@ def open_engine(
         num_pages=plan.kv_tokens // PAGE_TOKENS,
         dtype=spec.dtype,
         device=manager.device,
+        spill_folder=folder,
     )
     executor = Executor(
         spec,
@@ -114,4 +119,4 @@ def open_engine(
         watch=watch,
     )
     loop = Loop(executor, kv, max_rows=plan.workload.prefill_rows, max_batch=plan.workload.batch)
-    return Engine(manager, loop, stats, recorder, begin_s, trace)
+    return Engine(manager, kv, loop, stats, recorder, begin_s, trace)
