@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from zinfer.config.load import load_settings
 from zinfer.config.schema import Settings
-from zinfer.errors import UsageError
+from zinfer.errors import UsageError, ZinferError
 from zinfer.plan.make import Plan
-from zinfer.runtime.engine import Engine, open_engine
 from zinfer.runtime.executor import Watch, unwatched
-from zinfer.runtime.loop import Event
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.request import CompletionOutput, Request, RequestOutput
+from zinfer.runtime.session import Job, Session
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
 from zinfer.sampling.params import SamplingParams
 from zinfer.tokenizer import Tokenizer
 
 Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
+PromptAndParams: TypeAlias = str | list[int] | tuple[str | list[int], SamplingParams]
 DEMO = Path(__file__).parent / "assets" / "demo"
 
 
@@ -66,16 +66,20 @@ class LLM:
                 **{f"runtime.{name}": value for name, value in runtime.items()},
             }
             settings = load_settings(config, flags=flags).settings
-        self._lock = threading.RLock()
-        self._engine: Engine | None = None
-        self._num_running = 0
-        self._trace = None if trace is None else Path(trace)
-        self._watch = watch
         self._ids = count()
         self.settings = settings
         self.model: Model = open_model(Path(settings.model) if settings.model else DEMO, settings)
-        self.plan: Plan = self.model.plan()
-        self.stats = Stats(self.plan.forecast)
+        self._session = Session(self.model, trace=None if trace is None else Path(trace), watch=watch)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the last generation followed, or the next small one would."""
+        return self._session.plan
+
+    @property
+    def stats(self) -> Stats:
+        """What the engine of that plan has done so far."""
+        return self._session.stats
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -92,12 +96,30 @@ class LLM:
         """Continue each prompt; results in input order.  `progress(done, total, what)` counts tokens."""
         params = params or SamplingParams()
         requests = self._requests(prompts, params)
-        texts = self._texts(requests)
+        jobs = self._jobs(requests)
         total = params.max_tokens * len(requests)
-        for done, _ in enumerate(self._events(requests, texts), 1):
+        for done, _ in enumerate(self._session.run(jobs), 1):
             if progress is not None:
                 progress(done, total, "generating")
-        return [_output(request, text) for request, text in zip(requests, texts, strict=True)]
+        return [_output(job.request.id, job) for job in jobs]
+
+    def generate_iter(
+        self,
+        prompts: Iterable[PromptAndParams],
+        params: SamplingParams | None = None,
+        *,
+        ordered: bool = False,
+    ) -> Iterator[RequestOutput]:
+        """Continue prompts of an iterable of any length; results as they finish, or in input order with `ordered`.
+
+        An item is a prompt or (prompt, SamplingParams).  Items are pulled as passes have room for them, so that the
+        iterable may be a file of millions of lines.  `request_id` counts items from 0.  A request that cannot be
+        carried out (no token, beyond the context, larger than the cache) does not end the others: its result has
+        `error` and no outputs.
+        """
+        jobs = (self._job(number, item, params or SamplingParams()) for number, item in enumerate(prompts))
+        outputs = (_output(job.number, job) for job in self._session.feed(jobs))
+        return _in_order(outputs) if ordered else outputs
 
     def stream(self, prompt: Prompts, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield text of one prompt as it becomes certain: never half a character, nothing of a stop string."""
@@ -107,7 +129,7 @@ class LLM:
             raise UsageError(
                 "ZI-1103", f"stream wants one prompt, {len(requests)} were given", remedy="generate"
             )
-        for event in self._events(requests, self._texts(requests)):
+        for event in self._session.run(self._jobs(requests)):
             if event.text:
                 yield event.text
 
@@ -134,22 +156,19 @@ class LLM:
     def logits(self, prompt: str | list[int]) -> Tensor:
         """Logits of every position of one prompt: CPU float32 [T, V]."""
         (request,) = self._requests(prompt, SamplingParams(max_tokens=1))
-        with self._lock:
-            return self._open([request]).logits(request)
+        pieces: list[Tensor] = []
+        request.on_logits = lambda _, logits_nV: pieces.append(logits_nV.cpu())
+        for _ in self._session.run(self._jobs([request])):
+            pass
+        return torch.cat(pieces)
 
     def fit(self, prompts: Prompts, params: SamplingParams | None = None) -> Plan:
         """Plan for these prompts (and read nothing yet); the plan that their generation will follow."""
-        requests = self._requests(prompts, params or SamplingParams())
-        with self._lock:
-            self._plan_for(requests)
-            return self.plan
+        return self._session.fit(self._requests(prompts, params or SamplingParams()))
 
     def close(self) -> None:
         """Give everything back: memory, files, threads.  The object can be used again; it then loads again."""
-        with self._lock:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+        self._session.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -160,57 +179,31 @@ class LLM:
         self.close()
 
     def _requests(self, prompts: Prompts, params: SamplingParams) -> list[Request]:
-        requests = []
-        for prompt in _as_list(prompts):
-            ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
-            self.model.check_prompt(ids, params.max_tokens)
-            number = next(self._ids)
-            text = prompt if isinstance(prompt, str) else None
-            requests.append(Request(number, ids, params, _seed(params), text))
-        return requests
+        return [self._request(prompt, params) for prompt in _as_list(prompts)]
 
-    def _texts(self, requests: Sequence[Request]) -> list[TextState]:
-        return [TextState(self.model.tokenizer, request, self.model.spec.eos_ids) for request in requests]
+    def _request(self, prompt: str | list[int], params: SamplingParams) -> Request:
+        ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.model.check_prompt(ids, params.max_tokens)
+        text = prompt if isinstance(prompt, str) else None
+        return Request(next(self._ids), ids, params, _seed(params), text)
 
-    def _events(self, requests: Sequence[Request], texts: Sequence[TextState]) -> Iterator[Event]:
-        """Passes as they end.  The lock is held within a pass only, so that a stream left half-read blocks nobody."""
-        with self._lock:
-            events = self._open(requests).generate(requests, texts)
-            self._num_running += 1
+    def _jobs(self, requests: Sequence[Request]) -> list[Job]:
+        return [Job(number, request, self._text(request)) for number, request in enumerate(requests)]
+
+    def _text(self, request: Request) -> TextState:
+        return TextState(self.model.tokenizer, request, self.model.spec.eos_ids)
+
+    def _job(self, number: int, item: PromptAndParams, params: SamplingParams) -> Job:
+        """One item of an iterable as a job; what is wrong with it becomes its error."""
+        prompt, own = item if isinstance(item, tuple) else (item, params)
+        error: ZinferError | None = None
         try:
-            while True:
-                with self._lock:
-                    event = next(events, None)
-                if event is None:
-                    return
-                yield event
-        finally:
-            with self._lock:
-                self._num_running -= 1
-                events.close()
-
-    def _plan_for(self, requests: Sequence[Request]) -> None:
-        workload = self.model.workload(
-            [(len(request.prompt_ids), request.params.max_tokens) for request in requests]
-        )
-        if self._engine is None or not self.plan.covers(workload):
-            if self._num_running:
-                raise UsageError(
-                    "ZI-1108",
-                    "a request needs a larger plan while another generation is running",
-                    remedy="let it end first, or set runtime.context and runtime.max_batch for both",
-                )
-            self.close()
-            self.plan = self.model.plan(workload)
-            self.stats = Stats(self.plan.forecast)
-
-    def _open(self, requests: Sequence[Request]) -> Engine:
-        self._plan_for(requests)
-        if self._engine is None:
-            self._engine = open_engine(
-                self.model, self.plan, self.stats, trace=self._trace, watch=self._watch
-            )
-        return self._engine
+            (checked,) = _as_list(prompt)
+            request = self._request(checked, own)
+        except ZinferError as found:
+            error = found
+            request = Request(next(self._ids), [], own, 0, prompt if isinstance(prompt, str) else None)
+        return Job(number, request, self._text(request), error)
 
     def _need_tokenizer(self) -> Tokenizer:
         return self.model.need_tokenizer()
@@ -237,13 +230,26 @@ def _seed(params: SamplingParams) -> int:
     return secrets.randbits(63) if params.seed is None else params.seed
 
 
-def _output(request: Request, text: TextState) -> RequestOutput:
+def _output(number: int, job: Job) -> RequestOutput:
+    request = job.request
     completion = CompletionOutput(
         index=0,
-        text=text.text,
+        text=job.text.text,
         token_ids=request.output_ids,
         logprobs=request.logprobs or None,
         finish_reason=request.finish_reason or "length",
         stop_reason=request.stop_reason,
     )
-    return RequestOutput(request.id, request.prompt, request.prompt_ids, [completion])
+    outputs = [] if job.error is not None else [completion]
+    return RequestOutput(number, request.prompt, request.prompt_ids, outputs, job.error)
+
+
+def _in_order(outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
+    """Hold back what has finished before its predecessors."""
+    held: dict[int, RequestOutput] = {}
+    number = 0
+    for output in outputs:
+        held[output.request_id] = output
+        while number in held:
+            yield held.pop(number)
+            number += 1

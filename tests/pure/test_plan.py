@@ -384,7 +384,10 @@ def test_the_first_token_waits_for_all_bytes_and_every_prefill_pass():
     assert one.forecast.first_token_s >= load_s
     four = plan_of(spec, workload, device="cpu", memory__host="150MiB", runtime__max_rows=16)
     assert four.forecast.first_token_s >= load_s + 3 * four.forecast.prefill_s
-    assert four.forecast.job_s == pytest.approx(four.forecast.first_token_s + 7 * four.forecast.pass_s)
+    assert four.forecast.job_s == pytest.approx(
+        four.forecast.first_token_s + 7 * four.forecast.pass_s,
+        rel=0.02,  # the queue's passes are not simulated singly
+    )
 
 
 def test_units_of_the_search_and_of_the_table_are_the_same():

@@ -28,6 +28,9 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.max_batch=1",
     "runtime.context=auto",
     "runtime.threads=auto",
+    "runtime.objective=throughput",
+    "runtime.kv_tokens=auto",
+    "runtime.preempt=auto",
     "machine=sim-default",
 )
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -74,6 +77,11 @@ class Runtime(_Group):
     max_batch: Annotated[int, Field(ge=1)] | Auto = "auto"  # sequences at once
     context: Annotated[int, Field(ge=1)] | Auto = "auto"  # tokens a sequence may reach, prompt included
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
+    objective: Literal["throughput", "latency"] = (
+        "throughput"  # the job's end, or each request's, as early as can be
+    )
+    kv_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"  # what the cache holds, all sequences together
+    preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 
 
 class Settings(_Group):

@@ -8,7 +8,7 @@ from math import ceil
 from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Compute
 from zinfer.spec.cost import attention_flops
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
@@ -40,30 +40,46 @@ class ChunkSeconds:
 def chunk_seconds(
     spec: ModelSpec, table: ChunkTable, compute: Compute, load: PassLoad, *, exact: bool
 ) -> list[ChunkSeconds]:
-    """Seconds of every chunk of the table, in its order; a row table costs nothing.
+    """Seconds of every chunk of the table, in its order; a row table costs nothing."""
+    costs = OpCosts(spec, compute, load, exact=exact)
+    seconds = []
+    for chunk in table.chunks:
+        work = sum(costs.work(spec.program[index]) for index in chunk.ops)
+        overhead = len(chunk.ops) * costs.overhead_s + (compute.chunk_overhead_s if chunk.ops else 0.0)
+        seconds.append(ChunkSeconds(work, overhead))
+    return seconds
+
+
+class OpCosts:
+    """Seconds of single ops in one pass.
 
     seconds(op) = weight bytes * seconds_per_byte(dtype, rows) + attention FLOPs / rate + overhead, the product's
     rate being a measured point at that many rows, so that it covers both regimes: bytes at few rows, FLOPs at many.
     The head multiplies one row per sequence.
     """
-    cost = compute.step_cost(exact=exact)
-    per_byte = seconds_per_byte(compute, spec.dtype, load.rows, exact=exact)
-    head_rows = min(load.sequences, load.rows)
-    per_head_byte = seconds_per_byte(compute, spec.dtype, head_rows, exact=exact)
-    is_prefill = load.rows >= _PREFILL_ROWS * load.sequences
-    attention_rate = cost.prefill_attention_flops_per_s if is_prefill else cost.attention_flops_per_s
-    seconds = []
-    for chunk in table.chunks:
-        work = 0.0
-        for index in chunk.ops:
-            op = spec.program[index]
-            nbytes = op.weight_numel * DTYPE_BYTES[spec.dtype]
-            work += nbytes * (per_head_byte if op.kind == "head" else per_byte)
-            if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
-                work += attention_flops(spec, load.rows, visible_keys(spec, op.layer, load)) / attention_rate
-        overhead = len(chunk.ops) * cost.op_overhead_s + (compute.chunk_overhead_s if chunk.ops else 0.0)
-        seconds.append(ChunkSeconds(work, overhead))
-    return seconds
+
+    def __init__(self, spec: ModelSpec, compute: Compute, load: PassLoad, *, exact: bool) -> None:
+        self._spec = spec
+        self._load = load
+        cost = compute.step_cost(exact=exact)
+        self.overhead_s = cost.op_overhead_s
+        self._per_byte = seconds_per_byte(compute, spec.dtype, load.rows, exact=exact)
+        head_rows = min(load.sequences, load.rows)
+        self._per_head_byte = seconds_per_byte(compute, spec.dtype, head_rows, exact=exact)
+        is_prefill = load.rows >= _PREFILL_ROWS * load.sequences
+        self._attention_rate = (
+            cost.prefill_attention_flops_per_s if is_prefill else cost.attention_flops_per_s
+        )
+
+    def work(self, op: Op) -> float:
+        """Product, and attention behind the op that completes keys and values."""
+        spec = self._spec
+        nbytes = op.weight_numel * DTYPE_BYTES[spec.dtype]
+        work = nbytes * (self._per_head_byte if op.kind == "head" else self._per_byte)
+        if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
+            keys = visible_keys(spec, op.layer, self._load)
+            work += attention_flops(spec, self._load.rows, keys) / self._attention_rate
+        return work
 
 
 def visible_keys(spec: ModelSpec, layer: int, load: PassLoad) -> int:

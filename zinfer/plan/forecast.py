@@ -23,27 +23,26 @@ def forecast(
     workload: Workload,
     steady: PassRun,
     *,
+    queue_s: float,
+    token_rows: int,
     exact: bool,
 ) -> Forecast:
-    """Simulate the first pass, which loads and prefills, and a later prefill; `steady` is a decode pass, simulated.
+    """Simulate the first pass, which loads and prefills, and a later prefill.
 
-    Uses the machine's rates only, no timing of a run.
+    `steady` is a decode pass, simulated; `queue_s` what all requests take once everything is loaded, in passes of
+    about `token_rows` rows.  Uses the machine's rates only, no timing of a run.
     """
-    prompt_rows = workload.batch * workload.prompt_len
-    rows = min(prompt_rows, workload.prefill_rows)
-    prefill_passes = ceil(prompt_rows / rows)
+    rows = min(workload.batch * workload.prompt_len, token_rows)
     prefill = PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len)
     first, later = simulate_load(spec, table, placement, schedule, machine, prefill, exact=exact)
     decode = pass_costs(spec, table, placement, machine, decode_load(workload), exact=exact)
-    first_token_s = first.seconds + (prefill_passes - 1) * later.seconds
-    waves = ceil((workload.num_requests or workload.batch) / workload.batch)
-    decode_s = (workload.gen_len - 1) * steady.seconds
     return Forecast(
-        first_token_s=first_token_s,
+        first_token_s=first.seconds + (ceil(workload.prompt_len / rows) - 1) * later.seconds,
         pass_s=steady.seconds,
         prefill_s=later.seconds,
         tokens_per_s=workload.batch / steady.seconds,
-        job_s=first_token_s + waves * decode_s + (waves - 1) * prefill_passes * later.seconds,
+        job_s=max(first.seconds - later.seconds, 0.0) + queue_s,
+        token_rows=token_rows,
         binding=_binding(steady, decode),
         bytes_per_pass=steady.bytes,
         busy_s=steady.busy_s,
@@ -81,7 +80,7 @@ def pass_costs(
     exact: bool,
 ) -> list[ChunkSeconds]:
     """Compute seconds of every chunk on the engine of the compute tier; the last one also samples."""
-    engine = _engine(machine, placement)
+    engine = engine_of(machine, placement.compute_tier)
     costs = chunk_seconds(spec, table, engine, load, exact=exact)
     last = table.streamable[-1].id
     sampling_s = engine.token_overhead_s * load.sequences
@@ -100,8 +99,9 @@ def row_seconds(table: ChunkTable, placement: Placement, machine: Machine, rows:
     return ceil(num_reads / _ROW_READS_IN_FLIGHT) * machine.disk_row_latency_s
 
 
-def _engine(machine: Machine, placement: Placement) -> Compute:
-    if placement.compute_tier is Tier.HOST:
+def engine_of(machine: Machine, compute_tier: Tier) -> Compute:
+    """The rates of what multiplies in that tier."""
+    if compute_tier is Tier.HOST:
         return machine.host
     assert machine.device is not None, "a machine without a device was given device chunks"
     return machine.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -14,17 +15,20 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.config.resolve import Resolved
 from zinfer.errors import BudgetError, UsageError
-from zinfer.plan.choose import Choice, choose
-from zinfer.plan.forecast import forecast
+from zinfer.plan.choose import choose
+from zinfer.plan.curve import Curve, compute_curve
+from zinfer.plan.forecast import engine_of, forecast
+from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost, link_seconds
 from zinfer.plan.place import Reserve, tier_uses
-from zinfer.plan.profile import KV_PAGE_TOKENS, reserve_for
+from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, reserve_for
 from zinfer.plan.records import Budget, Forecast, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.settle import asked_workload, shrunk_workload
-from zinfer.spec.records import ModelSpec
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 from zinfer.units import round_up
 
 _FORMAT = 1
+_SPARE_ROWS = 2  # rows of a pass are planned for twice T*: the first passes may show that it lies higher
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Plan:
     limit: int
     placement: Placement
     forecast: Forecast
+    curve: Curve
     table: ChunkTable = field(repr=False)
     schedule: Schedule = field(repr=False)
     reasons: dict[str, str] = field(default_factory=dict)
@@ -58,13 +63,21 @@ class Plan:
     @property
     def kv_tokens(self) -> int:
         """Tokens that the planned KV cache holds, all sequences together."""
-        length = self.workload.prompt_len + self.workload.gen_len
-        return self.workload.batch * round_up(length, KV_PAGE_TOKENS)
+        return cache_tokens(self.workload)
+
+    @property
+    def stream_s(self) -> float:
+        """The busiest link's seconds in a steady pass."""
+        return link_seconds(self.forecast.busy_s)
 
     def covers(self, workload: Workload) -> bool:
-        """Whether this plan's cache also serves `workload`, so that no new plan is needed."""
-        length = round_up(workload.prompt_len + workload.gen_len, KV_PAGE_TOKENS)
-        return workload.batch <= self.workload.batch and length * workload.batch <= self.kv_tokens
+        """Whether this plan also serves `workload`, so that no new plan is needed: no more and no longer requests."""
+        mine, theirs = self.workload, workload
+        if mine.num_requests and (theirs.num_requests or theirs.batch) > mine.num_requests:
+            return False
+        alike = replace(theirs, batch=min(theirs.batch, mine.batch))
+        longest = round_up(mine.context, KV_PAGE_TOKENS)
+        return theirs.context <= longest and cache_tokens(alike) <= self.kv_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON form."""
@@ -83,12 +96,13 @@ class Plan:
             "device": self.device,
             "exact": self.exact,
             "budget": asdict(self.budget),
-            "workload": asdict(self.workload),
+            "workload": asdict(self.workload) | {"lengths": list(self.workload.lengths)},
             "reserve": asdict(self.reserve),
             "chunk_limit": self.limit,
             "placement": placement,
             "tiers": [asdict(use) | {"total": use.total} for use in self.uses],
             "forecast": asdict(self.forecast),
+            "curve": self.curve.to_dict(),
             "reasons": self.reasons,
             "machine": self.machine.model_dump(mode="json"),
         }
@@ -122,11 +136,12 @@ class Plan:
                 exact=tree["exact"],
                 machine=Machine.model_validate(tree["machine"]),
                 budget=Budget(**tree["budget"]),
-                workload=Workload(**tree["workload"]),
+                workload=Workload(**tree["workload"] | {"lengths": tuple(tree["workload"]["lengths"])}),
                 reserve=Reserve(**tree["reserve"]),
                 limit=tree["chunk_limit"],
                 placement=placement,
                 forecast=Forecast(**tree["forecast"]),
+                curve=Curve.from_dict(tree["curve"]),
                 table=table,
                 schedule=Schedule((), ()),
                 reasons=tree["reasons"],
@@ -150,64 +165,156 @@ def make_plan(
     resolved: Resolved,
     machine: Machine,
     workload: Workload | None = None,
+    *,
+    batches: Sequence[int] = (),
 ) -> Plan:
     """Settle batch, rows per pass, chunk size, placement and lookahead, and predict the run.
 
-    What the settings leave to "auto" shrinks until the plan fits: first the rows of a pass, then the batch.
+    `batches` are batch sizes to choose from by the objective; none: the workload's own.  What the settings leave to
+    "auto" shrinks until the plan fits: first the rows of a pass, then the batch.
     Raises BudgetError ZI-2001 with the smallest change that works, UsageError ZI-1012 for a context beyond the
     model's.
     """
-    tier = Tier.HOST if resolved.device == "cpu" else Tier.DEVICE
-    budget = Budget(host=resolved.host_bytes, device=resolved.device_bytes)
-    lookahead = resolved.settings.runtime.lookahead
-    exact = resolved.settings.exact
+    maker = _Maker(spec, source, resolved, machine)
+    workload = workload or Workload()
+    if batches:
+        candidate, reasons = maker.cheapest(workload, batches)
+    else:
+        candidate, reasons = maker.fitting(workload)
+    return maker.plan(candidate, reasons)
 
-    def chosen(settled: Workload) -> Choice:
-        return choose(
-            spec,
-            source,
-            budget,
-            machine,
-            settled,
-            compute_tier=tier,
-            reserve=reserve_for(spec, settled, exact=exact),
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """What stays the same while batch sizes are tried."""
+
+    spec: ModelSpec
+    source: Source
+    resolved: Resolved
+    machine: Machine
+
+    @property
+    def tier(self) -> Tier:
+        return Tier.HOST if self.resolved.device == "cpu" else Tier.DEVICE
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(host=self.resolved.host_bytes, device=self.resolved.device_bytes)
+
+    def cheapest(self, workload: Workload, batches: Sequence[int]) -> tuple[Candidate, dict[str, str]]:
+        """The batch size that the objective likes best."""
+        objective = self.resolved.settings.runtime.objective
+        reasons: dict[int, dict[str, str]] = {}
+
+        def sized(batch: int) -> Workload:
+            return replace(workload, batch=batch)
+
+        def planned(batch: int) -> Candidate:
+            settled, reasons[batch] = self._asked(sized(batch))
+            return self._judged(settled)
+
+        def bound(batch: int) -> float:
+            settled, _ = self._asked(sized(batch))
+            weight_bytes = sum(op.weight_numel for op in self.spec.program) * DTYPE_BYTES[self.spec.dtype]
+            return least_cost(
+                settled,
+                self._reserve(settled),
+                self._curve(settled),
+                self.budget,
+                self.machine,
+                weight_bytes,
+                self.tier,
+                objective,
+            )
+
+        search = Cheapest(planned, lambda candidate: cost_of(candidate, objective), bound)
+        try:
+            best = search.find(batches)
+        except BudgetError:
+            return self.fitting(replace(workload, batch=max(batches)))
+        chosen = (
+            f"auto: {best.workload.batch} sequences at once, best for {objective} of {len(batches)} sizes"
+        )
+        return best, reasons[best.workload.batch] | {"runtime.max_batch": chosen}
+
+    def fitting(self, workload: Workload) -> tuple[Candidate, dict[str, str]]:
+        """The workload as it was asked for, or the largest part of it that fits."""
+        workload = replace(workload, num_requests=workload.num_requests or workload.batch)
+        settled, reasons = self._asked(workload)
+        try:
+            return self._judged(settled), reasons
+        except BudgetError:
+            least = assemble(self.source, 1)
+            settled, cuts = shrunk_workload(self.spec, self.resolved, settled, least, self.budget, self.tier)
+            return self._judged(settled), reasons | cuts
+
+    def plan(self, candidate: Candidate, reasons: dict[str, str]) -> Plan:
+        """Predict the run of what was chosen."""
+        choice, exact = candidate.choice, self.resolved.settings.exact
+        if self.resolved.settings.runtime.lookahead == "auto":
+            reasons["runtime.lookahead"] = (
+                f"auto: {choice.placement.lookahead}, the fastest on the virtual clock"
+            )
+        return Plan(
+            architecture=self.spec.architecture,
+            num_parameters=self.spec.num_parameters,
+            device=self.resolved.device,
             exact=exact,
-            lookahead=None if lookahead == "auto" else lookahead,
+            machine=self.machine,
+            budget=self.budget,
+            workload=candidate.workload,
+            reserve=candidate.reserve,
+            limit=choice.limit,
+            placement=choice.placement,
+            forecast=forecast(
+                self.spec,
+                choice.table,
+                choice.placement,
+                choice.schedule,
+                self.machine,
+                candidate.workload,
+                choice.steady,
+                queue_s=candidate.run.seconds,
+                token_rows=candidate.token_rows,
+                exact=exact,
+            ),
+            curve=candidate.curve,
+            table=choice.table,
+            schedule=choice.schedule,
+            reasons=self.resolved.reasons | reasons,
         )
 
-    compute_bytes = budget.host if tier is Tier.HOST else budget.device
-    settled, reasons = asked_workload(spec, resolved, workload or Workload(), compute_bytes)
-    try:
-        choice = chosen(settled)
-    except BudgetError:
-        least = assemble(source, 1)
-        settled, cuts = shrunk_workload(spec, resolved, settled, least, budget, tier)
-        reasons |= cuts
-        choice = chosen(settled)
-    if lookahead == "auto":
-        reasons["runtime.lookahead"] = f"auto: {choice.placement.lookahead}, the fastest on the virtual clock"
-    return Plan(
-        architecture=spec.architecture,
-        num_parameters=spec.num_parameters,
-        device=resolved.device,
-        exact=exact,
-        machine=machine,
-        budget=budget,
-        workload=settled,
-        reserve=reserve_for(spec, settled, exact=exact),
-        limit=choice.limit,
-        placement=choice.placement,
-        forecast=forecast(
-            spec,
-            choice.table,
-            choice.placement,
-            choice.schedule,
-            machine,
+    def _asked(self, workload: Workload) -> tuple[Workload, dict[str, str]]:
+        compute_bytes = self.budget.host if self.tier is Tier.HOST else self.budget.device
+        return asked_workload(self.spec, self.resolved, workload, compute_bytes)
+
+    def _reserve(self, settled: Workload) -> Reserve:
+        return reserve_for(self.spec, settled, exact=self.resolved.settings.exact)
+
+    def _curve(self, settled: Workload) -> Curve:
+        engine = engine_of(self.machine, self.tier)
+        return compute_curve(self.spec, engine, settled, exact=self.resolved.settings.exact)
+
+    def _judged(self, settled: Workload) -> Candidate:
+        """Plan the workload; where far fewer rows are free than were asked for, the weights get their memory."""
+        candidate = self._placed(settled)
+        rows = max(_SPARE_ROWS * candidate.token_rows, settled.batch)
+        if self.resolved.settings.runtime.max_rows == "auto" and rows < settled.prefill_rows:
+            candidate = self._placed(replace(settled, prefill_rows=rows))
+        return candidate
+
+    def _placed(self, settled: Workload) -> Candidate:
+        lookahead = self.resolved.settings.runtime.lookahead
+        reserve = self._reserve(settled)
+        choice = choose(
+            self.spec,
+            self.source,
+            self.budget,
+            self.machine,
             settled,
-            choice.steady,
-            exact=exact,
-        ),
-        table=choice.table,
-        schedule=choice.schedule,
-        reasons=resolved.reasons | reasons,
-    )
+            compute_tier=self.tier,
+            reserve=reserve,
+            exact=self.resolved.settings.exact,
+            lookahead=None if lookahead == "auto" else lookahead,
+        )
+        return judge(settled, reserve, choice, self._curve(settled))

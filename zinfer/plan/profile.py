@@ -49,21 +49,27 @@ def matrix_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
     return [(m.shape[0], m.shape[1]) for m in matrices[: len(layer) + 1]]
 
 
+def cache_tokens(workload: Workload) -> int:
+    """Tokens that the cache holds, in whole pages: what was asked for, or the longest `batch` requests at their end."""
+    longest = round_up(workload.context, KV_PAGE_TOKENS)
+    if workload.cache_tokens is not None:
+        return max(round_up(workload.cache_tokens, KV_PAGE_TOKENS), longest)
+    known = [round_up(length, KV_PAGE_TOKENS) for length in workload.lengths[: workload.batch]]
+    return sum(known) + (workload.batch - len(known)) * (known[-1] if known else longest)
+
+
 def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
-    """The cache for every sequence at its end, in whole pages."""
-    tokens = round_up(workload.prompt_len + workload.gen_len, KV_PAGE_TOKENS)
-    return workload.batch * tokens * spec.kv_bytes_per_token
+    """The cache of a workload."""
+    return cache_tokens(workload) * spec.kv_bytes_per_token
 
 
-def reserve_for(
-    spec: ModelSpec, workload: Workload, *, exact: bool, logit_rows: int | None = None
-) -> Reserve:
+def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     """What the compute tier needs beside weights for passes of at most `workload.prefill_rows` rows.
 
-    `logit_rows` of them want logits: by default one per sequence.
+    Logits are wanted for one row per sequence, or for `workload.logit_rows`.
     """
-    context = workload.prompt_len + workload.gen_len
+    logit_rows = max(workload.logit_rows or 0, workload.batch)
     activations = activation_peak_bytes(
-        spec, workload.prefill_rows, logit_rows or workload.batch, context, exact=exact
+        spec, workload.prefill_rows, logit_rows, workload.context, exact=exact
     )
     return Reserve(kv=kv_bytes(spec, workload), activations=activations + ROW_STAGING_BYTES)

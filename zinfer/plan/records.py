@@ -79,9 +79,12 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the plan is for: `batch` sequences at once, `prompt_len` tokens each, `gen_len` to generate.
+    """What the plan is for: `batch` sequences at once, `prompt_len` tokens and `gen_len` to generate on average.
 
-    `prefill_rows` is the largest number of token rows one pass carries, `kv_tokens` what the KV cache must hold.
+    `max_len` is the most tokens that one sequence may reach (None: prompt_len + gen_len), `lengths` the totals of
+    single requests where they are known, largest first; `num_requests` how many there are in all (None: a queue
+    without end).  A pass carries at most `prefill_rows` rows, `logit_rows` of them with logits (None: one per
+    sequence).  `cache_tokens` is what the KV cache holds, all sequences together (None: each at its end).
     """
 
     batch: int = 1
@@ -89,11 +92,15 @@ class Workload:
     gen_len: int = 128
     prefill_rows: int = 2048
     num_requests: int | None = None
+    max_len: int | None = None
+    lengths: tuple[int, ...] = ()
+    logit_rows: int | None = None
+    cache_tokens: int | None = None
 
     @property
-    def kv_tokens(self) -> int:
-        """Tokens the KV cache holds when every sequence is at its end."""
-        return self.batch * (self.prompt_len + self.gen_len)
+    def context(self) -> int:
+        """The most tokens of one sequence."""
+        return self.max_len or self.prompt_len + self.gen_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +133,12 @@ class TierUse:
 class Forecast:
     """Predicted before any weight is read.  Seconds, bytes per pass per link, and what binds."""
 
-    first_token_s: float  # from the start of LLM() to the first token: load, prefill, sample
+    first_token_s: float  # from the start of LLM() to the first token: load, prefill of one prompt, sample
     pass_s: float  # a steady decode pass
     prefill_s: float  # a prefill pass when the resident set is loaded
     tokens_per_s: float  # all sequences together, steady decode
-    job_s: float
+    job_s: float  # every request to its end, the load included
+    token_rows: int  # T*: rows of a pass at which computation begins to bind
     binding: str  # "disk" | "h2d" | "compute" | "overhead"
     bytes_per_pass: dict[str, int]  # link name -> bytes ("disk", "h2d")
     busy_s: dict[str, float]  # engine or link -> busy seconds in a steady pass

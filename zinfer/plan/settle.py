@@ -28,7 +28,7 @@ def asked_workload(
     """
     runtime = resolved.settings.runtime
     reasons = {}
-    length = workload.prompt_len + workload.gen_len
+    length = workload.context
     if runtime.context == "auto":
         length = min(length, spec.max_context)
         reasons["runtime.context"] = f"auto: {length} tokens per sequence are asked for"
@@ -45,11 +45,13 @@ def asked_workload(
     rows = min(batch * prompt_len, _MAX_ROWS) if runtime.max_rows == "auto" else runtime.max_rows
     settled = replace(
         workload,
-        num_requests=workload.num_requests or workload.batch,
         batch=batch,
         prompt_len=prompt_len,
-        gen_len=length - prompt_len,
+        gen_len=max(min(workload.gen_len, length - prompt_len), 1),
+        max_len=length,
+        lengths=tuple(min(one, length) for one in workload.lengths),
         prefill_rows=max(rows, batch),
+        cache_tokens=workload.cache_tokens if runtime.kv_tokens == "auto" else runtime.kv_tokens,
     )
     if runtime.max_rows == "auto":
         share = compute_bytes * _ACTIVATIONS_SHARE
@@ -95,7 +97,7 @@ def shrunk_workload(
 
 
 def _num_passes(workload: Workload, num_sequences: int) -> int:
-    waves = ceil(num_sequences / workload.batch)
+    waves = ceil((workload.num_requests or num_sequences) / workload.batch)
     return waves * (ceil(workload.batch * workload.prompt_len / workload.prefill_rows) + workload.gen_len)
 
 
@@ -119,7 +121,7 @@ def _remedy(
         if tier is Tier.DEVICE
         else need.host - resolved.host_limit_bytes
     )
-    length = workload.prompt_len + workload.gen_len
+    length = workload.context
     excess = -(-missing // (workload.batch * spec.kv_bytes_per_token))
     context = (length - excess) // KV_PAGE_TOKENS * KV_PAGE_TOKENS
     if context > 0:

@@ -1,4 +1,4 @@
-"""Compose the rows of a pass.  In: requests and how many tokens each feeds.  Out: a Packed batch, no padding."""
+"""Compose the rows of a pass.  In: requests and the tokens each feeds.  Out: Packed batches, no padding."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from itertools import accumulate
 import torch
 
 from zinfer.layers.packed import Packed
-from zinfer.runtime.request import Request
+from zinfer.runtime.scheduler import Piece
 
 
-def pack_rows(pieces: Sequence[tuple[Request, Sequence[int]]], *, all_logits: bool = False) -> Packed:
+def pack_rows(pieces: Sequence[Piece]) -> Packed:
     """Pack each request's next ids back to back.
 
-    Logits are wanted for the last row of every request that has nothing more to feed, or, with `all_logits`,
-    for every row.
+    Logits are wanted for the last row of every request that has nothing more to feed, or for the rows that a
+    scored request asks for.
     """
     bounds = tuple(accumulate((len(ids) for _, ids in pieces), initial=0))
-    if all_logits:
-        logit_rows = list(range(bounds[-1]))
-    else:
-        ends = zip(pieces, bounds[1:], strict=True)
-        logit_rows = [end - 1 for (request, ids), end in ends if request.is_sampling_after(len(ids))]
+    counts = [request.num_logit_rows(len(ids)) for request, ids in pieces]
+    logit_rows = [
+        row for end, count in zip(bounds[1:], counts, strict=True) for row in range(end - count, end)
+    ]
     past = tuple(request.num_committed for request, _ in pieces)
     positions = [start + i for start, (_, ids) in zip(past, pieces, strict=True) for i in range(len(ids))]
     return Packed(
@@ -33,3 +32,20 @@ def pack_rows(pieces: Sequence[tuple[Request, Sequence[int]]], *, all_logits: bo
         logit_rows=torch.tensor(logit_rows, dtype=torch.long),
         lengths=tuple(request.num_tokens for request, _ in pieces),
     )
+
+
+def split_rows(pieces: Sequence[Piece], micro_rows: int) -> list[list[Piece]]:
+    """Share a pass out among micro-batches of at most `micro_rows` rows: largest piece first, where it first fits.
+
+    A piece is never cut, so none may be larger than a micro-batch.
+    """
+    micros: list[list[Piece]] = []
+    free: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
+        at = next((i for i, rows in enumerate(free) if rows >= len(piece.ids)), len(free))
+        if at == len(free):
+            micros.append([])
+            free.append(micro_rows)
+        micros[at].append(piece)
+        free[at] -= len(piece.ids)
+    return micros

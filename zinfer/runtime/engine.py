@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from zinfer.kernels.products import prepare
 from zinfer.kvcache.cache import PagedKv
@@ -17,10 +17,12 @@ from zinfer.kvcache.spill import spill_folder
 from zinfer.memory.assemble import open_manager
 from zinfer.memory.manager import ChunkManager
 from zinfer.plan.make import Plan
+from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.executor import Executor, Watch, unwatched
 from zinfer.runtime.loop import Event, Loop
 from zinfer.runtime.model import Model
 from zinfer.runtime.request import Request
+from zinfer.runtime.scheduler import Scheduler
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
 from zinfer.runtime.trace import Recorder, Span, TraceRecorder
@@ -28,7 +30,10 @@ from zinfer.runtime.trace import Recorder, Span, TraceRecorder
 
 @dataclass
 class Engine:
-    """A running engine.  Owns the chunk manager (threads, files, tiers) and the cache until close()."""
+    """A running engine.  Owns the chunk manager (threads, files, tiers) and the cache until close().
+
+    Several callers may have requests in it: whoever needs an event drives the next pass for all of them.
+    """
 
     manager: ChunkManager
     kv: PagedKv
@@ -37,26 +42,42 @@ class Engine:
     recorder: Recorder
     begin_s: float
     trace_file: Path | None = None
+    inbox: dict[int, deque[Event]] = field(default_factory=dict)  # by request, until its caller collects
 
-    def generate(
-        self, requests: Sequence[Request], texts: Sequence[TextState]
-    ) -> Generator[Event, None, None]:
-        """Events of the one loop, counted."""
+    def submit(self, request: Request, text: TextState) -> None:
+        """Queue a request.  Raises BudgetError ZI-2201 when the cache cannot hold it even alone."""
+        self.loop.submit(request, text)
+        self.inbox[request.id] = deque()
+
+    def drop(self, request: Request) -> None:
+        """Forget a request and what it was given; one that is unknown or has ended is no matter."""
+        self.loop.drop(request)
+        self.inbox.pop(request.id, None)
+
+    def next_events(self, requests: Sequence[Request]) -> list[Event]:
+        """What these requests were given since the last call, after a pass if that is nothing."""
+        events = self._collect(requests)
+        if not events:
+            self._step()
+            events = self._collect(requests)
+        return events
+
+    def _step(self) -> None:
         try:
-            for event in self.loop.run(requests, texts):
-                if self.stats.first_token_s is None:
-                    self.stats.first_token_s = time.perf_counter() - self.begin_s
-                self.stats.num_tokens += 1
-                yield event
+            events = self.loop.step()
         finally:
             self._note()
+        if events and self.stats.first_token_s is None:
+            self.stats.first_token_s = time.perf_counter() - self.begin_s
+        for event in events:
+            self.stats.num_tokens += event.token_id is not None
+            self.inbox[event.request.id].append(event)
 
-    def logits(self, request: Request) -> Tensor:
-        """Logits of every prompt token: CPU fp32 [T, V]."""
-        try:
-            return self.loop.logits(request).cpu()
-        finally:
-            self._note()
+    def _collect(self, requests: Sequence[Request]) -> list[Event]:
+        events = [event for request in requests for event in self.inbox[request.id]]
+        for event in events:
+            self.inbox[event.request.id].clear()
+        return events
 
     def close(self) -> None:
         """Give everything back and write the trace; may be called again."""
@@ -118,5 +139,29 @@ def open_engine(
         recorder=recorder,
         watch=watch,
     )
-    loop = Loop(executor, kv, max_rows=plan.workload.prefill_rows, max_batch=plan.workload.batch)
+    budget = TokenBudget(
+        plan.curve, plan.stream_s, batch=plan.workload.batch, max_rows=plan.workload.prefill_rows
+    )
+    scheduler = Scheduler(
+        kv,
+        max_batch=plan.workload.batch,
+        max_rows=plan.workload.prefill_rows,
+        max_logit_rows=plan.workload.logit_rows,
+        wants_spill=_wants_spill(model, plan, budget),
+    )
+    loop = Loop(executor, kv, scheduler, budget)
     return Engine(manager, kv, loop, stats, recorder, begin_s, trace)
+
+
+def _wants_spill(model: Model, plan: Plan, budget: TokenBudget) -> Callable[[int], bool]:
+    """Whether to write a preempted sequence of so many tokens to disk: when that and reading it back take less time
+    than feeding it again, or as the settings say."""
+    how = model.resolved.settings.runtime.preempt
+    disk = plan.machine.disk_read
+
+    def wants_spill(tokens: int) -> bool:
+        if how != "auto":
+            return how == "spill"
+        return 2 * disk.seconds(tokens * model.spec.kv_bytes_per_token) < budget.extra_s(tokens)
+
+    return wants_spill

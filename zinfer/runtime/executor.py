@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.layers.packed import KvView, Packed
 from zinfer.memory.manager import ChunkManager
 from zinfer.models.decoder import Flow, run_op
+from zinfer.plan.curve import group_of
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule
 from zinfer.runtime.stats import PassRecord, Stats
 from zinfer.runtime.trace import Recorder
@@ -64,6 +65,7 @@ class Executor:
         self.watch = watch
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
         self._is_warm = False
+        self._group_s: defaultdict[str, float] = defaultdict(float)
 
     def run(self, batches: Sequence[tuple[Packed, KvView]]) -> list[Tensor]:
         """One traversal of all chunks with every micro-batch: fp32 logits [logit rows, V] per micro-batch.
@@ -72,6 +74,8 @@ class Executor:
         """
         micros = [Micro(batch, kv, Flow()) for batch, kv in batches]
         begin_s, begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
+        waited_s = self.manager.stats().wait_s
+        self._group_s.clear()
         try:
             with torch.no_grad():
                 self._interpret(micros)
@@ -82,12 +86,15 @@ class Executor:
         self.stats.passes.append(
             PassRecord(
                 seconds=time.perf_counter() - begin_s,
+                wait_s=self.manager.stats().wait_s - waited_s,
                 rows=sum(batch.num_rows for batch, _ in batches),
+                sequences=sum(batch.num_sequences for batch, _ in batches),
                 is_first=not self._is_warm,
                 is_decode=all(
                     batch.num_rows == batch.num_sequences and all(batch.past) for batch, _ in batches
                 ),
                 num_bytes=dict(Counter(self.manager.log.num_bytes) - begin_bytes),
+                group_s=dict(self._group_s) if self.manager.device.type == "cpu" else {},
             )
         )
         self._is_warm = True
@@ -119,8 +126,10 @@ class Executor:
                 for index in ops:
                     op = self.spec.program[index]
                     weights = {weight.role: views[weight.key] for weight in op.weights}
+                    begin_s = time.perf_counter()
                     with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
                         run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)
+                    self._group_s[group_of(op.kind)] += time.perf_counter() - begin_s
 
     def _fetch_rows(self, micros: Sequence[Micro]) -> None:
         for micro in micros:

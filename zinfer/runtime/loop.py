@@ -1,129 +1,138 @@
-"""The one generation loop.  In: requests.  Out: events, a pass at a time.  Prefill pieces and decode ride together."""
+"""The one generation loop.  In: requests, at any time.  Out: events, a pass at a time.
+
+Prefill pieces, decode tokens and rows to be scored ride together; offline jobs, streams and servers all feed this loop.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from zinfer.errors import BudgetError
 from zinfer.kvcache.cache import PagedKv
-from zinfer.runtime.batch import pack_rows
+from zinfer.plan.tokens import TokenBudget
+from zinfer.runtime.batch import pack_rows, split_rows
 from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
+from zinfer.runtime.scheduler import Piece, Scheduler
 from zinfer.runtime.text import TextState
 from zinfer.sampling.sample import Draw, sample
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one pass gave one request: a token, the text that is now certain, and whether it has ended."""
+    """What one pass gave one request: a token, the text that is now certain, and whether it has ended.
+
+    `token_id` is None where a request that samples nothing has ended.
+    """
 
     request: Request
-    token_id: int
+    token_id: int | None
     text: str
     is_finished: bool
 
 
 class Loop:
-    """Feeds requests through passes until each has ended.
+    """Carries requests through passes until each has ended; `budget` says how many rows a pass should carry.
 
-    Requests wait in arrival order.  A pass carries the running ones' next token and, while fewer than `max_rows`
-    rows are taken and the cache has pages, pieces of waiting prompts.  A request's pages are taken whole on
-    admission, so that a running request never lacks one.
+    Used by one thread at a time.  When a pass raises, nothing of it counts: every request is where it was.
     """
 
-    def __init__(self, executor: Executor, kv: PagedKv, *, max_rows: int, max_batch: int) -> None:
-        self._executor = executor
-        self._kv = kv
-        self._max_rows = max_rows
-        self._max_batch = max_batch
-
-    def run(self, requests: Sequence[Request], texts: Sequence[TextState]) -> Generator[Event, None, None]:
-        """Yield an event per sampled token; closing the iterator early gives all pages back."""
-        for request in requests:
-            self._refuse_impossible(request)
-        waiting = deque(zip(requests, texts, strict=True))
-        running: list[tuple[Request, TextState]] = []
-        try:
-            while waiting or running:
-                self._admit(waiting, running)
-                if not running:
-                    raise BudgetError(
-                        "ZI-2202",
-                        f"request {waiting[0][0].id} finds no cache pages: another generation holds them",
-                        remedy="let it end first, or raise runtime.max_batch",
-                    )
-                yield from self._pass(running)
-                for request, _ in running:
-                    if request.finish_reason is not None:
-                        self._kv.close(request.id)
-                running = [pair for pair in running if pair[0].finish_reason is None]
-        finally:
-            for request, _ in running:
-                self._kv.close(request.id)
-
-    def logits(self, request: Request) -> Tensor:
-        """fp32 logits [T, V] of every token of the prompt, in pieces of at most `max_rows` rows."""
-        self._refuse_impossible(request)
-        self._kv.open(request.id, request.max_kv_tokens)
-        pieces = []
-        try:
-            while request.num_committed < len(request.prompt_ids):
-                piece = request.next_ids(self._max_rows)
-                pieces.append(self._run([(request, piece)], all_logits=True))
-        finally:
-            self._kv.close(request.id)
-        return torch.cat(pieces)
-
-    def _refuse_impossible(self, request: Request) -> None:
-        if request.max_kv_tokens > self._kv.capacity_tokens:
-            raise BudgetError(
-                "ZI-2201",
-                f"request {request.id} may reach {request.max_kv_tokens} tokens, "
-                f"the key-value cache of this plan holds {self._kv.capacity_tokens}",
-                remedy=f"--set runtime.context={request.max_kv_tokens}, or lower max_tokens",
-            )
-
-    def _admit(
-        self, waiting: deque[tuple[Request, TextState]], running: list[tuple[Request, TextState]]
+    def __init__(
+        self,
+        executor: Executor,
+        kv: PagedKv,
+        scheduler: Scheduler,
+        budget: TokenBudget,
+        *,
+        micro_rows: int | None = None,
     ) -> None:
-        while waiting and len(running) < self._max_batch:
-            if not self._kv.has_room(waiting[0][0].max_kv_tokens):
-                return
-            pair = waiting.popleft()
-            self._kv.open(pair[0].id, pair[0].max_kv_tokens)
-            running.append(pair)
+        self.executor = executor
+        self.kv = kv
+        self.scheduler = scheduler
+        self.budget = budget
+        self._micro_rows = micro_rows or scheduler.max_rows
+        self._texts: dict[int, TextState] = {}
 
-    def _pass(self, running: Sequence[tuple[Request, TextState]]) -> Iterator[Event]:
-        pieces, rows_left = [], self._max_rows
-        for request, _ in sorted(running, key=lambda pair: len(pair[0].prompt_ids) > pair[0].num_committed):
-            ids = request.next_ids(rows_left)  # decode first: every running request advances
-            if ids:
-                pieces.append((request, ids))
-                rows_left -= len(ids)
+    def submit(self, request: Request, text: TextState) -> None:
+        """Queue a request.  Raises BudgetError ZI-2201 when the cache cannot hold it even alone."""
+        self.scheduler.submit(request)
+        self._texts[request.id] = text
+
+    def drop(self, request: Request) -> None:
+        """Nobody wants this request any more; one that has ended already is no matter."""
+        if self._texts.pop(request.id, None) is not None:
+            self.scheduler.finish(request)
+
+    def step(self) -> list[Event]:
+        """One pass, and what it gave; nothing is left to do when there are no requests."""
+        begin_s = time.perf_counter()
+        pieces = self.scheduler.compose(self.budget.rows)
+        if not pieces:
+            return []
+        events = list(self._pass(pieces))
+        last = self.executor.stats.passes[-1]
+        if not last.is_first:
+            self.budget.observe(last.rows, last.group_s, last.wait_s, last.seconds)
+        last.schedule_s = time.perf_counter() - begin_s - last.seconds
+        return events
+
+    def _pass(self, pieces: Sequence[Piece]) -> Iterator[Event]:
+        micros = split_rows(pieces, self._micro_rows)
+        batches = [pack_rows(micro) for micro in micros]
+        views = [
+            self.kv.view([request.id for request, _ in micro], batch.bounds)
+            for micro, batch in zip(micros, batches, strict=True)
+        ]
+        outputs = self.executor.run(list(zip(batches, views, strict=True)))
+        for view in views:
+            view.commit()
+        for micro, logits_RV in zip(micros, outputs, strict=True):
+            yield from self._took(micro, logits_RV)
+
+    def _took(self, pieces: Sequence[Piece], logits_RV: Tensor) -> Iterator[Event]:
+        """Advance the requests of one micro-batch; its logits lie in the order of its pieces."""
+        counts = [request.num_logit_rows(len(ids)) for request, ids in pieces]
         sampling = [request for request, ids in pieces if request.is_sampling_after(len(ids))]
-        logits_SV = self._run(pieces)
-        draws = sample(logits_SV, sampling, self._executor.spec.eos_ids) if sampling else []
-        text_of = {request.id: text for request, text in running}
-        for request, draw in zip(sampling, draws, strict=True):
-            yield self._advance(request, text_of[request.id], draw)
-
-    def _run(self, pieces: Sequence[tuple[Request, Sequence[int]]], *, all_logits: bool = False) -> Tensor:
-        batch = pack_rows(pieces, all_logits=all_logits)
-        view = self._kv.view([request.id for request, _ in pieces], batch.bounds)
-        (logits,) = self._executor.run([(batch, view)])
-        view.commit()
-        for request, ids in pieces:
+        parts = torch.split(logits_RV, counts)
+        drawn = [part for part, (request, _) in zip(parts, pieces, strict=True) if request.on_logits is None]
+        draws = (
+            iter(sample(_joined(drawn, logits_RV), sampling, self.executor.spec.eos_ids))
+            if sampling
+            else iter(())
+        )
+        for (request, ids), part in zip(pieces, parts, strict=True):
             request.num_committed += len(ids)
-        return logits
+            if request.on_logits is not None:
+                yield from self._scored(request, part)
+            elif len(part):
+                yield self._advance(request, next(draws))
 
-    def _advance(self, request: Request, text: TextState, draw: Draw) -> Event:
+    def _scored(self, request: Request, logits_nV: Tensor) -> Iterator[Event]:
+        assert request.on_logits is not None, "only a request that wants logits is scored"
+        if len(logits_nV):
+            request.on_logits(request.num_committed - len(logits_nV), logits_nV)
+            request.logits_from = request.num_committed  # a row that was handed over is not handed over again
+        if request.num_committed == len(request.prompt_ids):
+            request.finish_reason = "length"
+            self.drop(request)
+            yield Event(request, None, "", True)
+
+    def _advance(self, request: Request, draw: Draw) -> Event:
         request.output_ids.append(draw.token_id)
         if draw.logprobs is not None:
             request.logprobs.append(draw.logprobs)
-        delta = text.push(draw.token_id)
-        return Event(request, draw.token_id, delta, request.finish_reason is not None)
+        delta = self._texts[request.id].push(draw.token_id)
+        is_finished = request.finish_reason is not None
+        if is_finished:
+            self.drop(request)
+        return Event(request, draw.token_id, delta, is_finished)
+
+
+def _joined(parts: Sequence[Tensor], whole_RV: Tensor) -> Tensor:
+    """The rows to draw from: all of them, as they are, unless some belong to requests that are scored."""
+    rows = sum(len(part) for part in parts)
+    return whole_RV if rows == len(whole_RV) else torch.cat(list(parts))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -21,13 +23,12 @@ from zinfer.errors import CheckpointError, UsageError
 from zinfer.kernels.products import linear
 from zinfer.log import logger
 from zinfer.plan.make import Plan, make_plan
+from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import matrix_shapes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
 from zinfer.tokenizer import Tokenizer, load_tokenizer
-
-AUTO_BATCH = 64  # sequences at once, when nothing else is said: more cost cache that the weights could use
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,28 @@ class Model:
                 remedy=f"--max-tokens {max(self.spec.max_context - len(ids), 1)}",
             )
 
-    def workload(self, lengths: Sequence[tuple[int, int]]) -> Workload:
-        """What requests of these (prompt, generated) lengths ask of a plan."""
+    def workload(self, lengths: Sequence[tuple[int, int]], *, is_open: bool = False) -> Workload:
+        """What requests of these (prompt, generated) lengths ask of a plan; `is_open`: more like them will come."""
+        totals = sorted((prompt + generated for prompt, generated in lengths), reverse=True)
         return Workload(
-            batch=min(len(lengths), AUTO_BATCH),
-            prompt_len=max(prompt for prompt, _ in lengths),
-            gen_len=max(generated for _, generated in lengths),
-            num_requests=len(lengths),
+            batch=len(lengths),
+            prompt_len=ceil(fmean(prompt for prompt, _ in lengths)),
+            gen_len=ceil(fmean(generated for _, generated in lengths)),
+            num_requests=None if is_open else len(lengths),
+            max_len=totals[0],
+            lengths=tuple(totals[:MAX_BATCH]),
         )
 
     def plan(self, workload: Workload | None = None) -> Plan:
-        """Where every chunk will live and how fast that is.  Raises BudgetError when it cannot be done."""
+        """Where every chunk will live and how fast that is, for the best batch size where none is set.
+
+        Raises BudgetError when it cannot be done.
+        """
         workload = workload or Workload(batch=1, prompt_len=16, gen_len=16)
-        return make_plan(self.spec, self.source, self.resolved, self.machine, workload)
+        batches: list[int] = []
+        if self.resolved.settings.runtime.max_batch == "auto" and workload.batch > 1:
+            batches = batch_sizes(workload.num_requests)
+        return make_plan(self.spec, self.source, self.resolved, self.machine, workload, batches=batches)
 
 
 def open_model(folder: Path, settings: Settings) -> Model:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from zinfer.errors import ZinferError
 from zinfer.sampling.params import SamplingParams
 
 Logprobs = dict[int, float]  # token id -> natural log of its probability, before any processing
@@ -23,15 +27,18 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A prompt and its completions (one, at present), as `LLM.generate` returns them."""
+    """A prompt and its completions (one, at present; none where `error` says why), as `LLM.generate` returns them."""
 
     request_id: int
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    error: ZinferError | None = None  # why there are no outputs
 
     def to_dict(self) -> dict[str, object]:
         """The documented JSON form, one line of an output file."""
+        if self.error is not None:
+            return {"id": self.request_id, "prompt": self.prompt, "error": self.error.to_dict()}
         best = self.outputs[0]
         return {
             "id": self.request_id,
@@ -45,11 +52,16 @@ class RequestOutput:
         }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
-    """A sequence on its way: WAITING (no pages) -> prefill pieces -> decode -> finished."""
+    """A sequence on its way: waiting (no pages) -> prefill pieces -> decode -> finished.
 
-    id: int
+    Preemption takes the pages away; what was committed is then read back or fed again, outputs included.  With
+    `on_logits` nothing is sampled: it receives (position, fp32 logits [n, V]) of the prompt's rows from `logits_from`
+    on, in order, and the request ends with its prompt.
+    """
+
+    id: int  # grows in order of arrival
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
@@ -59,6 +71,8 @@ class Request:
     num_committed: int = 0  # tokens whose keys and values are in the cache
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    on_logits: Callable[[int, Tensor], None] | None = None
+    logits_from: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -68,10 +82,15 @@ class Request:
     @property
     def max_kv_tokens(self) -> int:
         """The most the cache will ever hold for it (the last sampled token is never fed back)."""
-        return len(self.prompt_ids) + self.params.max_tokens
+        return len(self.prompt_ids) + (0 if self.on_logits else self.params.max_tokens)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all it has to feed is the token sampled last."""
+        return bool(self.output_ids) and self.num_committed == self.num_tokens - 1
 
     def next_ids(self, limit: int) -> list[int]:
-        """The next at most `limit` tokens to feed: a piece of the prompt, or the token sampled last."""
+        """The next at most `limit` tokens to feed: a piece of the prompt, or of what was sampled."""
         start = self.num_committed
         if start < len(self.prompt_ids):
             return self.prompt_ids[start : start + limit]
@@ -79,4 +98,10 @@ class Request:
 
     def is_sampling_after(self, num_new: int) -> bool:
         """Whether a pass that feeds `num_new` tokens ends at its last known token, so that it must sample."""
-        return self.num_committed + num_new == self.num_tokens
+        return self.on_logits is None and self.num_committed + num_new == self.num_tokens
+
+    def num_logit_rows(self, num_new: int) -> int:
+        """How many of the next `num_new` rows want logits."""
+        if self.on_logits is None:
+            return int(self.is_sampling_after(num_new))
+        return max(self.num_committed + num_new - max(self.logits_from, self.num_committed), 0)

@@ -12,15 +12,19 @@ from zinfer.plan.records import Forecast
 SLOW_SHARE = 0.7  # a run below this share of its predicted speed is announced
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PassRecord:
-    """One pass: wall seconds, token rows, how many of them were prompt rows, and bytes moved per link."""
+    """One pass: wall seconds, token rows, sequences, and bytes moved per link."""
 
     seconds: float
+    wait_s: float  # of it, what computation waited for chunks
     rows: int
+    sequences: int
     is_first: bool  # it also loaded what stays
     is_decode: bool  # no prompt rows
     num_bytes: Mapping[str, int]
+    group_s: Mapping[str, float]  # compute seconds by group of ops, where the engine computes at once (CPU)
+    schedule_s: float = 0.0  # beside it: composing the pass, sampling, text
 
 
 @dataclass(slots=True)

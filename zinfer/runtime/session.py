@@ -1,0 +1,189 @@
+"""A model with its plan and, while it is wanted, its engine.  In: jobs from any thread.  Out: their events."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from zinfer.errors import BudgetError, UsageError, ZinferError
+from zinfer.plan.make import Plan
+from zinfer.plan.records import Workload
+from zinfer.runtime.engine import Engine, open_engine
+from zinfer.runtime.executor import Watch, unwatched
+from zinfer.runtime.loop import Event
+from zinfer.runtime.model import Model
+from zinfer.runtime.request import Request
+from zinfer.runtime.stats import Stats
+from zinfer.runtime.text import TextState
+
+_WINDOW = 256  # jobs that are looked at ahead of the passes: what the plan of a feed is made for
+
+
+@dataclass(slots=True)
+class Job:
+    """A request and its text; `number` counts within its caller's jobs.  With `error` it is not carried out."""
+
+    number: int
+    request: Request
+    text: TextState
+    error: ZinferError | None = None
+
+
+class Session:
+    """Plans for what is asked, opens the engine late, and lets callers share its passes.
+
+    A request that the plan does not cover makes a new one: the engine is closed, which needs it idle.  The lock is
+    held within a pass only, so that a caller who stops reading blocks nobody.
+    """
+
+    def __init__(self, model: Model, *, trace: Path | None = None, watch: Watch = unwatched) -> None:
+        self.model = model
+        self.plan: Plan = model.plan()
+        self.stats = Stats(self.plan.forecast)
+        self._lock = threading.RLock()
+        self._engine: Engine | None = None
+        self._num_callers = 0
+        self._trace = trace
+        self._watch = watch
+
+    def fit(self, requests: Sequence[Request], *, is_open: bool = False) -> Plan:
+        """The plan that these requests (`is_open`: and more like them) will follow; nothing is read yet."""
+        with self._lock:
+            self._plan_for(requests, is_open=is_open)
+            return self.plan
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Event]:
+        """Carry all jobs out; events as passes end.  Closing the iterator early forgets what has not ended."""
+        with self._lock:
+            engine = self._open([job.request for job in jobs])
+            for job in jobs:
+                engine.loop.scheduler.refuse_impossible(job.request)
+            for job in jobs:
+                engine.submit(job.request, job.text)
+            self._num_callers += 1
+        running = {job.request.id: job.request for job in jobs}
+        try:
+            while running:
+                yield from self._next_events(engine, running)
+        finally:
+            with self._lock:
+                self._num_callers -= 1
+                for request in running.values():
+                    engine.drop(request)
+
+    def feed(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """Carry out jobs of any number, each given back when it has ended; pulled as the passes have room.
+
+        One that the plan does not cover waits until the others have ended; then a plan is made for what comes.
+        """
+        source = iter(jobs)
+        ahead: deque[Job] = deque()
+        while True:
+            ahead.extend(islice(source, _WINDOW - len(ahead)))
+            while ahead and ahead[0].error is not None:
+                yield ahead.popleft()
+            if not ahead:
+                return
+            try:
+                requests = [job.request for job in ahead if job.error is None]
+                plan = self._fit_most(requests, is_open=len(ahead) == _WINDOW)
+            except BudgetError as error:
+                ahead[0].error = error
+                continue
+            yield from self._feed(plan, source, ahead)
+
+    def close(self) -> None:
+        """Give memory, files and threads back.  The next request opens the engine again."""
+        with self._lock:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    def _fit_most(self, requests: Sequence[Request], *, is_open: bool) -> Plan:
+        """A plan for the first request and as many others as fit beside it, the shorter ones rather than the longer.
+
+        Raises BudgetError when the first does not fit alone.
+        """
+        first, *others = requests
+        others.sort(key=lambda request: request.max_kv_tokens)
+        while True:
+            try:
+                return self.fit([first, *others], is_open=is_open)
+            except BudgetError:
+                if not others:
+                    raise
+                del others[len(others) // 2 :]
+
+    def _feed(self, plan: Plan, source: Iterator[Job], ahead: deque[Job]) -> Iterator[Job]:
+        """Under one plan: until the jobs end, or one comes that the plan does not cover and all others are done."""
+        with self._lock:
+            engine = self._open([ahead[0].request])
+            self._num_callers += 1
+        running: dict[int, Request] = {}
+        jobs: dict[int, Job] = {}
+        try:
+            while True:
+                while len(running) < 2 * plan.workload.batch:
+                    if not ahead:
+                        ahead.extend(islice(source, 1))
+                    if not ahead or (
+                        ahead[0].error is None and not self.plan.covers(self._workload([ahead[0].request]))
+                    ):
+                        break
+                    job = ahead.popleft()
+                    if job.error is not None:
+                        yield job
+                        continue
+                    with self._lock:
+                        engine.submit(job.request, job.text)
+                    running[job.request.id] = job.request
+                    jobs[job.request.id] = job
+                if not running:
+                    return
+                for event in self._next_events(engine, running):
+                    if event.is_finished:
+                        yield jobs.pop(event.request.id)
+        finally:
+            with self._lock:
+                self._num_callers -= 1
+                for request in running.values():
+                    engine.drop(request)
+
+    def _next_events(self, engine: Engine, running: dict[int, Request]) -> Iterator[Event]:
+        """Events of these requests, after a pass if none wait; who has ended leaves `running`."""
+        with self._lock:
+            events = engine.next_events(list(running.values()))
+            for event in events:
+                if event.is_finished:
+                    engine.drop(running.pop(event.request.id))
+        yield from events
+
+    def _plan_for(self, requests: Sequence[Request], *, is_open: bool = False) -> None:
+        workload = self._workload(requests, is_open=is_open)
+        if self._engine is not None and self.plan.covers(workload):
+            return
+        if self._num_callers:
+            raise UsageError(
+                "ZI-1108",
+                "a request needs a larger plan while another generation is running",
+                remedy="let it end first, or set runtime.context and runtime.max_batch for both",
+            )
+        self.close()
+        self.plan = self.model.plan(workload)
+        self.stats = Stats(self.plan.forecast)
+
+    def _workload(self, requests: Sequence[Request], *, is_open: bool = False) -> Workload:
+        lengths = [(len(request.prompt_ids), request.params.max_tokens) for request in requests]
+        return self.model.workload(lengths, is_open=is_open)
+
+    def _open(self, requests: Sequence[Request]) -> Engine:
+        self._plan_for(requests)
+        if self._engine is None:
+            self._engine = open_engine(
+                self.model, self.plan, self.stats, trace=self._trace, watch=self._watch
+            )
+        return self._engine
