@@ -5,50 +5,24 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_of import MACHINE, SHAPES, plan_of, small_llama, source_of, spec_of
 
 from zinfer.chunks.pack import assemble, layer_sizes
-from zinfer.chunks.source import imagined_source
-from zinfer.config.load import load_settings
 from zinfer.config.machine import Compute, Link, Machine, ProductRate
-from zinfer.config.profiles import SIM_DEFAULT, load_machine
-from zinfer.config.resolve import resolve
 from zinfer.errors import BudgetError, UsageError
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.plan.cost import PassLoad, chunk_seconds, seconds_per_byte, visible_keys
 from zinfer.plan.explain import alternatives, explain, explained_dict
-from zinfer.plan.make import Plan, make_plan
+from zinfer.plan.make import Plan
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
 from zinfer.plan.records import Tier, Workload
-from zinfer.spec.read import read_spec
 from zinfer.spec.records import DTYPE_BYTES
 
-SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
 MIB, GIB = 2**20, 2**30
-MACHINE = load_machine(SIM_DEFAULT)
-
-
-def spec_of(name, **changes):
-    return read_spec(json.loads((SHAPES / f"{name}.json").read_text()) | changes)
-
-
-def small_llama(**changes):
-    return spec_of("llama-3.2-1b", num_hidden_layers=4, vocab_size=32000, **changes)
-
-
-def source_of(spec):
-    return imagined_source(spec.program, spec.lookups, spec.dtype)
-
-
-def plan_of(spec, workload=None, machine=MACHINE, **flags):
-    """Plan for a machine that is not this one; flags as in `load_settings`, dots written as double underscores."""
-    flags = {name.replace("__", "."): value for name, value in flags.items()}
-    resolved = resolve(load_settings(flags=flags, environ={}).settings, machine, limits=None)
-    return make_plan(spec, source_of(spec), resolved, machine, workload)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.spec.records import ModelSpec
 
 _MAX_ROWS = 2048
-_ACTIVATIONS_SHARE = 1 / 8  # of the budget: more rows per pass than that cost too much residency
+_ACTIVATIONS_SHARE = 1 / 8  # of the budget: what rows beyond the batch may take from the weights
 
 
 def asked_workload(
@@ -54,10 +54,12 @@ def asked_workload(
         cache_tokens=workload.cache_tokens if runtime.kv_tokens == "auto" else runtime.kv_tokens,
     )
     if runtime.max_rows == "auto":
-        share = compute_bytes * _ACTIVATIONS_SHARE
+        exact = resolved.settings.exact
+        least = reserve_for(spec, replace(settled, prefill_rows=batch), exact=exact).activations
         for rows in _halves(settled.prefill_rows, batch):
             settled = replace(settled, prefill_rows=rows)
-            if reserve_for(spec, settled, exact=resolved.settings.exact).activations <= share:
+            extra = reserve_for(spec, settled, exact=exact).activations - least
+            if extra <= compute_bytes * _ACTIVATIONS_SHARE:
                 break
         reasons["runtime.max_rows"] = f"auto: {settled.prefill_rows} rows leave the budget to the weights"
     return settled, reasons

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -91,6 +91,8 @@ class Engine:
         held = self.manager.stats()
         self.stats.peak_bytes = held.peak_bytes
         self.stats.surprises = held.surprises
+        self.stats.preemptions = asdict(self.loop.scheduler.preemptions)
+        self.stats.token_rows = self.loop.budget.rows
         if self.recorder.is_recording:
             self.recorder.add(
                 Span(move.link, f"chunk {move.chunk}", move.begin_s, move.end_s)

@@ -59,7 +59,8 @@ class Session:
     def run(self, jobs: Sequence[Job]) -> Iterator[Event]:
         """Carry all jobs out; events as passes end.  Closing the iterator early forgets what has not ended."""
         with self._lock:
-            engine = self._open([job.request for job in jobs])
+            self._plan_for([job.request for job in jobs])
+            engine = self._open()
             for job in jobs:
                 engine.loop.scheduler.refuse_impossible(job.request)
             for job in jobs:
@@ -121,7 +122,7 @@ class Session:
     def _feed(self, plan: Plan, source: Iterator[Job], ahead: deque[Job]) -> Iterator[Job]:
         """Under one plan: until the jobs end, or one comes that the plan does not cover and all others are done."""
         with self._lock:
-            engine = self._open([ahead[0].request])
+            engine = self._open()
             self._num_callers += 1
         running: dict[int, Request] = {}
         jobs: dict[int, Job] = {}
@@ -180,8 +181,8 @@ class Session:
         lengths = [(len(request.prompt_ids), request.params.max_tokens) for request in requests]
         return self.model.workload(lengths, is_open=is_open)
 
-    def _open(self, requests: Sequence[Request]) -> Engine:
-        self._plan_for(requests)
+    def _open(self) -> Engine:
+        """The engine of the plan as it is."""
         if self._engine is None:
             self._engine = open_engine(
                 self.model, self.plan, self.stats, trace=self._trace, watch=self._watch

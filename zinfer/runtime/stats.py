@@ -37,6 +37,8 @@ class Stats:
     num_tokens: int = 0
     first_token_s: float | None = None
     surprises: int = 0  # chunks that were needed before the schedule had fetched them
+    preemptions: dict[str, int] = field(default_factory=dict)  # "spilled", "dropped", "damaged": times
+    token_rows: int = 0  # T*, as corrected by the passes so far
 
     @property
     def decode_passes(self) -> list[PassRecord]:
@@ -56,6 +58,13 @@ class Stats:
         return {
             link: sum(done.num_bytes.get(link, 0) for done in passes) / len(passes) for link in sorted(links)
         }
+
+    @property
+    def schedule_share(self) -> float | None:
+        """Composing passes, sampling and text beside all time."""
+        steady = [done for done in self.passes if not done.is_first]
+        own_s = sum(done.schedule_s for done in steady)
+        return own_s / (own_s + sum(done.seconds for done in steady)) if steady else None
 
     @property
     def limit_s(self) -> float:
@@ -87,4 +96,10 @@ class Stats:
             "limit_share": self.limit_s / pass_s if pass_s else None,
             "binding": self.forecast.binding,
             "surprises": self.surprises,
+            "rows_per_pass": sum(done.rows for done in self.passes) / len(self.passes)
+            if self.passes
+            else None,
+            "token_rows": self.token_rows,
+            "preemptions": dict(self.preemptions),
+            "schedule_share": self.schedule_share,
         }
