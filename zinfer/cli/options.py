@@ -16,6 +16,11 @@ _ENGINE = (
     click.option("--device", metavar="DEVICE", help="auto, cpu, cuda:0, or sim (a simulated device)."),
     click.option("--device-mem", metavar="SIZE", help="Memory zinfer may use on the device."),
     click.option("--host-mem", metavar="SIZE", help="Host memory zinfer may use."),
+    click.option(
+        "--objective",
+        type=click.Choice(["throughput", "latency"]),
+        help="What a plan makes short: the whole job (default), or each request.",
+    ),
     click.option("--machine", metavar="FILE", help="Machine profile: a file, or a shipped one's name."),
     click.option("--config", "config_file", type=click.Path(path_type=Path), help="Settings as TOML."),
     click.option(
@@ -37,6 +42,7 @@ def settings_of(
     device: str | None = None,
     device_mem: str | None = None,
     host_mem: str | None = None,
+    objective: str | None = None,
     machine: str | None = None,
     config_file: Path | None = None,
     sets: tuple[str, ...] = (),
@@ -48,6 +54,7 @@ def settings_of(
         "device": device,
         "memory.device": device_mem,
         "memory.host": host_mem,
+        "runtime.objective": objective,
         "machine": machine,
         "exact": exact,
     }

@@ -18,8 +18,10 @@ from zinfer.config.machine import Machine
 from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
 from zinfer.config.resolve import resolve
 from zinfer.config.schema import Settings
+from zinfer.errors import UsageError
 from zinfer.plan.explain import alternatives, explain, explained_dict
 from zinfer.plan.make import make_plan
+from zinfer.plan.optimise import batch_sizes
 from zinfer.plan.profile import matrix_shapes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
@@ -30,7 +32,10 @@ DEMO = Path(__file__).parents[1] / "assets" / "demo"
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--batch", default=1, show_default=True, help="Sequences at once.")
+@click.option(
+    "--batch", type=click.IntRange(1), help="Sequences at once  [default: 1, or what is best for --requests]"
+)
+@click.option("--requests", metavar="N|open", help="Requests in all; open: a queue without end.")
 @click.option("--prompt-len", default=128, show_default=True, help="Tokens of a prompt.")
 @click.option("--gen-len", default=128, show_default=True, help="Tokens to generate per sequence.")
 @click.option("--save", "save_file", type=click.Path(path_type=Path), help="Write the plan as JSON.")
@@ -38,7 +43,8 @@ DEMO = Path(__file__).parents[1] / "assets" / "demo"
 @engine_options
 def plan(
     model: str | None,
-    batch: int,
+    batch: int | None,
+    requests: str | None,
     prompt_len: int,
     gen_len: int,
     save_file: Path | None,
@@ -54,8 +60,10 @@ def plan(
     spec, source = open_for_planning(Path(settings.model) if settings.model else DEMO)
     machine, is_here = planning_machine(settings, source, spec)
     resolved = resolve(settings, machine, limits=memory_limits() if is_here else None, num_gpus=num_gpus())
-    workload = Workload(batch=batch, prompt_len=prompt_len, gen_len=gen_len)
-    made = make_plan(spec, source, resolved, machine, workload)
+    num_requests = _num_requests(requests, batch or 1)
+    workload = Workload(batch or 1, prompt_len, gen_len, num_requests=num_requests)
+    batches = batch_sizes(num_requests) if requests and batch is None else []
+    made = make_plan(spec, source, resolved, machine, workload, batches=batches)
     others = alternatives(spec, made)
     if save_file is not None:
         made.save(save_file)
@@ -64,6 +72,17 @@ def plan(
         return
     for line in explain(made, others):
         click.echo(line)
+
+
+def _num_requests(text: str | None, batch: int) -> int | None:
+    """None for an open queue.  Raises UsageError ZI-1109."""
+    if text == "open":
+        return None
+    if text is None:
+        return batch
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError("ZI-1109", f"--requests {text!r} is no number of requests", remedy="--requests 128")
+    return int(text)
 
 
 def open_for_planning(path: Path) -> tuple[ModelSpec, Source]:

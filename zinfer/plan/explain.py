@@ -54,8 +54,8 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         f"model      {plan.architecture} · {_parameters(plan.num_parameters)} parameters · {Bytes(weights)} in "
         f"{len(plan.table.chunks)} chunks of up to {Bytes(plan.table.slot_bytes)}",
         f"machine    {plan.machine.name} ({origin}) · device {plan.device} · {exact}",
-        f"workload   batch {workload.batch} · prompt {workload.prompt_len} · generate {workload.gen_len} · at most "
-        f"{workload.prefill_rows} rows a pass",
+        f"workload   {workload.num_requests or 'endless'} requests, {workload.batch} at once · prompt "
+        f"{workload.prompt_len} · generate {workload.gen_len} · at most {workload.prefill_rows} rows a pass",
         "",
         *_tier_lines(plan),
         f"chunks     {_map(plan)}",
@@ -63,6 +63,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         "",
         f"pass       {seconds_text(forecast.pass_s)} per decode pass, bound by {forecast.binding}: "
         + " · ".join(f"{lane} {seconds_text(seconds)}" for lane, seconds in busy),
+        f"           a pass carries up to {forecast.token_rows} rows before computation binds",
         f"speed      {forecast.tokens_per_s:.3g} tokens/s · first token after {seconds_text(forecast.first_token_s)} · "
         f"all after {seconds_text(forecast.job_s)}",
         *_alternative_lines(others),

@@ -26,7 +26,7 @@ def asked_workload(
     Returns the workload and a reason for each "auto" that was settled.  Raises UsageError ZI-1012 for a context
     that the model does not have.
     """
-    runtime = resolved.settings.runtime
+    runtime, exact = resolved.settings.runtime, resolved.settings.exact
     reasons = {}
     length = workload.context
     if runtime.context == "auto":
@@ -54,7 +54,6 @@ def asked_workload(
         cache_tokens=workload.cache_tokens if runtime.kv_tokens == "auto" else runtime.kv_tokens,
     )
     if runtime.max_rows == "auto":
-        exact = resolved.settings.exact
         least = reserve_for(spec, replace(settled, prefill_rows=batch), exact=exact).activations
         for rows in _halves(settled.prefill_rows, batch):
             settled = replace(settled, prefill_rows=rows)
@@ -62,7 +61,20 @@ def asked_workload(
             if extra <= compute_bytes * _ACTIVATIONS_SHARE:
                 break
         reasons["runtime.max_rows"] = f"auto: {settled.prefill_rows} rows leave the budget to the weights"
-    return settled, reasons
+    return _with_logit_rows(spec, settled, compute_bytes * _ACTIVATIONS_SHARE, exact=exact), reasons
+
+
+def _with_logit_rows(spec: ModelSpec, workload: Workload, share: float, *, exact: bool) -> Workload:
+    """As many of the rows of logits that are wanted as `share` bytes hold, beside one per sequence."""
+    if not workload.logit_rows:
+        return workload
+    least = reserve_for(spec, replace(workload, logit_rows=None), exact=exact).activations
+    settled = workload
+    for rows in _halves(min(workload.logit_rows, workload.prefill_rows), workload.batch):
+        settled = replace(workload, logit_rows=rows)
+        if reserve_for(spec, settled, exact=exact).activations - least <= share:
+            break
+    return settled
 
 
 def shrunk_workload(
@@ -81,7 +93,8 @@ def shrunk_workload(
     for batch in batches:
         rows = [asked.prefill_rows] if runtime.max_rows != "auto" else _halves(asked.prefill_rows, batch)
         for count in rows:
-            workload = replace(asked, batch=batch, prefill_rows=count)
+            logit_rows = asked.logit_rows and max(asked.logit_rows * count // asked.prefill_rows, batch)
+            workload = replace(asked, batch=batch, prefill_rows=count, logit_rows=logit_rows)
             reserve = reserve_for(spec, workload, exact=resolved.settings.exact)
             need = smallest_budget(least, compute_tier=tier, reserve=reserve, lookahead=lookahead)
             if need.host <= budget.host and need.device <= budget.device:

@@ -71,8 +71,13 @@ class Model:
                 remedy=f"--max-tokens {max(self.spec.max_context - len(ids), 1)}",
             )
 
-    def workload(self, lengths: Sequence[tuple[int, int]], *, is_open: bool = False) -> Workload:
-        """What requests of these (prompt, generated) lengths ask of a plan; `is_open`: more like them will come."""
+    def workload(
+        self, lengths: Sequence[tuple[int, int]], *, is_open: bool = False, logit_rows: int | None = None
+    ) -> Workload:
+        """What requests of these (prompt, generated) lengths ask of a plan.
+
+        `is_open`: more like them will come; `logit_rows`: rows whose logits are wanted together, if they fit.
+        """
         totals = sorted((prompt + generated for prompt, generated in lengths), reverse=True)
         return Workload(
             batch=len(lengths),
@@ -81,6 +86,7 @@ class Model:
             num_requests=None if is_open else len(lengths),
             max_len=totals[0],
             lengths=tuple(totals[:MAX_BATCH]),
+            logit_rows=logit_rows,
         )
 
     def plan(self, workload: Workload | None = None) -> Plan:

@@ -165,7 +165,9 @@ class Session:
 
     def _plan_for(self, requests: Sequence[Request], *, is_open: bool = False) -> None:
         workload = self._workload(requests, is_open=is_open)
-        if self._engine is not None and self.plan.covers(workload):
+        # A plan without rows of logits carries few per pass: it is replaced unless somebody is using it.
+        is_apt = self._num_callers > 0 or not workload.logit_rows or bool(self.plan.workload.logit_rows)
+        if self._engine is not None and is_apt and self.plan.covers(workload):
             return
         if self._num_callers:
             raise UsageError(
@@ -179,7 +181,10 @@ class Session:
 
     def _workload(self, requests: Sequence[Request], *, is_open: bool = False) -> Workload:
         lengths = [(len(request.prompt_ids), request.params.max_tokens) for request in requests]
-        return self.model.workload(lengths, is_open=is_open)
+        scored = [
+            request.num_logit_rows(len(request.prompt_ids)) for request in requests if request.on_logits
+        ]
+        return self.model.workload(lengths, is_open=is_open, logit_rows=sum(scored) or None)
 
     def _open(self) -> Engine:
         """The engine of the plan as it is."""
