@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from zinfer.errors import UsageError
 
@@ -23,7 +24,7 @@ _FACTORS = {
     "tib": 2**40,
     "tb": 10**12,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-zA-Z]*)\s*")
 
 
 class Bytes(int):
@@ -44,7 +45,7 @@ class Bytes(int):
                 f"a size was wanted, {text!r} was given",
                 remedy="write 20GiB or 20G (binary), 20GB (decimal), or a whole number of bytes",
             )
-        return cls(int(float(match[1]) * _FACTORS[match[2].lower()]))
+        return cls(int(Fraction(match[1]) * _FACTORS[match[2].lower()]))
 
     def __str__(self) -> str:
         for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -10,6 +10,7 @@ from tiny_models import write_tiny
 from zinfer import LLM, SamplingParams
 from zinfer.plan.queue import QueuePass, queue_passes
 from zinfer.plan.records import Workload
+from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Scheduler
 
@@ -68,6 +69,23 @@ def test_where_prompts_are_cut_changes_nothing(tiny, alone):
     tokens, stats, _ = outputs_of(tiny, memory={"host": "1GiB"}, max_batch=4, max_rows=6)
     assert tokens == alone
     assert max(done.rows for done in stats.passes) <= 6
+
+
+def test_micro_batches_change_nothing(tiny, alone, monkeypatch):
+    sizes = []
+    real = Executor.run
+
+    def counted(self, batches):
+        sizes.append([batch.num_rows for batch, _ in batches])
+        return real(self, batches)
+
+    monkeypatch.setattr(Executor, "run", counted)
+    memory = {"host": "1MiB"}
+    tokens, _, plan = outputs_of(tiny, memory=memory, max_batch=5, max_rows=24, micro_rows=5)
+    assert tokens == alone
+    assert plan.placement.slots > 0, "weights were streamed"
+    assert any(len(rows) > 2 for rows in sizes), "passes held several micro-batches"
+    assert max(max(rows) for rows in sizes) <= 5
 
 
 def test_a_changed_draw_is_seen(tiny, alone, monkeypatch):
@@ -188,10 +206,10 @@ def test_the_planner_sees_the_passes_that_the_scheduler_makes(rows, requests, pr
     seen = []
     while len(scheduler):
         pieces = scheduler.compose(rows)
-        decoding = sum(request.is_decoding for request, _ in pieces)
-        seen.append(QueuePass(decoding, sum(len(ids) for _, ids in pieces) - decoding))
-        for request, ids in pieces:
-            is_sampling = request.is_sampling_after(len(ids))
+        decoding = sum(request.is_decoding for request, _, _ in pieces)
+        seen.append(QueuePass(decoding, sum(len(ids) for _, ids, _ in pieces) - decoding))
+        for request, ids, _ in pieces:
+            is_sampling = request.is_sampling_at(request.num_committed + len(ids))
             request.num_committed += len(ids)
             if is_sampling:
                 request.output_ids.append(1)

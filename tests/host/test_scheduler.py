@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
         self.pages = FakePages(12)
         self.wants_spill = False
         self.scheduler = Scheduler(
-            self.pages, max_batch=5, max_rows=24, piece_rows=16, wants_spill=lambda tokens: self.wants_spill
+            self.pages, max_batch=5, max_rows=24, wants_spill=lambda tokens: self.wants_spill
         )
         self.alive = {}
         self.ended = set()
@@ -96,13 +96,13 @@ class Machine(RuleBasedStateMachine):
     def step(self, rows, stops):
         pieces = self.scheduler.compose(rows)
         assert bool(pieces) == bool(self.alive)
-        assert len({id(request) for request, _ in pieces}) == len(pieces)
-        assert sum(len(ids) for _, ids in pieces) <= self.scheduler.max_rows
-        for request, ids in pieces:
+        assert len({id(request) for request, _, _ in pieces}) == len(pieces)
+        assert sum(len(ids) for _, ids, _ in pieces) <= self.scheduler.max_rows
+        for request, ids, _ in pieces:
             known = request.prompt_ids + request.output_ids
             assert ids == known[request.num_committed : request.num_committed + len(ids)] != []
             assert request.num_committed + len(ids) <= self.pages.owned[request.id] * PAGE_TOKENS
-            is_sampling = request.is_sampling_after(len(ids))
+            is_sampling = request.is_sampling_at(request.num_committed + len(ids))
             request.num_committed += len(ids)
             if is_sampling:
                 request.output_ids.append(7)
@@ -159,9 +159,9 @@ def run_out(scheduler, requests, rows=100):
         scheduler.submit(request)
     while len(scheduler):
         pieces = scheduler.compose(rows)
-        passes.append([(request.id, len(ids)) for request, ids in pieces])
-        for request, ids in pieces:
-            is_sampling = request.is_sampling_after(len(ids))
+        passes.append([(request.id, len(ids)) for request, ids, _ in pieces])
+        for request, ids, _ in pieces:
+            is_sampling = request.is_sampling_at(request.num_committed + len(ids))
             request.num_committed += len(ids)
             if is_sampling:
                 request.output_ids.append(7)
@@ -225,16 +225,19 @@ def test_rows_of_logits_are_limited():
     scheduler.submit(request)
     fed = []
     while request.num_committed < 30:
-        ((_, ids),) = scheduler.compose(64)
+        ((_, ids, _),) = scheduler.compose(64)
         fed.append(len(ids))
         request.num_committed += len(ids)
     assert fed == [13, 8, 8, 1]
 
 
-@pytest.mark.parametrize("sizes", [[5, 1, 1, 1], [4, 4, 4], [1] * 20, [3, 7, 2, 5, 5, 1, 1]])
-def test_micro_batches_hold_whole_pieces(sizes):
-    pieces = [Piece(make(number, 9, 1), list(range(size))) for number, size in enumerate(sizes)]
+@pytest.mark.parametrize("sizes", [[5, 1, 1, 1], [4, 4, 4], [1] * 20, [3, 7, 2, 25, 5, 1, 1]])
+def test_micro_batches_are_full_and_keep_the_order_of_tokens(sizes):
+    pieces = [Piece(make(number, 9, 1), list(range(size)), 10 * number) for number, size in enumerate(sizes)]
     micros = split_rows(pieces, 8)
-    assert sorted(piece.request.id for micro in micros for piece in micro) == list(range(len(sizes)))
-    assert all(sum(len(ids) for _, ids in micro) <= 8 for micro in micros)
-    assert len(micros) <= -(-2 * sum(sizes) // 8) + 1
+    assert [sum(len(ids) for _, ids, _ in micro) for micro in micros[:-1]] == [8] * (len(micros) - 1)
+    assert sum(len(ids) for micro in micros for _, ids, _ in micro) == sum(sizes)
+    for request, ids, start in pieces:
+        parts = [part for micro in micros for part in micro if part.request is request]
+        assert [token for part in parts for token in part.ids] == ids
+        assert [part.start for part in parts] == [start, *(part.stop for part in parts[:-1])]

@@ -25,6 +25,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.read_mode=auto",
     "runtime.verify=always",
     "runtime.max_rows=auto",
+    "runtime.micro_rows=auto",
     "runtime.max_batch=1",
     "runtime.context=auto",
     "runtime.threads=auto",
@@ -74,6 +75,9 @@ class Runtime(_Group):
     read_mode: Literal["auto", "direct", "buffered"] = "auto"
     verify: Literal["always", "off"] = "always"  # checksums of a store's blocks
     max_rows: Annotated[int, Field(ge=1)] | Auto = "auto"  # token rows one pass carries
+    micro_rows: Annotated[int, Field(ge=1)] | Auto = (
+        "auto"  # of them, computed together while a chunk is there
+    )
     max_batch: Annotated[int, Field(ge=1)] | Auto = "auto"  # sequences at once
     context: Annotated[int, Field(ge=1)] | Auto = "auto"  # tokens a sequence may reach, prompt included
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"

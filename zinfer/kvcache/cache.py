@@ -135,33 +135,43 @@ class PagedKv:
         while self._spilled:
             self._spilled.popitem()[1].close()
 
-    def view(self, sequence_ids: Sequence[int], bounds: Sequence[int]) -> PagedView:
-        """The cache as one pass sees it: sequence s of the batch stages rows bounds[s]:bounds[s+1].
+    def view(
+        self, sequence_ids: Sequence[int], bounds: Sequence[int], starts: Sequence[int] | None = None
+    ) -> PagedView:
+        """The cache as one micro-batch sees it: sequence s of the batch stages rows bounds[s]:bounds[s+1].
 
+        They lie at tokens starts[s] on: behind the committed ones (None), or behind what an earlier micro-batch of
+        the same pass stages, which then counts as past.
         Raises BudgetError ZI-2506 when a sequence would outgrow its pages: `grow` comes first.
         """
-        return PagedView(self.slab, [self.tables[id_] for id_ in sequence_ids], bounds)
+        return PagedView(self.slab, [self.tables[id_] for id_ in sequence_ids], bounds, starts)
 
 
 class PagedView:
     """A KvView over the slab.  Rows staged lie behind the committed ones and count only once committed."""
 
-    def __init__(self, slab: Tensor, tables: Sequence[PageTable], bounds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        slab: Tensor,
+        tables: Sequence[PageTable],
+        bounds: Sequence[int],
+        starts: Sequence[int] | None = None,
+    ) -> None:
         self._slab = slab
         self._tables = tables
         self._counts = [stop - start for start, stop in pairwise(bounds)]
-        for table, count in zip(tables, self._counts, strict=True):
-            if table.length + count > table.room:
+        self._starts = [table.length for table in tables] if starts is None else list(starts)
+        for table, start, count in zip(tables, self._starts, self._counts, strict=True):
+            if start + count > table.room:
                 raise BudgetError(
                     "ZI-2506",
-                    f"a sequence with cache pages for {table.room} tokens holds {table.length} and was given "
-                    f"{count} more",
+                    f"a sequence with cache pages for {table.room} tokens holds {start} and was given {count} more",
                     remedy="run fewer sequences at once (runtime.max_batch)",
                 )
         staged = [
             slots
-            for table, count in zip(tables, self._counts, strict=True)
-            for slots in table.slots(table.length, table.length + count)
+            for table, start, count in zip(tables, self._starts, self._counts, strict=True)
+            for slots in table.slots(start, start + count)
         ]
         self._slots_T = _index(staged, slab.device)
         self._places: dict[tuple[int, int, int], slice | Tensor] = {}  # the same in every layer
@@ -177,7 +187,7 @@ class PagedView:
 
         A block whose pages are neighbours is a view of the slab, any other is gathered.
         """
-        length = self._tables[sequence].length
+        length = self._starts[sequence]
         return [
             self._rows(layer, sequence, start, min(start + KV_BLOCK, length))
             for start in range(0, length, KV_BLOCK)
@@ -185,7 +195,7 @@ class PagedView:
 
     def span(self, layer: int, sequence: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """(k, v) [n, K, D] of all tokens from `start` on, committed and staged: a view where pages are one run."""
-        stop = self._tables[sequence].length + self._counts[sequence]
+        stop = self._starts[sequence] + self._counts[sequence]
         return self._rows(layer, sequence, start, stop)
 
     def commit(self, rows: Sequence[Sequence[int] | None] | None = None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from zinfer.plan.place import Reserve
 from zinfer.plan.records import Workload
-from zinfer.spec.cost import activation_peak_bytes
+from zinfer.spec.cost import activation_bytes
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 from zinfer.units import KIB, round_up
 
@@ -66,10 +66,11 @@ def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
 def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     """What the compute tier needs beside weights for passes of at most `workload.prefill_rows` rows.
 
-    Logits are wanted for one row per sequence, or for `workload.logit_rows`.
+    Logits are wanted for one row per sequence, or for `workload.logit_rows`.  While one micro-batch computes, the
+    others keep what they hold between two ops.
     """
     logit_rows = max(workload.logit_rows or 0, workload.batch)
-    activations = activation_peak_bytes(
-        spec, workload.prefill_rows, logit_rows, workload.context, exact=exact
-    )
+    costs = activation_bytes(spec, workload.rows_at_once, logit_rows, workload.context, exact=exact)
+    waiting = max(cost.held for kind, cost in costs.items() if kind != "head")
+    activations = max(cost.peak for cost in costs.values()) + (workload.num_micros - 1) * waiting
     return Reserve(kv=kv_bytes(spec, workload), activations=activations + ROW_STAGING_BYTES)

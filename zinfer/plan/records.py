@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from zinfer.chunks.table import ChunkId
@@ -83,14 +83,16 @@ class Workload:
 
     `max_len` is the most tokens that one sequence may reach (None: prompt_len + gen_len), `lengths` the totals of
     single requests where they are known, largest first; `num_requests` how many there are in all (None: a queue
-    without end).  A pass carries at most `prefill_rows` rows, `logit_rows` of them with logits (None: one per
-    sequence).  `cache_tokens` is what the KV cache holds, all sequences together (None: each at its end).
+    without end).  A pass carries at most `prefill_rows` rows, in micro-batches of `micro_rows` (None: all at once),
+    `logit_rows` of them with logits (None: one per sequence).  `cache_tokens` is what the KV cache holds, all
+    sequences together (None: each at its end).
     """
 
     batch: int = 1
     prompt_len: int = 128
     gen_len: int = 128
     prefill_rows: int = 2048
+    micro_rows: int | None = None
     num_requests: int | None = None
     max_len: int | None = None
     lengths: tuple[int, ...] = ()
@@ -101,6 +103,28 @@ class Workload:
     def context(self) -> int:
         """The most tokens of one sequence."""
         return self.max_len or self.prompt_len + self.gen_len
+
+    def joined(self, other: Workload) -> Workload:
+        """One plan for both: this workload, which comes now, and `other`, which may come again."""
+        lengths = tuple(sorted(self.lengths + other.lengths, reverse=True))
+        return replace(
+            self,
+            batch=max(self.batch, other.batch),
+            num_requests=None if None in (self.num_requests, other.num_requests) else self.num_requests,
+            max_len=max(self.context, other.context),
+            lengths=lengths[: max(len(self.lengths), len(other.lengths))],
+            logit_rows=max(self.logit_rows or 0, other.logit_rows or 0) or None,
+        )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a full micro-batch."""
+        return min(self.micro_rows or self.prefill_rows, self.prefill_rows)
+
+    @property
+    def num_micros(self) -> int:
+        """Micro-batches of the fullest pass."""
+        return -(-self.prefill_rows // self.rows_at_once)
 
 
 @dataclass(frozen=True, slots=True)

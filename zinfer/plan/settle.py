@@ -14,7 +14,8 @@ from zinfer.plan.profile import KV_PAGE_TOKENS, reserve_for
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.spec.records import ModelSpec
 
-_MAX_ROWS = 2048
+_MAX_ROWS = 16384
+_MICRO_ROWS = 1024  # products are at their full rate there, and activations stay small
 _ACTIVATIONS_SHARE = 1 / 8  # of the budget: what rows beyond the batch may take from the weights
 
 
@@ -42,6 +43,10 @@ def asked_workload(
         length = runtime.context
     prompt_len = max(min(workload.prompt_len, length - 1), 1)
     batch = workload.batch if runtime.max_batch == "auto" else min(workload.batch, runtime.max_batch)
+    lengths = tuple(min(one, length) for one in workload.lengths)
+    num_requests = workload.num_requests
+    if runtime.context != "auto" and runtime.max_batch != "auto":  # a plan for whatever may come
+        batch, lengths, num_requests = runtime.max_batch, (), None
     rows = min(batch * prompt_len, _MAX_ROWS) if runtime.max_rows == "auto" else runtime.max_rows
     settled = replace(
         workload,
@@ -49,8 +54,10 @@ def asked_workload(
         prompt_len=prompt_len,
         gen_len=max(min(workload.gen_len, length - prompt_len), 1),
         max_len=length,
-        lengths=tuple(min(one, length) for one in workload.lengths),
+        lengths=lengths,
+        num_requests=num_requests,
         prefill_rows=max(rows, batch),
+        micro_rows=_MICRO_ROWS if runtime.micro_rows == "auto" else runtime.micro_rows,
         cache_tokens=workload.cache_tokens if runtime.kv_tokens == "auto" else runtime.kv_tokens,
     )
     if runtime.max_rows == "auto":

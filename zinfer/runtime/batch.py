@@ -17,35 +17,38 @@ def pack_rows(pieces: Sequence[Piece]) -> Packed:
     Logits are wanted for the last row of every request that has nothing more to feed, or for the rows that a
     scored request asks for.
     """
-    bounds = tuple(accumulate((len(ids) for _, ids in pieces), initial=0))
-    counts = [request.num_logit_rows(len(ids)) for request, ids in pieces]
+    bounds = tuple(accumulate((len(piece.ids) for piece in pieces), initial=0))
+    counts = [piece.request.num_logit_rows(piece.start, piece.stop) for piece in pieces]
     logit_rows = [
         row for end, count in zip(bounds[1:], counts, strict=True) for row in range(end - count, end)
     ]
-    past = tuple(request.num_committed for request, _ in pieces)
-    positions = [start + i for start, (_, ids) in zip(past, pieces, strict=True) for i in range(len(ids))]
     return Packed(
-        tokens_T=torch.tensor([token for _, ids in pieces for token in ids], dtype=torch.long),
-        positions_T=torch.tensor(positions, dtype=torch.long),
+        tokens_T=torch.tensor([token for piece in pieces for token in piece.ids], dtype=torch.long),
+        positions_T=torch.tensor(
+            [position for piece in pieces for position in range(piece.start, piece.stop)], dtype=torch.long
+        ),
         bounds=bounds,
-        past=past,
+        past=tuple(piece.start for piece in pieces),
         logit_rows=torch.tensor(logit_rows, dtype=torch.long),
-        lengths=tuple(request.num_tokens for request, _ in pieces),
+        lengths=tuple(piece.request.num_tokens for piece in pieces),
     )
 
 
 def split_rows(pieces: Sequence[Piece], micro_rows: int) -> list[list[Piece]]:
-    """Share a pass out among micro-batches of at most `micro_rows` rows: largest piece first, where it first fits.
+    """Share a pass out among micro-batches of at most `micro_rows` rows; a piece is cut where one is full.
 
-    A piece is never cut, so none may be larger than a micro-batch.
+    The part behind a cut lies in a later micro-batch, which computes every layer after the part before it.
     """
-    micros: list[list[Piece]] = []
-    free: list[int] = []
-    for piece in sorted(pieces, key=lambda piece: -len(piece.ids)):
-        at = next((i for i, rows in enumerate(free) if rows >= len(piece.ids)), len(free))
-        if at == len(free):
-            micros.append([])
-            free.append(micro_rows)
-        micros[at].append(piece)
-        free[at] -= len(piece.ids)
+    micros: list[list[Piece]] = [[]]
+    free = micro_rows
+    for request, ids, start in pieces:
+        at = 0
+        while at < len(ids):
+            if not free:
+                micros.append([])
+                free = micro_rows
+            part = ids[at : at + free]
+            micros[-1].append(Piece(request, part, start + at))
+            at += len(part)
+            free -= len(part)
     return micros

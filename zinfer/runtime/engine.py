@@ -151,7 +151,7 @@ def open_engine(
         max_logit_rows=plan.workload.logit_rows,
         wants_spill=_wants_spill(model, plan, budget),
     )
-    loop = Loop(executor, kv, scheduler, budget)
+    loop = Loop(executor, kv, scheduler, budget, micro_rows=plan.workload.micro_rows)
     return Engine(manager, kv, loop, stats, recorder, begin_s, trace)
 
 

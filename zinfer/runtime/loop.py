@@ -84,7 +84,7 @@ class Loop:
         micros = split_rows(pieces, self._micro_rows)
         batches = [pack_rows(micro) for micro in micros]
         views = [
-            self.kv.view([request.id for request, _ in micro], batch.bounds)
+            self.kv.view([piece.request.id for piece in micro], batch.bounds, batch.past)
             for micro, batch in zip(micros, batches, strict=True)
         ]
         outputs = self.executor.run(list(zip(batches, views, strict=True)))
@@ -95,21 +95,29 @@ class Loop:
 
     def _took(self, pieces: Sequence[Piece], logits_RV: Tensor) -> Iterator[Event]:
         """Advance the requests of one micro-batch; its logits lie in the order of its pieces."""
-        counts = [request.num_logit_rows(len(ids)) for request, ids in pieces]
-        sampling = [request for request, ids in pieces if request.is_sampling_after(len(ids))]
+        counts = [request.num_logit_rows(start, start + len(ids)) for request, ids, start in pieces]
         parts = torch.split(logits_RV, counts)
-        drawn = [part for part, (request, _) in zip(parts, pieces, strict=True) if request.on_logits is None]
-        draws = (
-            iter(sample(_joined(drawn, logits_RV), sampling, self.executor.spec.eos_ids))
-            if sampling
-            else iter(())
-        )
-        for (request, ids), part in zip(pieces, parts, strict=True):
-            request.num_committed += len(ids)
-            if request.on_logits is not None:
-                yield from self._scored(request, part)
-            elif len(part):
-                yield self._advance(request, next(draws))
+        drawing = [
+            (piece.request, part)
+            for piece, part in zip(pieces, parts, strict=True)
+            if piece.request.is_sampling_at(piece.stop)
+        ]
+        draws = iter(self._draw(drawing, logits_RV))
+        for piece, part in zip(pieces, parts, strict=True):
+            is_sampling = piece.request.is_sampling_at(piece.stop)
+            piece.request.num_committed = piece.stop
+            if is_sampling:
+                yield self._advance(piece.request, next(draws))
+            elif piece.request.on_logits is not None:
+                yield from self._scored(piece.request, part)
+
+    def _draw(self, rows: Sequence[tuple[Request, Tensor]], whole_RV: Tensor) -> list[Draw]:
+        """A token per request, from its row; all rows at once, without a copy where none belongs to a score."""
+        if not rows:
+            return []
+        is_whole = len(rows) == len(whole_RV)
+        logits_SV = whole_RV if is_whole else torch.cat([part for _, part in rows])
+        return sample(logits_SV, [request for request, _ in rows], self.executor.spec.eos_ids)
 
     def _scored(self, request: Request, logits_nV: Tensor) -> Iterator[Event]:
         assert request.on_logits is not None, "only a request that wants logits is scored"
@@ -130,9 +138,3 @@ class Loop:
         if is_finished:
             self.drop(request)
         return Event(request, draw.token_id, delta, is_finished)
-
-
-def _joined(parts: Sequence[Tensor], whole_RV: Tensor) -> Tensor:
-    """The rows to draw from: all of them, as they are, unless some belong to requests that are scored."""
-    rows = sum(len(part) for part in parts)
-    return whole_RV if rows == len(whole_RV) else torch.cat(list(parts))

@@ -96,12 +96,12 @@ class Request:
             return self.prompt_ids[start : start + limit]
         return self.output_ids[start - len(self.prompt_ids) :][:limit]
 
-    def is_sampling_after(self, num_new: int) -> bool:
-        """Whether a pass that feeds `num_new` tokens ends at its last known token, so that it must sample."""
-        return self.on_logits is None and self.num_committed + num_new == self.num_tokens
+    def is_sampling_at(self, stop: int) -> bool:
+        """Whether a pass that feeds tokens up to `stop` ends at its last known token, so that it must sample."""
+        return self.on_logits is None and stop == self.num_tokens
 
-    def num_logit_rows(self, num_new: int) -> int:
-        """How many of the next `num_new` rows want logits."""
+    def num_logit_rows(self, start: int, stop: int) -> int:
+        """How many of the rows of tokens start .. stop - 1 want logits; they are the last ones."""
         if self.on_logits is None:
-            return int(self.is_sampling_after(num_new))
-        return max(self.num_committed + num_new - max(self.logits_from, self.num_committed), 0)
+            return int(self.is_sampling_at(stop))
+        return max(stop - max(self.logits_from, start), 0)

@@ -38,10 +38,16 @@ class Pages(Protocol):
 
 
 class Piece(NamedTuple):
-    """What one request feeds into a pass."""
+    """What one request feeds into a pass, or into one micro-batch of it: `ids` at its tokens `start` on."""
 
     request: Request
     ids: list[int]
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """The token after the last."""
+        return self.start + len(self.ids)
 
 
 @dataclass(slots=True)
@@ -59,8 +65,7 @@ class Scheduler:
 
     Waiting requests are admitted in order of arrival while fewer than `max_batch` run; pages are taken as a sequence
     grows.  `wants_spill(tokens)` says whether a sequence of so many tokens is cheaper to write and read back than to
-    compute again.  At most `max_rows` rows and `max_logit_rows` rows of logits ride in a pass, at most `piece_rows`
-    of one sequence.
+    compute again.  At most `max_rows` rows and `max_logit_rows` rows of logits ride in a pass.
     """
 
     def __init__(
@@ -70,7 +75,6 @@ class Scheduler:
         max_batch: int,
         max_rows: int,
         max_logit_rows: int | None = None,
-        piece_rows: int | None = None,
         wants_spill: Callable[[int], bool] = lambda tokens: False,
     ) -> None:
         self.pages = pages
@@ -78,7 +82,6 @@ class Scheduler:
         self.max_batch = min(max_batch, max_rows)
         self.max_rows = max_rows
         self.max_logit_rows = max(max_logit_rows or 0, self.max_batch)
-        self.piece_rows = min(piece_rows or max_rows, max_rows)
         self._wants_spill = wants_spill
         self._waiting: deque[Request] = deque()
         self._preempted: list[Request] = []  # in order of arrival
@@ -157,7 +160,7 @@ class Scheduler:
                     break
             else:
                 room.take(1, 1)
-                yield Piece(request, request.next_ids(1))
+                yield Piece(request, request.next_ids(1), request.num_committed)
 
     def _prefilling(self, room: _Room) -> Iterator[Piece]:
         for request in self._running:
@@ -174,7 +177,7 @@ class Scheduler:
             insort(self._running, request, key=lambda other: other.id)
             if request.is_decoding:
                 room.take(1, 1)
-                yield Piece(request, request.next_ids(1))
+                yield Piece(request, request.next_ids(1), request.num_committed)
             elif piece := self._piece(request, room):
                 yield piece
 
@@ -197,12 +200,13 @@ class Scheduler:
 
     def _piece(self, request: Request, room: _Room) -> Piece | None:
         """As much of what the request still has to feed as rows, rows of logits and pages allow."""
-        limit = room.limit(request, self.piece_rows)
+        limit = room.limit(request)
         ids = request.next_ids(limit) if limit > 0 else []
         if not ids or not self.pages.grow(request.id, request.num_committed + len(ids)):
             return None
-        room.take(len(ids), request.num_logit_rows(len(ids)))
-        return Piece(request, ids)
+        piece = Piece(request, ids, request.num_committed)
+        room.take(len(ids), request.num_logit_rows(piece.start, piece.stop))
+        return piece
 
     def _preempt(self, request: Request, *, may_spill: bool = True) -> None:
         self._running.remove(request)
@@ -238,9 +242,10 @@ class _Room:
         self.rows -= rows
         self.logit_rows -= logit_rows
 
-    def limit(self, request: Request, piece_rows: int) -> int:
+    def limit(self, request: Request) -> int:
         """The most rows of a prompt that fit."""
-        limit = min(self.rows, piece_rows)
-        while limit > 0 and request.num_logit_rows(limit) > self.logit_rows:
-            limit -= request.num_logit_rows(limit) - max(self.logit_rows, 0)
+        start = request.num_committed
+        limit = min(self.rows, request.num_tokens - start)
+        while limit > 0 and request.num_logit_rows(start, start + limit) > self.logit_rows:
+            limit -= request.num_logit_rows(start, start + limit) - max(self.logit_rows, 0)
         return limit

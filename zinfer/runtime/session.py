@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -175,14 +176,24 @@ class Session:
                 "a request needs a larger plan while another generation is running",
                 remedy="let it end first, or set runtime.context and runtime.max_batch for both",
             )
+        self.plan = self._plan(workload)
         self.close()
-        self.plan = self.model.plan(workload)
         self.stats = Stats(self.plan.forecast)
+
+    def _plan(self, workload: Workload) -> Plan:
+        """A plan that also serves what the engine served before, where that fits: whoever asks by turns for long and
+        for short, or for text and for logits, must not pay for loading each time."""
+        if self._engine is not None:
+            with suppress(BudgetError):
+                joined = self.model.plan(workload.joined(self.plan.workload))
+                if joined.covers(workload):
+                    return joined
+        return self.model.plan(workload)
 
     def _workload(self, requests: Sequence[Request], *, is_open: bool = False) -> Workload:
         lengths = [(len(request.prompt_ids), request.params.max_tokens) for request in requests]
         scored = [
-            request.num_logit_rows(len(request.prompt_ids)) for request in requests if request.on_logits
+            request.num_logit_rows(0, len(request.prompt_ids)) for request in requests if request.on_logits
         ]
         return self.model.workload(lengths, is_open=is_open, logit_rows=sum(scored) or None)
 
