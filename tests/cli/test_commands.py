@@ -76,6 +76,35 @@ def test_bad_prompt_lines_are_refused(model, tmp_path, capsys, line, code):
     assert remedy
 
 
+def test_a_batch_says_what_failed_and_exits_with_7(model, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": [1, 2, 3]}\n{"prompt": [4]}\n')
+    argv = [
+        "run-batch",
+        str(model),
+        "-i",
+        str(source),
+        "-o",
+        str(target),
+        "--max-tokens",
+        "3",
+        "--ignore-eos",
+    ]
+    assert run(argv) == 0
+    assert "results    2 in" in capsys.readouterr().err
+    assert run(argv) == 0, "again: nothing is left to do"
+    assert "resumed    2" in capsys.readouterr().err
+    exit_code, code, message, remedy = refused(capsys, [*argv, "--temperature", "1"])
+    assert (exit_code, code) == (2, "ZI-1712")
+    assert "temperature was 0.0, is 1.0" in message
+    assert str(target) in remedy
+    source.write_text('{"prompt": [1, 2, 3]}\n{"prompt": [4000]}\nnot json\n')
+    assert run([str(tmp_path / "other.jsonl") if part == str(target) else part for part in argv]) == 7
+    assert "results    3 in" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "other.jsonl").read_text().splitlines()]
+    assert sorted(line["error"]["code"] for line in lines if "error" in line) == ["ZI-1106", "ZI-1701"]
+
+
 def test_an_impossible_budget_names_one_that_works(model, capsys):
     argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "4", "--ignore-eos"]
     exit_code, code, message, remedy = refused(capsys, [*argv, "--host-mem", "64KiB"])
@@ -97,6 +126,8 @@ def test_an_impossible_budget_names_one_that_works(model, capsys):
         (["generate", "MODEL", "--prompt-ids", "1", "--host-mem", "plenty"], 2, "ZI-1003"),
         (["generate", "MODEL", "--prompt-ids", "1", "--temperature", "-1"], 2, "ZI-1302"),
         (["generate", "MODEL", "--prompt-ids", "1", "--device", "cuda:7"], None, None),
+        (["run-batch", "MODEL", "-i", "no-such.jsonl", "-o", "no-such-output.jsonl"], 3, "ZI-4921"),
+        (["run-batch", "MODEL", "--model", "x", "-i", "no-such.jsonl", "-o", "o.jsonl"], 2, "ZI-1710"),
         (["shard", "MODEL", "--out", "MODEL"], 2, "ZI-3002"),
         (["verify", "MODEL"], 6, None),
         (["trace", "no-such-trace.json", "--png", "x.png"], 3, "ZI-4901"),

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from zinfer.api import LLM, Prompts
-from zinfer.cli.options import engine_options, settings_of
+from zinfer.cli.options import engine_options, sampling_options, settings_of, split_sampling
 from zinfer.cli.progress import Progress
 from zinfer.cli.prompts import read_prompts, write_results
 from zinfer.cli.render import forecast_line, stats_lines
@@ -28,18 +28,7 @@ from zinfer.sampling.params import SamplingParams
 @click.option(
     "-o", "--output", "output_file", type=click.Path(path_type=Path), help="JSON lines, input order."
 )
-@click.option("--max-tokens", default=64, show_default=True, help="Tokens to generate at most.")
-@click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token.")
-@click.option("--top-k", default=0, help="Keep the K likeliest tokens (0: all).")
-@click.option("--top-p", default=1.0, help="Keep the likeliest tokens up to this probability.")
-@click.option(
-    "--min-p", default=0.0, help="Keep tokens of at least this share of the likeliest one's probability."
-)
-@click.option("--repetition-penalty", default=1.0, help="Above 1 discourages tokens already seen.")
-@click.option("--stop", multiple=True, help="End at this text (may be repeated).")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--logprobs", type=int, help="Report this many likeliest tokens per position.")
-@click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens.")
+@sampling_options
 @click.option(
     "--exact/--no-exact", default=None, help="A row's result depends on nothing but the row (default on)."
 )
@@ -58,7 +47,7 @@ def generate(
 ) -> None:
     """Continue text with MODEL, a Hugging Face folder or a zinfer store (default: the bundled model)."""
     prompts = read_prompts(prompt, prompt_ids, input_file)
-    params, engine = _split(options)
+    params, engine = split_sampling(options)
     loaded = settings_of(model, **engine)
     streams = input_file is None and output_file is None and not as_json
     with Progress() as loading, LLM(settings=loaded.settings, trace=trace_file, watch=loading) as llm:
@@ -75,25 +64,6 @@ def generate(
         click.echo(
             f"trace      {trace_file} (open in Perfetto, or: zinfer trace {trace_file} --png t.png)", err=True
         )
-
-
-def _split(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
-    sampling = {
-        name: options.pop(name)
-        for name in (
-            "max_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "seed",
-            "logprobs",
-            "ignore_eos",
-        )
-    }
-    stop = options.pop("stop")
-    return SamplingParams(**sampling, stop=list(stop) or None), options
 
 
 def _stream(llm: LLM, prompts: Prompts, params: SamplingParams, loading: Progress) -> None:

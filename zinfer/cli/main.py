@@ -14,6 +14,7 @@ from zinfer.errors import ZinferError
 
 COMMANDS = {
     "generate": ("zinfer.cli.generate", "Generate text from prompts, under a memory budget."),
+    "run-batch": ("zinfer.cli.run_batch", "Answer a file of requests; interrupted, it goes on where it was."),
     "plan": ("zinfer.cli.plan", "Say where a model would live and how fast it would run."),
     "shard": ("zinfer.cli.store", "Write a model as an aligned, checksummed store."),
     "verify": ("zinfer.cli.store", "Check every block of a store against its checksum."),
@@ -34,7 +35,7 @@ class LazyGroup(click.Group):
         """Import the module that holds the subcommand."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from zinfer.config.load import Loaded, load_settings
+from zinfer.sampling.params import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +28,46 @@ _ENGINE = (
         "--set", "sets", multiple=True, metavar="PATH=VALUE", help="One setting: memory.device=20GiB."
     ),
 )
+
+_SAMPLING = (
+    click.option("--max-tokens", default=64, show_default=True, help="Tokens to generate at most."),
+    click.option("--temperature", default=0.0, show_default=True, help="0: always the likeliest token."),
+    click.option("--top-k", default=0, help="Keep the K likeliest tokens (0: all)."),
+    click.option("--top-p", default=1.0, help="Keep the likeliest tokens up to this probability."),
+    click.option(
+        "--min-p", default=0.0, help="Keep tokens of at least this share of the likeliest one's probability."
+    ),
+    click.option("--repetition-penalty", default=1.0, help="Above 1 discourages tokens already seen."),
+    click.option("--stop", multiple=True, help="End at this text (may be repeated)."),
+    click.option("--seed", type=int, help="Makes sampling repeatable."),
+    click.option("--logprobs", type=int, help="Report this many likeliest tokens per position."),
+    click.option("--ignore-eos", is_flag=True, help="Go on to --max-tokens."),
+)
+_SAMPLING_NAMES = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "logprobs",
+    "ignore_eos",
+)
+
+
+def sampling_options(command: F) -> F:
+    """Add the options that say how tokens are drawn."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def split_sampling(options: dict[str, Any]) -> tuple[SamplingParams, dict[str, Any]]:
+    """What `sampling_options` gave, and the rest."""
+    sampling = {name: options.pop(name) for name in _SAMPLING_NAMES}
+    stop = options.pop("stop")
+    return SamplingParams(**sampling, stop=list(stop) or None), options
 
 
 def engine_options(command: F) -> F:

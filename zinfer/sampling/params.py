@@ -83,6 +83,8 @@ class SamplingParams:
         named: dict[str, object] = {}
         for name, value in values.items():
             known = _ALIASES.get(name, name)
+            if known == "self":  # to Python a second first argument
+                raise _unknown_name(name)
             if known in named:
                 raise _refusal(known, value, f"given once, not as {' and '.join(_ALIASES)} too")
             named[known] = value
