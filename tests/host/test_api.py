@@ -158,7 +158,7 @@ def test_closing_leaves_nothing_behind(tiny):
 def test_a_read_error_in_a_pass_is_reported_and_survived(tiny, monkeypatch):
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     options = {"machine": "sim-default", "device": "cpu", "threads": 1, "max_rows": 8, "max_batch": 1}
-    with LLM(tiny, **options, memory={"host": "1MiB"}) as model:
+    with LLM(tiny, **options, memory={"host": "640KiB"}) as model:
         expected = model.generate([1, 2, 3], params)[0].outputs[0].token_ids
         assert model.plan.placement.slots > 0
         real, calls = os.preadv, []
@@ -183,7 +183,7 @@ def test_buffered_and_direct_reads_give_the_same(tiny):
         "device": "cpu",
         "threads": 1,
         "max_rows": 8,
-        "memory": {"host": "1MiB"},
+        "memory": {"host": "640KiB"},
     }
     found = []
     for read_mode in ("direct", "buffered"):

@@ -220,6 +220,7 @@ def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, dtype, exa
     q, k, v = qkv(total, heads, kv_heads, dim, dtype)
     kv = PagedKv(num_layers=1, num_kv_heads=kv_heads, head_dim=dim, num_pages=100, dtype=WORDS[dtype])
     kv.open(0, total)
+    attention.query_sizes(kv_heads, heads // kv_heads, dim, "cpu", torch.get_num_threads())
     for start, stop in [(0, past), (past, total)] if past else [(0, total)]:
         batch = packed([stop - start], [start])
         view = kv.view([0], batch.bounds)
@@ -238,5 +239,5 @@ def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, dtype, exa
         view.commit()
     bound = attention_workspace_bytes(rows, total, heads, dim, WORDS[dtype], exact, kv_heads=kv_heads)
     assert live.peak <= bound
-    if exact:
-        assert live.peak >= 0.5 * bound  # a bound that is never near is no bound
+    if exact and rows >= 64:
+        assert live.peak >= 0.9 * bound  # a bound that is never near is no bound

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from zinfer.kernels.choice import agreeing_sizes, cover, fastest, pad_rows
 from zinfer.kernels.remembered import remembered
+from zinfer.spec.cost import EXACT_ROWS, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
-_SIZES = (1, 4, 16, 32, 64, 128, 256)
+_SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
 _SAMPLE_ROWS = 5
 _TIMED_BYTES = 16 * 2**20  # of a weight: beyond a core's own cache, and measured in a few milliseconds
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -33,15 +34,23 @@ def linear(
     weight_OI = weight.t() if transposed else weight
     outputs, inputs = weight_OI.shape
     case = (weight.dtype, weight.device.type, outputs, inputs, transposed, bias is not None)
-    if not exact:
-        product = KERNELS[row_kernel(*case)] if x_TI.shape[0] == 1 else F.linear
+    num_rows = x_TI.shape[0]
+    if not exact and num_rows <= MOST_ROWS:
+        product = KERNELS[row_kernel(*case)] if num_rows == 1 else F.linear
         return product(x_TI, weight_OI, bias)
-    sizes = row_sizes(*case, torch.get_num_threads())
-    pieces = [
-        F.linear(pad_rows(x_TI[start:stop], size), weight_OI, bias)[: stop - start]
-        for start, stop, size in cover(x_TI.shape[0], sizes)
-    ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    sizes = row_sizes(*case, torch.get_num_threads()) if exact else (MOST_ROWS,)
+    y_TO: Tensor | None = None
+    for start, stop, size in cover(num_rows, sizes):
+        rows = stop - start
+        piece = F.linear(pad_rows(x_TI[start:stop], size if exact else rows), weight_OI, bias)[:rows]
+        if rows == num_rows:
+            return piece
+        # Into its place at once: all pieces beside the whole would be the peak of a pass.
+        y_TO = piece.new_empty(num_rows, outputs) if y_TO is None else y_TO
+        y_TO[start:stop] = piece
+        del piece
+    assert y_TO is not None, "a product needs rows"
+    return y_TO
 
 
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:

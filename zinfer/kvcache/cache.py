@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,16 +185,12 @@ class PagedView:
             self._slab[layer, 0].index_copy_(0, self._slots_T, k_TKD.detach())
             self._slab[layer, 1].index_copy_(0, self._slots_T, v_TKD.detach())
 
-    def past(self, layer: int, sequence: int) -> list[tuple[Tensor, Tensor]]:
+    def past(self, layer: int, sequence: int) -> PastBlocks:
         """Committed (k, v) in blocks of KV_BLOCK tokens, each [n, K, D], oldest first.
 
-        A block whose pages are neighbours is a view of the slab, any other is gathered.
+        A block whose pages are neighbours is a view of the slab, any other is gathered, each time it is asked for.
         """
-        length = self._starts[sequence]
-        return [
-            self._rows(layer, sequence, start, min(start + KV_BLOCK, length))
-            for start in range(0, length, KV_BLOCK)
-        ]
+        return PastBlocks(self._starts[sequence], partial(self._rows, layer, sequence))
 
     def span(self, layer: int, sequence: int, start: int = 0) -> tuple[Tensor, Tensor]:
         """(k, v) [n, K, D] of all tokens from `start` on, committed and staged: a view where pages are one run."""
@@ -226,6 +225,26 @@ class PagedView:
         if isinstance(place, slice):
             return keys[place], values[place]
         return keys.index_select(0, place), values.index_select(0, place)
+
+
+class PastBlocks(Sequence[tuple[Tensor, Tensor]]):
+    """(k, v) of a sequence's committed tokens in blocks; a block exists only while somebody holds it."""
+
+    def __init__(self, length: int, rows: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
+        self._length, self._rows = length, rows
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return ceil(self._length / KV_BLOCK)
+
+    def __getitem__(self, block: Any) -> Any:
+        """One block, or a list of them for a slice."""
+        if isinstance(block, slice):
+            return [self[at] for at in range(*block.indices(len(self)))]
+        if not -len(self) <= block < len(self):
+            raise IndexError(block)
+        start = block % len(self) * KV_BLOCK
+        return self._rows(start, min(start + KV_BLOCK, self._length))
 
 
 def _index(runs: Sequence[range], device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from zinfer.kernels.choice import agreeing_sizes, cover, pad_rows
 from zinfer.layers.packed import KvView, Packed
 from zinfer.spec.attention_cost import KV_BLOCK, QUERY_ROWS
+from zinfer.spec.records import ModelSpec
 
 _LOWEST = -1e30  # "nothing seen yet" in the running maximum; finite, so that differences are numbers
 # Exponents stop here: their exponentials are nothing beside 1, and below it the library's exp is 40 times slower.
@@ -39,7 +40,7 @@ def attend(
     sequence was cut into passes.
     """
     kv.stage(layer, k_TKD, v_TKD)
-    outputs = []
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     for s in range(batch.num_sequences):
         rows = slice(batch.bounds[s], batch.bounds[s + 1])
         q, k, v = q_THD[rows], k_TKD[rows], v_TKD[rows]
@@ -47,11 +48,11 @@ def attend(
         past, num_new = batch.past[s], q.shape[0]
         sees_all = num_new == 1 or (past == 0 and (window is None or window >= num_new))
         if not exact and ancestors is None and sees_all:
-            outputs.append(_fused(q, k, v, kv, layer, s, past, scale, window))
+            out_THD[rows] = _fused(q, k, v, kv, layer, s, past, scale, window)
         else:
             seen = _Visibility(past, num_new, window, ancestors, batch.positions_T[rows])
-            outputs += _blockwise(q, _blocks(kv.past(layer, s), k, v), seen, scale)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            _blockwise(q, _Blocks(kv.past(layer, s), past, k, v), seen, scale, out_THD[rows])
+    return out_THD
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,55 +99,82 @@ class _Visibility:
         return seen
 
 
-def _blockwise(
-    q_NHD: Tensor, blocks: Sequence[tuple[Tensor, Tensor]], seen: _Visibility, scale: float
-) -> list[Tensor]:
+def _blockwise(q_NHD: Tensor, blocks: _Blocks, seen: _Visibility, scale: float, out_NHD: Tensor) -> None:
     """Online softmax over blocks of keys, in fp32 (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1).
 
     The shape of every product is fixed (KV_BLOCK keys, a row count of one agreeing group) and blocks that a row
-    does not see change none of its bits: that is what makes rows independent of how they are fed.  Returns the
-    output in pieces [n, H, D].
+    does not see change none of its bits: that is what makes rows independent of how they are fed.  Writes each
+    piece of the output to its place in `out_NHD`; what is alive here is what `attention_workspace_bytes` counts.
     """
     num_new, num_heads, head_dim = q_NHD.shape
-    kv_heads = blocks[0][0].shape[1]
+    kv_heads = blocks.kv_heads
     group = num_heads // kv_heads
     sizes = query_sizes(kv_heads, group, head_dim, q_NHD.device.type, torch.get_num_threads())
-    pieces = []
     for start, stop, size in cover(num_new, sizes):
-        q_RKGD = pad_rows(q_NHD[start:stop].flatten(1), size).view(size, kv_heads, group, head_dim)
-        q = (q_RKGD.transpose(0, 1).float() * scale).reshape(kv_heads, size * group, head_dim)
-        top = q.new_full((kv_heads, size * group, 1), _LOWEST)
-        weight, total = torch.zeros_like(top), torch.zeros_like(q)
-        for block in seen.blocks(start, stop - 1):
-            k, v = (_padded(rows_nKD) for rows_nKD in blocks[block])
-            scores = torch.bmm(q, k.transpose(1, 2))
-            mask = seen.mask(start, stop - 1, block)
-            hidden = None if mask is None else pad_rows(~mask, size).repeat_interleave(group, 0)
-            if hidden is not None:
-                scores.masked_fill_(hidden, -torch.inf)
-            # The shift cancels in total / weight, so no gradient need pass through it.
-            new_top = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
-            fade = (top - new_top).clamp_(min=_FLOOR).exp_()
-            scores.sub_(new_top).clamp_(min=_FLOOR).exp_()
-            if hidden is not None:
-                scores = scores.masked_fill(hidden, 0)
-            weight.mul_(fade).add_(scores.sum(-1, keepdim=True))
-            total.mul_(fade).add_(torch.bmm(scores, v))
-            top = new_top
-        out_RKGD = (total / weight).view(kv_heads, size, group, head_dim).transpose(0, 1)
-        pieces.append(out_RKGD[: stop - start].to(q_NHD.dtype).reshape(-1, num_heads, head_dim))
-    return pieces
+        out_NHD[start:stop] = _piece(q_NHD, blocks, seen, scale, start, stop, size)
 
 
-def _blocks(past: Sequence[tuple[Tensor, Tensor]], k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Past and new keys and values, cut at multiples of KV_BLOCK counted from the sequence's first token."""
-    blocks, used = list(past), 0
-    if blocks and blocks[-1][0].shape[0] < KV_BLOCK:
-        last_k, last_v = blocks[-1]
-        used = KV_BLOCK - last_k.shape[0]
-        blocks[-1] = (torch.cat((last_k, k[:used])), torch.cat((last_v, v[:used])))
-    starts = range(used, k.shape[0], KV_BLOCK)
-    return blocks + [(k[at : at + KV_BLOCK], v[at : at + KV_BLOCK]) for at in starts]
+def _piece(
+    q_NHD: Tensor, blocks: _Blocks, seen: _Visibility, scale: float, start: int, stop: int, size: int
+) -> Tensor:
+    """Rows start:stop of the output, fp32 [n, H, D], computed as `size` rows."""
+    num_heads, head_dim = q_NHD.shape[1:]
+    kv_heads, group = blocks.kv_heads, num_heads // blocks.kv_heads
+    q = _grouped(q_NHD[start:stop], kv_heads, size, scale)
+    top = q.new_full((kv_heads, size * group, 1), _LOWEST)
+    weight, total = torch.zeros_like(top), torch.zeros_like(q)
+    for block in seen.blocks(start, stop - 1):
+        k, v = blocks[block]
+        scores = torch.bmm(q, k.transpose(1, 2))
+        del k
+        mask = seen.mask(start, stop - 1, block)
+        hidden = None if mask is None else pad_rows(~mask, size).repeat_interleave(group, 0)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
+        # The shift cancels in total / weight, so no gradient need pass through it.
+        new_top = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
+        fade = (top - new_top).clamp_(min=_FLOOR).exp_()
+        scores.sub_(new_top).clamp_(min=_FLOOR).exp_()
+        if hidden is not None and scores.requires_grad:
+            scores = scores.masked_fill(hidden, 0)  # the gradient needs what exp_ gave
+        elif hidden is not None:
+            scores.masked_fill_(hidden, 0)
+        weight.mul_(fade).add_(scores.sum(-1, keepdim=True))
+        total.mul_(fade).add_(torch.bmm(scores, v))
+        del v, scores, mask, hidden
+        top = new_top
+    out_RKGD = (total / weight).view(kv_heads, size, group, head_dim).transpose(0, 1)
+    return out_RKGD[: stop - start].reshape(-1, num_heads, head_dim)
+
+
+def _grouped(q_nHD: Tensor, kv_heads: int, size: int, scale: float) -> Tensor:
+    """Scaled fp32 queries [K, size * G, D]: a group's heads stand as rows of their key head, zeros behind the last."""
+    num_heads, head_dim = q_nHD.shape[1:]
+    q_RKGD = pad_rows(q_nHD.flatten(1), size).view(size, kv_heads, num_heads // kv_heads, head_dim)
+    return (q_RKGD.transpose(0, 1).float() * scale).reshape(kv_heads, -1, head_dim)
+
+
+class _Blocks:
+    """Past and new keys and values of a sequence, cut at multiples of KV_BLOCK counted from its first token.
+
+    One block at a time is gathered, joined where past and new rows meet in it, padded and widened.
+    """
+
+    def __init__(self, past: Sequence[tuple[Tensor, Tensor]], num_past: int, k: Tensor, v: Tensor) -> None:
+        self.kv_heads = k.shape[1]
+        self._past, self._num_past, self._new = past, num_past, (k, v)
+
+    def __getitem__(self, block: int) -> tuple[Tensor, Tensor]:
+        """fp32 keys and values [K, KV_BLOCK, D]."""
+        start = block * KV_BLOCK
+        new = slice(max(start - self._num_past, 0), max(start + KV_BLOCK - self._num_past, 0))
+        old = self._past[block] if start < self._num_past else None
+        k_nKD, v_nKD = (rows_NKD[new] for rows_NKD in self._new)
+        if old is None:
+            return _padded(k_nKD), _padded(v_nKD)
+        if not k_nKD.shape[0]:
+            return _padded(old[0]), _padded(old[1])
+        return _padded(torch.cat((old[0], k_nKD))), _padded(torch.cat((old[1], v_nKD)))
 
 
 def _padded(rows_nKD: Tensor) -> Tensor:
@@ -181,6 +209,12 @@ def _fused(
     q = q_NHD.reshape(1, kv_heads, num_heads // kv_heads, head_dim)
     out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.reshape(1, num_heads, head_dim)
+
+
+def prepare_attention(spec: ModelSpec, device: str) -> None:
+    """Choose how many rows share a product now, before the weights take the memory that the test needs."""
+    kv_heads = spec.num_kv_heads
+    query_sizes(kv_heads, spec.num_heads // kv_heads, spec.head_dim, device, torch.get_num_threads())
 
 
 @cache

@@ -14,7 +14,9 @@ from zinfer.kernels.products import prepare
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.kvcache.spill import spill_folder
+from zinfer.layers.attention import prepare_attention
 from zinfer.memory.assemble import open_manager
+from zinfer.memory.heap import give_freed_memory_back
 from zinfer.memory.manager import ChunkManager
 from zinfer.plan.make import Plan
 from zinfer.plan.tokens import TokenBudget
@@ -107,7 +109,10 @@ def open_engine(
     begin_s = time.perf_counter()
     folder = spill_folder(model.resolved.settings.memory.disk, model.folder)
     torch.set_num_threads(model.resolved.threads)
-    prepare(model.spec, "cuda" if plan.device.startswith("cuda") else "cpu", exact=plan.exact)
+    give_freed_memory_back()
+    device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
+    prepare(model.spec, device_type, exact=plan.exact)
+    prepare_attention(model.spec, device_type)
     manager = open_manager(
         plan.table,
         plan.placement,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zinfer.spec.records import DTYPE_BYTES
 
+FP32 = 4
 KV_BLOCK = 256  # tokens; attention cuts keys at multiples of it, counted from the sequence's first token
 QUERY_ROWS = 128  # most rows of scores per key-value head (new rows times heads of a group) at once
 
@@ -24,19 +25,34 @@ def attention_workspace_bytes(
     ModelSpec.dtype.  Without `kv_heads` as many key-value heads as heads are assumed, the worst case.
     """
     kv_heads = heads if kv_heads is None else kv_heads
-    group = heads // kv_heads
-    width = DTYPE_BYTES[dtype]
-    outputs = 2 * rows * heads * head_dim * width  # pieces, and the whole put together
-    score_rows = max(min(max(2 * rows, 8) * group, QUERY_ROWS), group)
-    # fp32 scores, plain and masked, and the masks; queries as given and scaled, the running sum, a block's share,
-    # the result; a block's keys and values in fp32 and as they are joined.
-    scores = score_rows * KV_BLOCK * (2 * 4 * kv_heads + 8)
-    queries = kv_heads * score_rows * head_dim * (5 * 4 + width)
-    block = kv_heads * KV_BLOCK * head_dim * (2 * 4 + 3 * width)
-    blockwise = scores + queries + block
+    output = rows * heads * head_dim * DTYPE_BYTES[dtype]
+    blockwise = _blockwise_bytes(rows, context, heads, kv_heads, head_dim, DTYPE_BYTES[dtype])
     if exact:
-        return outputs + blockwise
-    # One fused call per sequence: at worst its keys and values are gathered from scattered pages, and the
-    # kernel keeps fp32 sums of its output rows.
-    gathered = 2 * context * kv_heads * head_dim * width
-    return outputs + max(blockwise, gathered + 2 * rows * heads * head_dim * 4)
+        return output + blockwise
+    # One fused call per sequence: its own output, and at worst its keys and values gathered from scattered pages.
+    sequence = min(rows, context) * heads * head_dim * DTYPE_BYTES[dtype]
+    gathered = 2 * context * kv_heads * head_dim * DTYPE_BYTES[dtype] if rows < context else 0
+    private = kernel_bytes(rows, context, heads, head_dim)
+    return output + max(blockwise if rows < context else 0, sequence + gathered + private)
+
+
+def kernel_bytes(rows: int, context: int, heads: int, head_dim: int) -> int:
+    """What a fused kernel keeps to itself, for one sequence: keys and values packed by head, fp32 sums of its rows."""
+    return 2 * min(rows, context) * heads * head_dim * FP32
+
+
+def _blockwise_bytes(rows: int, context: int, heads: int, kv_heads: int, head_dim: int, width: int) -> int:
+    """The most that is alive in `_blockwise`, step by step; the names are those of its tensors."""
+    group = heads // kv_heads
+    score_rows = max(min(max(2 * rows, 8) * group, QUERY_ROWS), group)
+    q = kv_heads * score_rows * head_dim * FP32  # also `total`, a block's share of it, and the result
+    k = kv_heads * KV_BLOCK * head_dim * FP32
+    scores = kv_heads * score_rows * KV_BLOCK * FP32
+    small = score_rows * (KV_BLOCK + 6 * kv_heads * FP32)  # the mask, maxima and sums of rows
+    # Half precision is padded, and joined where past and new rows meet, before it is widened.
+    narrow = (k // FP32 * width) * ((width < FP32) + (rows < context))
+    return small + max(
+        3 * q + q // FP32 * width,  # queries padded, widened, scaled, put in order
+        2 * q + 2 * k + max(narrow, scores),
+        3 * q + k + scores,
+    )

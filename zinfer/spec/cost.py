@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from zinfer.spec.attention_cost import attention_workspace_bytes
+from zinfer.spec.attention_cost import FP32, attention_workspace_bytes
 from zinfer.spec.program import matrix_shape
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 
-FP32 = 4
-JOINED_ROWS = 256  # exact products of more rows are computed in pieces and then joined
+EXACT_ROWS = 256  # most rows of one exact product; more go piece by piece
+MOST_ROWS = 1024  # the same without exact: libraries keep buffers of their own for the rows of a call
 ACTIVATION_PIECE = 2**20  # elements; exact activations of more go piece by piece
 KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product reads the same rows
 
@@ -109,16 +109,17 @@ class _FlowBytes:
             self._touch(whole)
         width = self._size(spec.model_dim)
         if op.normed:
-            self._touch(self._norm_bytes(spec.model_dim) if spec.norm == "rms" else width)
+            moments = 2 * FP32 * self.rows  # mean and deviation
+            self._touch(self._norm_bytes(spec.model_dim) if spec.norm == "rms" else width + moments)
         # A stream that is read as it is, or that a norm takes the place of, is one tensor and not two.
         self.live["input"] = width if op.normed and spec.norm_position == "pre" else 0
         if op.layer == spec.num_layers:
             self._drop("stream")
             self.live["input"] = width
 
-    def _norm_bytes(self, width: int) -> int:
+    def _norm_bytes(self, width: int, heads: int = 1) -> int:
         """RMS norm at its worst holds two fp32 copies of its input, or one and two results: as much for bf16."""
-        return 2 * FP32 * self.rows * width
+        return 2 * FP32 * self.rows * (width + 1) * heads
 
     def _product(self, op: Op) -> None:
         if op.matrix is None:
@@ -130,8 +131,9 @@ class _FlowBytes:
         block = num_out if op.blocks == 1 else op.matrix.shape[0]
         if op.blocks > 1:
             self.live["output"] = num_out * wide
-        pieces = block * width if self.exact and self.rows > JOINED_ROWS else 0
-        self._touch(block * width + max(pieces, block * wide if wide > width else 0))
+        most = EXACT_ROWS if self.exact else MOST_ROWS
+        piece = block * width * most // self.rows if self.rows > most else 0
+        self._touch(block * width + max(piece, block * wide if wide > width else 0))
         self.live["output"] = num_out * wide
 
     def _finish(self, kind: str) -> None:
@@ -184,7 +186,7 @@ class _FlowBytes:
         heads = spec.num_heads if name == "query" else spec.num_kv_heads
         width = self._size(heads * spec.head_dim)
         if spec.qk_norm:
-            self._touch(self._norm_bytes(heads * spec.head_dim))
+            self._touch(self._norm_bytes(spec.head_dim, heads))
         if spec.rope is None:
             self.live[name] = output
             return
