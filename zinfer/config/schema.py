@@ -85,6 +85,9 @@ class Runtime(_Group):
         "throughput"  # the job's end, or each request's, as early as can be
     )
     kv_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"  # what the cache holds, all sequences together
+    watch_moments: bool = (
+        False  # in the first pass, what each moment needs beside weights; more than planned is met
+    )
     preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 
 

@@ -21,7 +21,7 @@ from zinfer.memory.residency import Event, Residency, State
 from zinfer.memory.rows import RowReader
 from zinfer.memory.tier import Place, TierMemory
 from zinfer.memory.transfer import HostTransfer, Order, Transfer
-from zinfer.plan.evict import Lru, Pinned, Policy
+from zinfer.plan.evict import Belady, Lru, Pinned, Policy
 from zinfer.plan.records import Placement, Tier
 
 _MOMENT = "moment"  # the name under which advance() reserves
@@ -83,6 +83,7 @@ class ChunkManager:
         self._arriving: dict[ChunkId, Tier] = {}
         self._failed: dict[ChunkId, BaseException] = {}  # booked, but not yet told to anyone
         self._strays: set[ChunkId] = set()  # streamed chunks that came without a prefetch: first to go
+        self._pushed_out: list[ChunkId] = []  # chunks that stay, but had to go for a moment
         self._views = Views()
         self._num_fetches = 0
         self._wait_s = 0.0
@@ -179,18 +180,27 @@ class ChunkManager:
         """
         tier = self.placement.compute_tier
         memory = self._memory.tiers[tier]
-        need = self._moments[moment]
+        need = self._moments[moment] if moment < len(self._moments) else 0
         extra = need - memory.ledger.reserved.get(_MOMENT, 0)
         self._settle()
         while memory.ledger.free_bytes < extra:
             victim = self._choose(list(self._residency.chunks(tier, State.RESIDENT)))
             if victim is not None:
                 self._drop(ChunkId(victim), tier)
+                self._pushed_out += [ChunkId(victim)] if memory.has_home(ChunkId(victim)) else []
             elif not self._await_one(tier):
                 break
         memory.ledger.reserve(_MOMENT, need)
         if extra > 0 and memory.ledger.free_bytes < memory.empty_bytes:
             memory.discard_empty()
+        elif self._pushed_out and not extra:
+            self._bring_back(tier)
+
+    def expect(self, order: Sequence[int], moments: Sequence[int]) -> None:
+        """From the next pass on: the order in which chunks are used, and what each moment needs beside weights."""
+        self._moments = moments
+        if any(moments):  # else nobody ever has to go
+            self._policy = Belady(order)
 
     def rows(self, name: str, ids_T: Tensor) -> Tensor:
         """Rows of an embedding table by id (int [T], any order, repeated at will): [T, *row shape] on the device.
@@ -281,6 +291,7 @@ class ChunkManager:
             self._residency.move(chunk, Tier.HOST, Event.LEASE if is_filled else Event.FETCH)
             home_N = host.bytes_of(chunk)
         place = memory.take(chunk)
+        self._pushed_out = [other for other in self._pushed_out if other != chunk]
         self._residency.move(chunk, tier, Event.FETCH)
         after = memory.fences.pop(place.offset, None)
         order = Order(self.table.chunks[chunk], memory.bytes_of(chunk), home_N, is_filled, after)
@@ -311,6 +322,12 @@ class ChunkManager:
         else:
             self._residency.move(chunk, tier, Event.FAILED)
             self._memory.tiers[tier].give_back(chunk)
+
+    def _bring_back(self, tier: Tier) -> None:
+        """Fetch what a moment has pushed out, as far as there is room without pushing out more."""
+        memory = self._memory.tiers[tier]
+        while self._pushed_out and memory.has_room(self._pushed_out[0]):
+            self._begin(self._pushed_out[0], tier)
 
     def _drop(self, chunk: ChunkId, tier: Tier) -> None:
         memory = self._memory.tiers[tier]

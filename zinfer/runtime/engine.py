@@ -23,6 +23,7 @@ from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.executor import Executor, Watch, unwatched
 from zinfer.runtime.loop import Event, Loop
 from zinfer.runtime.model import Model
+from zinfer.runtime.moments import WatchedMoments
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Scheduler
 from zinfer.runtime.stats import Stats
@@ -144,6 +145,9 @@ def open_engine(
         stats=stats,
         exact=plan.exact,
         recorder=recorder,
+        moments=WatchedMoments(manager, plan.reserve.activations)
+        if model.resolved.settings.runtime.watch_moments
+        else None,
         watch=watch,
     )
     budget = TokenBudget(

@@ -16,6 +16,7 @@ from zinfer.memory.manager import ChunkManager
 from zinfer.models.decoder import Flow, run_op
 from zinfer.plan.curve import group_of
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule
+from zinfer.runtime.moments import Moments
 from zinfer.runtime.stats import PassRecord, Stats
 from zinfer.runtime.trace import Recorder
 from zinfer.spec.records import ModelSpec
@@ -53,6 +54,7 @@ class Executor:
         stats: Stats,
         exact: bool,
         recorder: Recorder,
+        moments: Moments | None = None,
         watch: Watch = unwatched,
     ) -> None:
         self.spec = spec
@@ -62,6 +64,7 @@ class Executor:
         self.exact = exact
         self.stats = stats
         self.recorder = recorder
+        self.moments = moments or Moments()
         self.watch = watch
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
         self._is_warm = False
@@ -77,7 +80,7 @@ class Executor:
         waited_s = self.manager.stats().wait_s
         self._group_s.clear()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.moments.of_pass(sum(batch.num_rows for batch, _ in batches)):
                 self._interpret(micros)
         except BaseException:
             self._is_warm = False
@@ -109,7 +112,8 @@ class Executor:
                     self.manager.prefetch(chunk)
                 case Compute(chunk):
                     end_op = self.table.chunks[chunk].ops[-1] + 1
-                    self._compute(chunk, range(next_op, end_op), micros)
+                    with self.moments.moment(chunk):
+                        self._compute(chunk, range(next_op, end_op), micros)
                     next_op = end_op
                     done_bytes += self.table.chunks[chunk].nbytes
                     self.watch(done_bytes, self._pass_bytes, name)
