@@ -1,7 +1,7 @@
 """Continuous passes: whoever shares a pass, whatever is preempted and however it comes back, bits stay the same."""
 
 import threading
-from itertools import count
+from itertools import count, repeat
 
 import pytest
 import torch
@@ -31,6 +31,14 @@ def jobs():
         yield prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampled)
 
 
+def short_of(folder, **options):
+    """A host budget for two thirds of the weights, whatever the options ask for beside them."""
+    with LLM(folder, **FIXED, **options, memory={"host": "1GiB"}) as llm:
+        plan = llm._session.fit([job.request for job in map(llm._job, count(), jobs(), repeat(None))])
+        weights = sum(chunk.nbytes for chunk in plan.table.streamable)
+        return {"host": plan.reserve.total + weights * 2 // 3}
+
+
 def outputs_of(folder, **options):
     with LLM(folder, **FIXED, **options) as llm:
         outputs = list(llm.generate_iter(jobs(), ordered=True))
@@ -46,7 +54,8 @@ def alone(tiny):
 
 
 def test_batch_mates_change_nothing(tiny, alone):
-    tokens, stats, plan = outputs_of(tiny, memory={"host": "1600KiB"}, max_batch=5, max_rows=24)
+    options = {"max_batch": 5, "max_rows": 24}
+    tokens, stats, plan = outputs_of(tiny, memory=short_of(tiny, **options), **options)
     assert tokens == alone
     assert max(done.sequences for done in stats.passes) == 5, "batches held several sequences"
     assert any(0 < done.sequences < done.rows for done in stats.passes), "prompts and decode shared passes"
@@ -55,8 +64,8 @@ def test_batch_mates_change_nothing(tiny, alone):
 
 @pytest.mark.parametrize("preempt", ["spill", "recompute"])
 def test_preemption_changes_nothing(tiny, alone, preempt, tmp_path):
-    memory = {"host": "1400KiB", "disk": str(tmp_path)}
     options = {"max_batch": 5, "max_rows": 24, "kv_tokens": 96, "preempt": preempt}
+    memory = short_of(tiny, **options) | {"disk": str(tmp_path)}
     tokens, stats, plan = outputs_of(tiny, memory=memory, **options)
     assert tokens == alone
     assert plan.placement.slots > 0, "weights were streamed"
@@ -80,8 +89,8 @@ def test_micro_batches_change_nothing(tiny, alone, monkeypatch):
         return real(self, batches)
 
     monkeypatch.setattr(Executor, "run", counted)
-    memory = {"host": "1MiB"}
-    tokens, _, plan = outputs_of(tiny, memory=memory, max_batch=5, max_rows=24, micro_rows=5)
+    options = {"max_batch": 5, "max_rows": 24, "micro_rows": 5}
+    tokens, _, plan = outputs_of(tiny, memory=short_of(tiny, **options), **options)
     assert tokens == alone
     assert plan.placement.slots > 0, "weights were streamed"
     assert any(len(rows) > 2 for rows in sizes), "passes held several micro-batches"
