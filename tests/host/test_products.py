@@ -201,3 +201,20 @@ def test_gradients_reach_input_weight_and_bias(exact):
     want = torch.autograd.grad((x @ weight.t() + bias).sum(), (x, weight, bias))
     for got, wanted in zip(grads, want, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_kernels_are_timed_on_weights_that_no_cache_holds(monkeypatch):
+    seen = []
+
+    def kernel(_x, weight, _bias):
+        seen.append(weight.data_ptr())
+
+    monkeypatch.setattr(products, "KERNELS", {"one": kernel, "other": kernel})
+    monkeypatch.setattr(products, "remembered", lambda _question, _is_answer, find: find())
+    monkeypatch.setattr(products, "_COLD_BYTES", 10 * 40 * 96 * 2)
+    products.row_kernel.cache_clear()
+    products.row_kernel(torch.bfloat16, "cpu", 40, 96, False, False)
+    products.row_kernel.cache_clear()
+    assert all(len(set(seen[at : at + 10])) == 10 for at in range(len(seen) - 10)), (
+        "weights came from a cache"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from zinfer.spec.records import ModelSpec
 
 _SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
 _SAMPLE_ROWS = 5
-_TIMED_BYTES = 16 * 2**20  # of a weight: beyond a core's own cache, and measured in a few milliseconds
+_TIMED_BYTES = 16 * 2**20  # of a weight: measured in a few milliseconds
+_COLD_BYTES = 64 * 2**20  # weights that are timed in turn: a pass finds none of its weights in a cache
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -56,7 +58,7 @@ def linear(
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
     """Make all choices for a model's products now: before its weights take the memory, and before anything runs.
 
-    Needs twice the memory of the largest matrix for a moment.  What is not prepared is chosen on first use.
+    Needs twice the memory of the largest matrix, or 64 MiB, for a moment.  What is not prepared is chosen on first use.
     """
     for op in spec.program:
         weights = {weight.role: weight for weight in op.weights}
@@ -105,22 +107,31 @@ def row_kernel(
     """The name of the fastest of KERNELS for one row: timed on made-up numbers, once per process.
 
     Only half precision on the CPU has kernels that differ: with and without oneDNN by up to 2 in either direction,
-    depending on the machine.
+    depending on the machine; and kernels that are level on a weight in the cache differ by 2 on one that is not.
     """
     if device != "cpu" or dtype == torch.float32:
         return "linear"
     outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
 
     def find() -> str:
-        weight_OI = _laid_out(_noise((outputs, inputs), dtype, device), transposed)
+        size = outputs * inputs
+        count = max(_COLD_BYTES // (size * dtype.itemsize), 1)
+        pool = _noise((count, outputs, inputs), dtype, device)
+        turns = cycle([_laid_out(weight_OI, transposed) for weight_OI in pool])
         x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
         with torch.no_grad(), _one_thread():
-            return fastest({name: partial(run, x, weight_OI, bias) for name, run in KERNELS.items()})
+            return fastest({name: partial(_run_next, run, x, turns, bias) for name, run in KERNELS.items()})
 
     case = (dtype, device, outputs, inputs, transposed, has_bias)
     return str(
-        remembered(f"one-row kernel {case}", lambda name: isinstance(name, str) and name in KERNELS, find)
+        remembered(
+            f"one-row kernel, cold {case}", lambda name: isinstance(name, str) and name in KERNELS, find
+        )
     )
+
+
+def _run_next(run: Product, x_TI: Tensor, turns: Iterator[Tensor], bias: Tensor | None) -> Tensor:
+    return run(x_TI, next(turns), bias)
 
 
 def _vector(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
