@@ -12,23 +12,18 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from answer import BF16_GAP, compare, stream_error
-from cgroup import MemoryGroup, NoGroupError, drop_caches, make
-from harness import MIB, ROOT, Child, run_child, summary
+from conditions import ENGINES, PROFILE, Conditions, disk_pass_s
+from harness import ROOT, run_child, summary
 
-HEADROOM = (
-    700 * MIB
-)  # what a Python process with its libraries and a little page cache may take above the budget
 WARM_UP = 2  # decode passes that are thrown away
 STREAMED, RESIDENT = "streamed", "resident"
-ENGINES = ROOT / "benchmarks" / "engines"
-PROFILE = "machine.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +66,8 @@ class Row:
     import_rss_bytes: int = 0
     group_peak_bytes: int | None = None
     caches: str = ""
+    disk_rates: list[tuple[float, ...]] = field(default_factory=list)  # bytes/s before and after each run
+    limit_s: float | None = None  # what the disk allows at the mean of these rates; None: resident
     answer: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -88,64 +85,63 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
-        return asdict(self) | summary(self.pass_s) | {"is_right": self.is_right}
+        told = {"is_right": self.is_right, "over_limit": self.over_limit, "disk_rate": self.disk_rate}
+        return asdict(self) | summary(self.pass_s) | told
+
+    @property
+    def disk_rate(self) -> float | None:
+        """Mean bytes per second of the disk beside this row's runs."""
+        rates = [rate for beside in self.disk_rates for rate in beside]
+        return fmean(rates) if rates else None
+
+    @property
+    def over_limit(self) -> float | None:
+        """Seconds of a pass over what the disk allowed then; None where either is not known."""
+        return self.median / self.limit_s if self.median and self.limit_s else None
 
 
 @dataclass(slots=True)
-class Contest:
+class Contest(Conditions):
     """One model, one kind of pass, and the rows so far."""
 
-    model: Path
-    work: Path
-    kind: str
-    prompts: list[list[int]]
-    steps: int
-    budget_bytes: int
-    timeout_s: float = 300.0
+    kind: str = "decode"
+    prompts: list[list[int]] = field(default_factory=list)
+    steps: int = 16
     forced: list[list[int]] | None = None
     reference: np.ndarray | None = None
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
 
-    def ask(
-        self, name: str, script: str, job: dict[str, Any], group: MemoryGroup | None
-    ) -> tuple[Child, Any]:
-        """Run one runner; its result is None if it failed."""
-        stem = f"{self.work}/{name.replace(' ', '-')}"
-        job_file, result_file, log = (Path(f"{stem}.{kind}") for kind in ("job.json", "result.json", "log"))
-        result_file.unlink(missing_ok=True)
-        base = {"kind": self.kind, "model": str(self.model), "prompts": self.prompts, "steps": self.steps}
-        job_file.write_text(json.dumps(base | {"forced": self.forced, "logits": f"{stem}.npy"} | job))
-        runner = [sys.executable, str(ENGINES / script), str(job_file), str(result_file)]
-        child = run_child(runner, log, group, self.timeout_s)
-        done = child.returncode == 0 and result_file.exists()
-        return child, json.loads(result_file.read_text()) if done else None
+    @property
+    def job(self) -> dict[str, Any]:
+        """What every engine is asked for."""
+        return {"kind": self.kind, "prompts": self.prompts, "steps": self.steps, "forced": self.forced}
 
     def set_reference(self) -> None:
         """Tokens and logits of the oracle: transformers in float32, all in memory.  Raises RuntimeError without it."""
-        job = {"dtype": "float32", "steps": self.steps if self.kind == "decode" else 1}
+        job = self.job | {"dtype": "float32", "steps": self.steps if self.kind == "decode" else 1}
         child, result = self.ask("reference", "run_transformers.py", job, None)
         if result is None:
             raise RuntimeError(f"the reference cannot be run: {child.why}")
         self.reference = np.load(result["logits"])
         self.forced = [result["argmax"]] if self.kind == "decode" else None
 
-    def run(self, engine: Engine, mode: str) -> Row:
+    def enter(self, engine: Engine, mode: str) -> Row:
         """Run one engine once more in one mode and add what it saw to its row."""
         row = self.rows.setdefault((engine.name, mode), Row(engine.name, mode))
         if row.error:
             return row
-        job: dict[str, Any] = {"options": engine.options}
-        with self.limited(row) if mode == STREAMED else nullcontext() as group:
-            if mode == STREAMED:
-                job["budget_bytes"] = self.budget_bytes
-                row.caches = drop_caches()
-                if row.caches != "dropped":
-                    row.comparable, row.why = False, f"caches {row.caches}"
-            child, result = self.ask(f"{engine.name}.{mode}", engine.script, job, group)
-        row.peak_rss_bytes = max(row.peak_rss_bytes, child.peak_rss_bytes)
-        row.group_peak_bytes = child.group_peak_bytes
+        name, job = f"{engine.name}.{mode}", self.job | {"options": engine.options}
+        seen = self.run(name, engine.script, job, limited=mode == STREAMED)
+        if seen.why:
+            row.comparable, row.why = False, seen.why
+        if seen.disk_rates:
+            row.disk_rates.append(tuple(seen.disk_rates))
+            row.limit_s = disk_pass_s(self.model, self.budget_bytes, [row.disk_rate])
+        row.caches = seen.caches
+        row.peak_rss_bytes = max(row.peak_rss_bytes, seen.child.peak_rss_bytes)
+        row.group_peak_bytes = seen.child.group_peak_bytes
+        row.error, result = seen.error, seen.result
         if result is None:
-            row.error = child.why
             return row
         self.judge(row, result)
         warm_up = WARM_UP if self.kind == "decode" and len(result["pass_s"]) > WARM_UP else 1
@@ -156,23 +152,6 @@ class Contest:
         row.reported_read_bytes = result["reported_read_bytes"]
         row.settings, row.versions, row.facts = result["settings"], result["versions"], result["facts"]
         return row
-
-    @contextmanager
-    def limited(self, row: Row) -> Iterator[MemoryGroup | None]:
-        """A group of budget + headroom around one run; without one the row is not comparable."""
-        nbytes = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
-        if nbytes <= self.budget_bytes + HEADROOM:
-            row.comparable, row.why = False, "the group holds the whole checkpoint"
-        try:
-            group = make(self.budget_bytes + HEADROOM)
-        except NoGroupError as error:
-            row.comparable, row.why = False, str(error)
-            yield None
-            return
-        try:
-            yield group
-        finally:
-            group.remove()
 
     def judge(self, row: Row, result: dict[str, Any]) -> None:
         """Compare a result with the reference; the worst of all rounds stays in the row."""
@@ -190,7 +169,7 @@ class Contest:
         turns = [(engine, mode) for mode in modes for engine in contestants if mode in engine.modes]
         for number in range(count):
             for engine, mode in turns if number % 2 == 0 else reversed(turns):
-                yield self.run(engine, mode)
+                yield self.enter(engine, mode)
 
     def ratio(self, row: Row) -> float | None:
         """How many times longer a pass takes than zinfer's in the same mode; None where it may not be formed."""

@@ -15,8 +15,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from conditions import HEADROOM
 from contest import (
-    HEADROOM,
     RESIDENT,
     STREAMED,
     Contest,
@@ -29,7 +29,7 @@ from contest import (
     random_prompts,
 )
 from harness import MIB, Record, end_on_signals, summary
-from roofs import Roofs, add_model_options, measure, read_rates
+from roofs import Roofs, add_model_options, measure
 
 TARGETS = {  # what the project wants of these rows: engine -> (mode, at least this many times longer than zinfer)
     "accelerate": (STREAMED, 3.5),
@@ -97,7 +97,6 @@ def compete(options: argparse.Namespace, kind: str, prompts: tuple[int, int]) ->
             contest.rows[engine.name, mode] = Row(engine.name, mode, error=broken[engine.script])
     for row in contest.rounds(contestants, tuple(options.modes.split(",")), options.rounds):
         print(line(contest, row), flush=True)
-    roofs.read_rates.extend(read_rates(model, repeats=2))
     return contest, roofs
 
 
@@ -116,28 +115,32 @@ def line(contest: Contest, row: Row) -> str:
     return (
         f"{head} {seen['median']:7.3f} s [{low:.3f} .. {high:.3f}]  first {min(row.first_token_s):6.2f} s  "
         f"rss {row.peak_rss_bytes / MIB:5.0f} MiB  logits within {difference:.3f}  {told}"
+        + (f"  {row.over_limit:.2f} x disk limit" if row.over_limit else "")
     )
 
 
 def limits(contest: Contest, roofs: Roofs) -> dict[str, Any]:
     """The measured limits that belong beside the figures, and zinfer's distance from each."""
     streamed, resident = (contest.rows.get(("zinfer", mode)) for mode in (STREAMED, RESIDENT))
-    disk_s = roofs.disk_pass_s(contest.budget_bytes)
+    disk_s = streamed.limit_s if streamed else None
     resident_s = resident.median if resident else None
     bound = max((part for part in (disk_s, resident_s) if part is not None), default=None)
+    rate = (streamed.disk_rate if streamed else None) or roofs.read_rate
+    load_s = roofs.checkpoint_bytes / rate if rate else None
     found: dict[str, Any] = {
-        "read_bytes_per_s": summary(roofs.read_rates),
+        "read_bytes_per_s_at_first": summary(roofs.read_rates),
+        "read_bytes_per_s": streamed.disk_rate if streamed else None,  # beside zinfer's runs
         "streamed_disk_s": disk_s,
         "streamed_s": bound,
         "streamed_binding": "disk" if bound == disk_s else "compute",
-        "load_all_s": roofs.load_s(),
+        "load_all_s": load_s,
         "resident_s": roofs.weights_once_s,
         "resident_products_s": roofs.products,
         "weight_bytes": roofs.weight_bytes,
     }
     if streamed and streamed.median and bound:
         found["streamed_over_limit"] = streamed.median / bound
-        found["first_token_over_load"] = min(streamed.first_token_s) / roofs.load_s()
+        found["first_token_over_load"] = min(streamed.first_token_s) / load_s
     if resident_s:
         found["resident_over_limit"] = resident_s / roofs.weights_once_s
     return found

@@ -16,22 +16,24 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from contest import PROFILE, STREAMED, Contest, Engine, Row, checkpoint, doctor, random_prompts
+from conditions import PROFILE, checkpoint_bytes
+from contest import STREAMED, Contest, Engine, Row, checkpoint, doctor, random_prompts
 from harness import MIB, Record, end_on_signals, summary
-from roofs import add_model_options, read_rates, weight_files
+from roofs import add_model_options
 
 SLACK = 64 * MIB
 SECONDS_WITHIN, BYTES_WITHIN = 0.15, 0.02
 
 
-def case(contest: Contest, percent: float, total: int) -> dict[str, Any]:
+def case(contest: Contest, percent: float, total: int, doctor_s: float) -> dict[str, Any]:
     """One budget: run it and set the prediction beside what was seen; a failed run says why instead."""
     contest.budget_bytes = int(total * percent / 100)
     foretold = contest.work / f"prediction-{percent:g}.json"
     foretold.unlink(missing_ok=True)
     options = {"prediction": str(foretold), "machine": str(contest.work / PROFILE)}
     engine = Engine(f"zinfer {percent:g} %", "run_zinfer.py", (STREAMED,), options)
-    row = contest.run(engine, STREAMED)
+    profile = doctor(contest.model, contest.work, doctor_s)  # just before: a shared disk drifts
+    row = contest.enter(engine, STREAMED)
     found: dict[str, Any] = {"budget_percent": percent, "budget_bytes": contest.budget_bytes} | row.to_dict()
     if row.median is None:
         return found
@@ -43,6 +45,7 @@ def case(contest: Contest, percent: float, total: int) -> dict[str, Any]:
         "predicted_pass_s": predicted["pass_s"],
         "predicted_first_token_s": predicted["first_token_s"],
         "binding": predicted["binding"],
+        "profile_read_bytes_per_s": profile["disk_read"]["bytes_per_s"],
         "measured_over_predicted": row.median / predicted["pass_s"],
         "allowed_rss_bytes": row.import_rss_bytes + contest.budget_bytes + SLACK,
         "read_over_reported": bytes_ratio(row),
@@ -90,21 +93,18 @@ def main() -> None:
     model = checkpoint(options)
     budgets = [float(percent) for percent in options.budgets.split(",")]
     budgets, tokens = (budgets[1:3], 5) if options.quick else (budgets, options.tokens)
-    total = sum(file.stat().st_size for file in weight_files(model))
+    total = checkpoint_bytes(model)
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
-    contest = Contest(model, options.work, "decode", random_prompts(vocab, 1, 32), tokens, total)
+    contest = Contest(model, options.work, total, prompts=random_prompts(vocab, 1, 32), steps=tokens)
     contest.set_reference()
-    doctor(model, options.work, 5.0 if options.quick else 20.0)
-    rates = read_rates(model)
     cases = []
     for percent in budgets:
-        cases.append(case(contest, percent, total))
+        cases.append(case(contest, percent, total, 5.0 if options.quick else 12.0))
         print(line(cases[-1]), flush=True)
-    rates += read_rates(model, repeats=2)
-    print(write(options.results, model, tokens, cases, rates))
+    print(write(options.results, model, tokens, cases))
 
 
-def write(results: Path, model: Path, tokens: int, cases: list[dict[str, Any]], rates: list[float]) -> Path:
+def write(results: Path, model: Path, tokens: int, cases: list[dict[str, Any]]) -> Path:
     """The record of all cases."""
     done = [found for found in cases if "predicted_pass_s" in found]
     name = "{budget_percent:g}%_pass_s"
@@ -115,7 +115,7 @@ def write(results: Path, model: Path, tokens: int, cases: list[dict[str, Any]], 
         median={name.format(**found): found["median"] for found in done},
         spread={name.format(**found): found["spread"] for found in done},
         limit={
-            "read_bytes_per_s": summary(rates),
+            "read_bytes_per_s": summary([found["disk_rate"] for found in cases if found["disk_rate"]]),
             "seconds_within": SECONDS_WITHIN,
             "bytes_within": BYTES_WITHIN,
         },

@@ -15,7 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from contest import ENGINES, checkpoint
+from conditions import ENGINES, checkpoint_bytes, embedding_bytes, weight_files
+from contest import checkpoint
 from harness import RESULTS, Record, direct_read_rate, run_child, summary
 
 
@@ -40,25 +41,9 @@ class Roofs:
         """Seconds to read all matrices once from memory by the fastest product."""
         return min(median for median, _, _ in self.products.values())
 
-    def disk_pass_s(self, budget_bytes: int, kept_share: float = 0.85) -> float | None:
-        """Seconds a pass needs for what a budget cannot hold: kept_share of it keeps weights, the rest works."""
-        left = self.checkpoint_bytes - self.embedding_bytes - kept_share * budget_bytes
-        return max(left, 0.0) / self.read_rate if self.read_rate else None
-
     def load_s(self) -> float | None:
         """Seconds to read all bytes once."""
         return self.checkpoint_bytes / self.read_rate if self.read_rate else None
-
-
-def weight_files(model: Path) -> list[Path]:
-    """The checkpoint's data files."""
-    return sorted(model.glob("*.safetensors"))
-
-
-def embedding_bytes(model: Path) -> int:
-    """Bytes of the input embedding, of which a pass reads a few rows."""
-    config = json.loads((model / "config.json").read_text())
-    return config["vocab_size"] * config["hidden_size"] * 2
 
 
 def read_rates(model: Path, repeats: int = 3) -> list[float]:
@@ -79,7 +64,7 @@ def measure(model: Path, work: Path, repeats: int = 5) -> Roofs:
         raise RuntimeError(f"the products cannot be measured: {child.why}")
     result = json.loads(result_file.read_text())
     return Roofs(
-        checkpoint_bytes=sum(file.stat().st_size for file in weight_files(model)),
+        checkpoint_bytes=checkpoint_bytes(model),
         embedding_bytes=embedding_bytes(model),
         read_rates=read_rates(model),
         products=result["products"],

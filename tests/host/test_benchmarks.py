@@ -24,7 +24,9 @@ def load(name):
         sys.path.remove(str(BENCHMARKS))
 
 
-answer, cgroup, contest, harness = (load(name) for name in ("answer", "cgroup", "contest", "harness"))
+answer, cgroup, conditions, contest, harness = (
+    load(name) for name in ("answer", "cgroup", "conditions", "contest", "harness")
+)
 write_gguf = load("write_gguf")
 
 
@@ -182,7 +184,7 @@ class TestContest:
     @pytest.fixture
     def rows(self, tmp_path):
         """A contest in which zinfer took 1 s and a peer 4 s, both right."""
-        held = contest.Contest(tmp_path, tmp_path, "decode", [[1]], 2, 2**20)
+        held = contest.Contest(tmp_path, tmp_path, 2**20, prompts=[[1]], steps=2)
         for engine, seconds in (("zinfer", 1.0), ("peer", 4.0)):
             row = contest.Row(engine, contest.STREAMED, pass_s=[seconds], answer={"matches": True})
             held.rows[engine, contest.STREAMED] = row
@@ -209,27 +211,65 @@ class TestContest:
             setattr(held.rows[engine, contest.STREAMED], name, value)
         assert held.ratio(peer) is None
 
-    def test_row_without_a_group_is_not_comparable(self, rows, monkeypatch):
+    @pytest.fixture
+    def fake_run(self, monkeypatch):
+        """Engines answer at once; the disk gives 2 GB/s before a run and 1 GB/s after it."""
+        rates = iter([2e9, 1e9] * 4)
+        result = {"pass_s": [9.0, 2.0, 2.0], "read_bytes": [1, 2, 3], "first_token_s": 1.0, "logits": None}
+        result |= {
+            "reported_read_bytes": 1.0,
+            "import_rss_bytes": 1,
+            "settings": {},
+            "versions": {},
+            "facts": {},
+        }
+        result |= {"log_softmax": False, "tokens": []}
+        child = harness.Child(0, 1.0, 1, 1, None, "")
+        monkeypatch.setattr(conditions, "drop_caches", lambda: "dropped")
+        monkeypatch.setattr(conditions, "direct_read_rate", lambda files, at_most: next(rates))
+        monkeypatch.setattr(contest.Contest, "ask", lambda *given: (child, result))
+        monkeypatch.setattr(contest.Contest, "judge", lambda *given: None)
+        monkeypatch.setattr(contest, "disk_pass_s", lambda model, budget, rates: 3e9 / rates[0])
+
+    def test_row_without_a_group_is_not_comparable(self, rows, monkeypatch, fake_run):
         held, peer = rows
 
         def refuse(limit_bytes):
             raise cgroup.NoGroupError("none here")
 
-        monkeypatch.setattr(contest, "make", refuse)
-        with held.limited(peer) as group:
-            assert group is None
+        monkeypatch.setattr(conditions, "make", refuse)
+        held.enter(contest.Engine("peer", "x.py", (contest.STREAMED,)), contest.STREAMED)
         assert (peer.comparable, peer.why, held.ratio(peer)) == (False, "none here", None)
 
-    def test_group_that_holds_the_checkpoint_is_not_comparable(self, rows, monkeypatch):
+    def test_disk_rate_is_taken_beside_the_run_and_limits_it(self, rows, monkeypatch, fake_run):
         held, peer = rows
-        monkeypatch.setattr(contest, "HEADROOM", 0)
+        monkeypatch.setattr(conditions, "make", lambda limit_bytes: FakeGroup())
+        (held.model / "model.safetensors").write_bytes(bytes(10))
+        monkeypatch.setattr(conditions, "HEADROOM", -held.budget_bytes)
+        held.enter(contest.Engine("peer", "x.py", (contest.STREAMED,)), contest.STREAMED)
+        assert peer.disk_rates == [(2e9, 1e9)]
+        assert peer.disk_rate == 1.5e9
+        assert peer.limit_s == 2.0
+        assert peer.over_limit == pytest.approx(peer.median / 2.0)
+
+    def test_group_that_holds_the_checkpoint_is_not_comparable(self, rows, monkeypatch):
+        held, _ = rows
+        monkeypatch.setattr(conditions, "HEADROOM", 0)
         (held.model / "model.safetensors").write_bytes(bytes(2 * held.budget_bytes))
-        monkeypatch.setattr(contest, "make", lambda limit_bytes: FakeGroup())
-        with held.limited(peer):
-            assert peer.comparable
+        monkeypatch.setattr(conditions, "make", lambda limit_bytes: FakeGroup())
+        with held.group() as (_, why):
+            assert why == ""
         held.budget_bytes *= 2
-        with held.limited(peer):
-            assert peer.why == "the group holds the whole checkpoint"
+        with held.group() as (_, why):
+            assert why == "the group holds the whole checkpoint"
+
+    def test_streamed_bytes_leave_out_the_embedding_and_what_is_kept(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"vocab_size": 10, "hidden_size": 5}')
+        (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+        assert conditions.streamed_bytes(tmp_path, 200) == 1000 - 100 - 170
+        assert conditions.streamed_bytes(tmp_path, 200, kv_bytes=70) == 1000 - 100 - 100
+        assert conditions.disk_pass_s(tmp_path, 200, [365.0, 1095.0]) == 1.0
+        assert conditions.disk_pass_s(tmp_path, 200, []) is None
 
 
 class FakeGroup:

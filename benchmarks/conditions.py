@@ -1,0 +1,127 @@
+"""The conditions a run is held to.  In: a checkpoint, a budget, a runner's job.  Out: its result, and how it was got.
+
+Every comparison uses these: one memory group of budget + 700 MiB around the process, caches dropped once before it,
+and the disk's rate taken right before and right after it, since a shared disk drifts by tens of percent.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cgroup import MemoryGroup, NoGroupError, drop_caches, make
+from harness import GIB, MIB, ROOT, Child, direct_read_rate, run_child
+
+HEADROOM = (
+    700 * MIB
+)  # what a Python process with its libraries and a little page cache may take above the budget
+ENGINES = ROOT / "benchmarks" / "engines"
+PROFILE = "machine.json"
+_PROBE_BYTES = 2 * GIB
+
+
+@dataclass(slots=True)
+class Seen:
+    """One run of one runner.  `result` None: it failed, and `error` says why.
+
+    `why` not empty: the conditions were not held, no ratio may be formed.  `disk_rates` are bytes per second before
+    and after the run, [] where nothing was limited or direct reads are refused.
+    """
+
+    child: Child
+    result: dict[str, Any] | None
+    why: str = ""
+    caches: str = ""
+    disk_rates: list[float] | None = None
+
+    @property
+    def error(self) -> str:
+        """Why there is no result; empty if there is one."""
+        return "" if self.result is not None else self.child.why
+
+
+@dataclass(slots=True)
+class Conditions:
+    """One model and the memory it may take."""
+
+    model: Path
+    work: Path
+    budget_bytes: int
+    timeout_s: float = 300.0
+
+    def run(self, name: str, script: str, job: dict[str, Any], *, limited: bool) -> Seen:
+        """Run one runner with a job, `limited` to the budget or not."""
+        if not limited:
+            child, result = self.ask(name, script, job, None)
+            return Seen(child, result)
+        before = self.disk_rate()
+        caches = drop_caches()
+        with self.group() as (group, why):
+            child, result = self.ask(name, script, job | {"budget_bytes": self.budget_bytes}, group)
+        rates = [rate for rate in (before, self.disk_rate()) if rate is not None]
+        why = why or ("" if caches == "dropped" else f"caches {caches}")
+        return Seen(child, result, why, caches, rates)
+
+    def ask(
+        self, name: str, script: str, job: dict[str, Any], group: MemoryGroup | None
+    ) -> tuple[Child, dict[str, Any] | None]:
+        """Start the runner; its result is None if it failed."""
+        stem = f"{self.work}/{name.replace(' ', '-')}"
+        job_file, result_file, log = (Path(f"{stem}.{kind}") for kind in ("job.json", "result.json", "log"))
+        result_file.unlink(missing_ok=True)
+        job_file.write_text(json.dumps({"model": str(self.model), "logits": f"{stem}.npy"} | job))
+        runner = [sys.executable, str(ENGINES / script), str(job_file), str(result_file)]
+        child = run_child(runner, log, group, self.timeout_s)
+        done = child.returncode == 0 and result_file.exists()
+        return child, json.loads(result_file.read_text()) if done else None
+
+    @contextmanager
+    def group(self) -> Iterator[tuple[MemoryGroup | None, str]]:
+        """A group of budget + headroom, or None and why there is none or why it limits nothing."""
+        try:
+            group = make(self.budget_bytes + HEADROOM)
+        except NoGroupError as error:
+            yield None, str(error)
+            return
+        holds_all = checkpoint_bytes(self.model) <= self.budget_bytes + HEADROOM
+        try:
+            yield group, "the group holds the whole checkpoint" if holds_all else ""
+        finally:
+            group.remove()
+
+    def disk_rate(self) -> float | None:
+        """Bytes per second of direct reads of the very files, now."""
+        return direct_read_rate(weight_files(self.model), _PROBE_BYTES)
+
+
+def weight_files(model: Path) -> list[Path]:
+    """The checkpoint's data files."""
+    return sorted(model.glob("*.safetensors"))
+
+
+def checkpoint_bytes(model: Path) -> int:
+    """Bytes of all data files."""
+    return sum(file.stat().st_size for file in weight_files(model))
+
+
+def embedding_bytes(model: Path) -> int:
+    """Bytes of the input embedding, of which a pass reads a few rows."""
+    config = json.loads((model / "config.json").read_text())
+    return config["vocab_size"] * config["hidden_size"] * 2
+
+
+def streamed_bytes(model: Path, budget_bytes: int, kv_bytes: int = 0, kept_share: float = 0.85) -> int:
+    """What a pass must read: all but the embedding and the share of the budget, less the KV, that keeps weights."""
+    kept = max(kept_share * budget_bytes - kv_bytes, 0)
+    return max(round(checkpoint_bytes(model) - embedding_bytes(model) - kept), 0)
+
+
+def disk_pass_s(model: Path, budget_bytes: int, rates: list[float] | None, kv_bytes: int = 0) -> float | None:
+    """Seconds of a pass that only reads, at the mean of `rates`; None where the disk's rate is not known."""
+    return streamed_bytes(model, budget_bytes, kv_bytes) / fmean(rates) if rates else None
