@@ -220,10 +220,13 @@ def prepare(model: Path, work: Path, contestants: list[Engine]) -> dict[str, str
 
 
 def checkpoint(options: argparse.Namespace) -> Path:
-    """The folder that was named, or a random checkpoint at `--shape` in the work folder, made if it is not there."""
+    """The folder that was named, or a random checkpoint at `--shape` in the work folder, made if it is not there.
+
+    `options.folder`, where there is one, is what the random one is called.
+    """
     if options.model:
         return Path(options.model).resolve()
-    folder = options.work / options.shape
+    folder = options.work / (getattr(options, "folder", None) or options.shape)
     if not (folder / "config.json").exists():
         options.work.mkdir(parents=True, exist_ok=True)
         tool = [sys.executable, str(ROOT / "tools" / "make_checkpoint.py")]

@@ -20,7 +20,7 @@ def run(job: Job, load: Callable[[Job], tuple[Any, dict[str, Any]]]) -> Outcome:
     import_rss = rss_bytes()
     began = clock()
     model, settings = load(job)
-    passes = decode if job.kind == "decode" else prefill
+    passes = {"decode": decode, "prefill": prefill, "window": window}[job.kind]
     with torch.inference_mode():
         outcome = passes(model, job, began, settings | {"threads": torch.get_num_threads()})
     outcome.import_rss_bytes = import_rss
@@ -70,3 +70,38 @@ def prefill(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Out
         reads.append(disk_bytes() - read)
     argmax = [int(token) for token in logits.argmax(-1)]
     return Outcome(seconds, first_token_s, argmax, logits.numpy(), settings, tokens=argmax, read_bytes=reads)
+
+
+def window(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outcome:
+    """One static batch, padded on the left, for `job.steps` passes after the prompts' own.
+
+    As `generate()` does it: all rows go on until the longest has ended, and after each pass every row is asked
+    whether it has.  `options.eos` ends a row; what it says later is not counted.  facts.outputs has each row's tokens.
+    """
+    longest, eos = max(map(len, job.prompts)), job.options["eos"]
+    ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in job.prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in job.prompts])
+    outputs: list[list[int]] = [[] for _ in job.prompts]
+    seconds, reads, cache = [], [], None
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for step in range(job.steps + 1):
+        read, start = disk_bytes(), clock()
+        hidden = model.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        cache = hidden.past_key_values
+        logits = model.lm_head(hidden.last_hidden_state[:, -1].contiguous()).float()
+        ids = logits.argmax(-1, keepdim=True)
+        for output, token in zip(outputs, ids[:, 0].tolist(), strict=True):
+            if not output or output[-1] != eos:
+                output.append(token)
+        if all(output[-1] == eos for output in outputs):
+            break
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        positions = positions[:, -1:] + 1
+        seconds.append(clock() - start)
+        reads.append(disk_bytes() - read)
+        if step == 0:
+            first_token_s = clock() - began
+    facts = {"outputs": outputs}
+    return Outcome(seconds, first_token_s, [], None, settings, read_bytes=reads, facts=facts)

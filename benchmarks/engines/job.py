@@ -27,8 +27,9 @@ class Job:
 
     `budget_bytes` None means resident.  `forced` [sequences][steps] are the reference's tokens, fed instead of the
     engine's own where its interface allows; None: the engine's own greedy tokens.  kind "decode" runs one prompt
-    for `steps` tokens, "prefill" runs all prompts in one pass `steps` times.  `threads` None leaves the engine's
-    default.  `options` are the engine's own, e.g. the GGUF file.
+    for `steps` tokens, "prefill" runs all prompts in one pass `steps` times, "window" the prompts as one static batch
+    for `steps` passes, "calls" what `options` says (zinfer only).  `threads` None leaves the engine's default.
+    `options` are the engine's own, e.g. the GGUF file.
     """
 
     kind: str

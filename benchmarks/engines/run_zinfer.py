@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,22 @@ def open_llm(task: job.Job) -> LLM:
         torch.set_num_threads(task.threads)
     budget = RESIDENT if task.budget_bytes is None else task.budget_bytes
     return LLM(
-        task.model, device="cpu", memory={"host": budget}, exact=False, machine=task.options.get("machine")
+        task.model,
+        device="cpu",
+        memory={"host": budget},
+        exact=False,
+        machine=task.options.get("machine"),
+        **task.options.get("runtime", {}),
     )
 
 
-def predict(llm: LLM, task: job.Job, params: SamplingParams) -> None:
-    """Write the plan for this job, and when it was made, where `options.prediction` says."""
+def predict(llm: LLM, task: job.Job, params: SamplingParams) -> dict[str, Any]:
+    """Plan for this job before any weight is read; written, with the time, where `options.prediction` says."""
+    plan = llm.fit(task.prompts, params).to_dict()
+    stamped = {"unix_s": time.time(), "read_bytes": job.disk_bytes(), "plan": plan}
     if "prediction" in task.options:
-        plan = llm.fit(task.prompts, params).to_dict()
-        stamped = {"unix_s": time.time(), "read_bytes": job.disk_bytes(), "plan": plan}
         Path(task.options["prediction"]).write_text(json.dumps(stamped))
+    return plan
 
 
 def decode(task: job.Job) -> job.Outcome:
@@ -112,6 +119,54 @@ def prefill(task: job.Job) -> job.Outcome:
     )
 
 
+def calls(task: job.Job) -> job.Outcome:
+    """`options.calls`: [{"prompts", "max_tokens", "ignore_eos"}] one after another, with one plan for all of them.
+
+    `options.runtime` are settings, e.g. {"max_batch": 16}.  facts.calls has, for each, its seconds, every request's
+    tokens, and its passes as the engine counted them; the first pass of the first call loads.
+    """
+    import_rss, began = job.rss_bytes(), job.clock()
+    seen: list[dict[str, Any]] = []
+    with open_llm(task) as llm:
+        largest = max(task.options["calls"], key=lambda call: len(call["prompts"]) * call["max_tokens"])
+        plan = predict(llm, replace(task, prompts=largest["prompts"]), call_params(largest))
+        for call in task.options["calls"]:
+            passed, start = len(llm.stats.passes), job.clock()
+            outputs = llm.generate(call["prompts"], call_params(call))
+            seconds = job.clock() - start
+            tokens = [list(output.outputs[0].token_ids) for output in outputs]
+            passes = [pass_facts(done) for done in llm.stats.passes[passed:]]
+            seen.append({"seconds": seconds, "outputs": tokens, "passes": passes})
+        stats: dict[str, Any] = llm.stats.to_dict()
+    return job.Outcome(
+        pass_s=[done["seconds"] for call in seen for done in call["passes"] if done["is_decode"]],
+        first_token_s=(stats["first_token_s"] or 0.0),
+        argmax=[],
+        logits=None,
+        settings=settings(task) | {"runtime": task.options.get("runtime", {})},
+        read_bytes=[job.disk_bytes()],
+        import_rss_bytes=import_rss,
+        facts={"calls": seen, "stats": stats, "plan": plan, "job_s": job.clock() - began},
+    )
+
+
+def call_params(call: dict[str, Any]) -> SamplingParams:
+    """Greedy."""
+    ignore = call.get("ignore_eos", False)
+    return SamplingParams(max_tokens=call["max_tokens"], temperature=0.0, ignore_eos=ignore)
+
+
+def pass_facts(done: Any) -> dict[str, Any]:
+    """One pass as the engine recorded it."""
+    return {
+        "seconds": done.seconds,
+        "rows": done.rows,
+        "is_first": done.is_first,
+        "is_decode": done.is_decode,
+        "bytes": dict(done.num_bytes),
+    }
+
+
 def gaps(values: list[Any]) -> list[Any]:
     """Differences between neighbours."""
     return [later - earlier for earlier, later in pairwise(values)]
@@ -122,5 +177,7 @@ def settings(task: job.Job) -> dict[str, Any]:
     return {"memory.host": task.budget_bytes or RESIDENT, "exact": False, "threads": torch.get_num_threads()}
 
 
+KINDS = {"decode": decode, "prefill": prefill, "calls": calls}
+
 if __name__ == "__main__":
-    job.main(lambda task: (decode if task.kind == "decode" else prefill)(task), "zinfer", "torch")
+    job.main(lambda task: KINDS[task.kind](task), "zinfer", "torch")

@@ -1,0 +1,138 @@
+"""The ragged workload's pure parts: known continuations, pass counts, verdicts.  Nothing here is timed."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name):
+    """A module of benchmarks/, which are scripts and no package."""
+    sys.path.append(str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+calls, counts, known, throughput = (load(name) for name in ("calls", "counts", "known", "throughput"))
+
+
+def simulated(lengths, slots):
+    """Slot by slot and pass by pass: the slow twin of `continuous_passes`."""
+    waiting, running, passes = list(lengths), [], 0
+    while waiting or running:
+        while waiting and len(running) < slots:
+            running.append(waiting.pop(0))
+        running = [left - 1 for left in running if left > 1]
+        passes += 1
+    return passes
+
+
+class TestCounts:
+    @given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 8))
+    def test_continuous_equals_its_slow_twin_and_bounds_hold(self, lengths, slots):
+        passes = counts.continuous_passes(lengths, slots)
+        assert passes == simulated(lengths, slots)
+        assert max(*lengths, -(-sum(lengths) // slots)) <= passes
+        assert passes <= counts.static_passes(lengths, slots)
+
+    def test_equal_lengths_gain_nothing(self):
+        assert counts.static_passes([5] * 8, 4) == counts.continuous_passes([5] * 8, 4) == 10
+
+    def test_static_waits_for_the_longest(self):
+        assert counts.static_passes([8, 1, 1, 8], 2) == 16
+        assert counts.continuous_passes([8, 1, 1, 8], 2) == 10
+
+
+class TestKnown:
+    @pytest.fixture
+    def made(self):
+        return known.chains(vocab=1500, eos=2, count=12, prompts=(4, 9), outputs=(8, 30), seed=3)
+
+    def test_every_request_ends_by_the_end_token_after_its_length(self, made):
+        told, _ = made
+        for request in told.requests:
+            output = told.follow(request.prompt, 64)
+            assert len(output) == request.length
+            assert output[-1] == told.eos
+            assert told.eos not in output[:-1]
+
+    def test_end_token_can_be_ignored(self, made):
+        told, _ = made
+        assert len(told.follow(told.requests[0].prompt, 64, ignore_eos=True)) == 64
+
+    def test_chains_share_no_token(self, made):
+        told, _ = made
+        seen = [token for request in told.requests for token in told.follow(request.prompt, 64)[:-1]]
+        assert len(seen) == len(set(seen))
+
+    def test_too_small_a_vocabulary_is_refused(self):
+        with pytest.raises(ValueError, match="do not fit"):
+            known.chains(vocab=400, eos=2, count=12, prompts=(4, 9), outputs=(8, 30), seed=3)
+
+    def test_head_answers_each_embedding_with_its_follower_by_a_wide_margin(self, made):
+        told, lasts = made
+        embedding, head = known.weights(told, lasts, width=256, seed=0)
+        noise = np.random.default_rng(1).standard_normal(embedding.shape) * 4.0  # what layers add
+        hidden = embedding + noise
+        hidden /= np.sqrt((hidden**2).mean(-1, keepdims=True))
+        logits = hidden @ head.T
+        two = np.partition(logits, -2, axis=-1)[:, -2:]
+        assert logits.argmax(-1).tolist() == told.next_of
+        assert (two[:, 1] - two[:, 0]).min() > 4.0
+        logits[told.requests[0].prompt[-1], 0] = 100.0  # a wrong answer is seen
+        assert logits.argmax(-1).tolist() != told.next_of
+
+    def test_bf16_rounds_to_nearest_as_torch_does(self):
+        import torch
+
+        values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+        wanted = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+        assert known.to_bf16(values) == wanted
+
+    def test_the_engine_says_what_must_come(self, tmp_path):
+        from zinfer import LLM, SamplingParams
+        from zinfer.checkpoint.synthetic import write_checkpoint
+        from zinfer.spec.read import read_spec
+
+        shape = json.loads((BENCHMARKS.parent / "configs/shapes/tinyllama-1.1b.json").read_text())
+        small = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 800}
+        config = shape | small | {"num_attention_heads": 4, "num_key_value_heads": 2}
+        write_checkpoint(read_spec(config), config, tmp_path)
+        known.rewrite(tmp_path, count=6, prompts=(3, 6), outputs=(8, 12))
+        told = known.read_known(tmp_path)
+        prompts = [request.prompt for request in told.requests]
+        with LLM(tmp_path, device="cpu", machine="sim-default", memory={"host": "64MiB"}) as llm:
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=16, temperature=0.0))
+        call = calls.Call(prompts, 16, ignore_eos=False)
+        call.outputs = [list(output.outputs[0].token_ids) for output in outputs]
+        assert calls.num_wrong(told, [call]) == 0
+        assert [len(output) for output in call.outputs] == [request.length for request in told.requests]
+        call.outputs[2][1] += 1
+        assert calls.num_wrong(told, [call]) == 1
+
+
+class TestVerdicts:
+    def row(self, rate, **changed):
+        return {"tokens_per_s": rate, "error": "", "comparable": True, "num_wrong": 0} | changed
+
+    def test_targets_are_met_or_missed_aloud(self):
+        rows = {"continuous": self.row(30.0), "static": self.row(20.0), "accelerate": self.row(10.0)}
+        ratios, said = throughput.verdicts(rows, allowed=1.6)
+        assert ratios == {"static": 1.5, "accelerate": 3.0}
+        assert said == ["1.500 x static, at least 1.488 x", "3.000 x accelerate, NOT 5.000 x"]
+
+    @pytest.mark.parametrize("fault", [{"num_wrong": 1}, {"comparable": False}, {"error": "killed"}])
+    @pytest.mark.parametrize("engine", ["continuous", "static"])
+    def test_no_ratio_of_a_wrong_or_unlimited_row(self, engine, fault):
+        rows = {"continuous": self.row(30.0), "static": self.row(20.0)}
+        rows[engine] |= fault
+        assert throughput.verdicts(rows, allowed=1.6) == ({}, [])
