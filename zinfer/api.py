@@ -19,7 +19,7 @@ from zinfer.errors import UsageError, ZinferError
 from zinfer.plan.make import Plan
 from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.model import Model, open_model
-from zinfer.runtime.request import CompletionOutput, Request, RequestOutput
+from zinfer.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
 from zinfer.runtime.session import Job, Session
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
@@ -240,8 +240,10 @@ def _output(number: int, job: Job) -> RequestOutput:
         finish_reason=request.finish_reason or "length",
         stop_reason=request.stop_reason,
     )
-    outputs = [] if job.error is not None else [completion]
-    return RequestOutput(number, request.prompt, request.prompt_ids, outputs, job.error)
+    if job.error is not None:
+        return RequestOutput(number, request.prompt, request.prompt_ids, [], job.error)
+    metrics = RequestMetrics(request.arrival_s, request.token_s)
+    return RequestOutput(number, request.prompt, request.prompt_ids, [completion], metrics=metrics)
 
 
 def _in_order(outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": ("zinfer.cli.store", "Check every block of a store against its checksum."),
     "inspect": ("zinfer.cli.store", "Describe a checkpoint or store."),
     "doctor": ("zinfer.cli.doctor", "Measure this machine and save the profile that plans use."),
+    "bench": ("zinfer.cli.bench", "Measure throughput or latency under a memory budget."),
     "trace": ("zinfer.cli.trace", "Draw a trace that `generate --trace` wrote."),
 }
 

@@ -60,6 +60,7 @@ class Loop:
     def submit(self, request: Request, text: TextState) -> None:
         """Queue a request.  Raises BudgetError ZI-2201 when the cache cannot hold it even alone."""
         self.scheduler.submit(request)
+        request.arrival_s = time.perf_counter()
         self._texts[request.id] = text
 
     def drop(self, request: Request) -> None:
@@ -131,6 +132,7 @@ class Loop:
 
     def _advance(self, request: Request, draw: Draw) -> Event:
         request.output_ids.append(draw.token_id)
+        request.token_s.append(time.perf_counter())
         if draw.logprobs is not None:
             request.logprobs.append(draw.logprobs)
         delta = self._texts[request.id].push(draw.token_id)

@@ -26,6 +26,14 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened, in seconds of `time.perf_counter`: the request was queued, each token was drawn."""
+
+    arrival_s: float
+    token_s: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """A prompt and its completions (one, at present; none where `error` says why), as `LLM.generate` returns them."""
 
@@ -34,6 +42,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     error: ZinferError | None = None  # why there are no outputs
+    metrics: RequestMetrics | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The documented JSON form, one line of an output file."""
@@ -73,6 +82,8 @@ class Request:
     stop_reason: str | int | None = None
     on_logits: Callable[[int, Tensor], None] | None = None
     logits_from: int = 0
+    arrival_s: float = 0.0  # perf_counter when it was queued
+    token_s: list[float] = field(default_factory=list)  # and when each token was drawn
 
     @property
     def num_tokens(self) -> int:

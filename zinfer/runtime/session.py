@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from zinfer.runtime.model import Model
 from zinfer.runtime.request import Request
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
+from zinfer.runtime.turns import Turns
 
 _WINDOW = 256  # jobs that are looked at ahead of the passes: what the plan of a feed is made for
 
@@ -45,8 +45,9 @@ class Session:
         self.model = model
         self.plan: Plan = model.plan()
         self.stats = Stats(self.plan.forecast)
-        self._lock = threading.RLock()
+        self._lock = Turns()
         self._engine: Engine | None = None
+        self._is_fitted = False
         self._num_callers = 0
         self._trace = trace
         self._watch = watch
@@ -54,7 +55,9 @@ class Session:
     def fit(self, requests: Sequence[Request], *, is_open: bool = False) -> Plan:
         """The plan that these requests (`is_open`: and more like them) will follow; nothing is read yet."""
         with self._lock:
+            self._is_fitted = False
             self._plan_for(requests, is_open=is_open)
+            self._is_fitted = True
             return self.plan
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Event]:
@@ -101,6 +104,7 @@ class Session:
     def close(self) -> None:
         """Give memory, files and threads back.  The next request opens the engine again."""
         with self._lock:
+            self._is_fitted = False
             if self._engine is not None:
                 self._engine.close()
                 self._engine = None
@@ -168,8 +172,8 @@ class Session:
         workload = self._workload(requests, is_open=is_open)
         # A plan without rows of logits carries few per pass: it is replaced unless somebody is using it.
         is_apt = self._num_callers > 0 or not workload.logit_rows or bool(self.plan.workload.logit_rows)
-        if self._engine is not None and is_apt and self.plan.covers(workload):
-            return
+        if (self._engine is not None or self._is_fitted) and is_apt and self.plan.covers(workload):
+            return  # a plan that was asked for holds for smaller requests too
         if self._num_callers:
             raise UsageError(
                 "ZI-1108",
