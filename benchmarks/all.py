@@ -1,9 +1,9 @@
 """Every benchmark, one after another.  In: where to work.  Out: their records, and what could not be run.
 
-usage: all.py [--quick] [other options, given to every benchmark]
+usage: all.py [--only throughput.py,...] [--quick] [other options, given to every benchmark]
 
-One that fails does not keep the next from running; the exit status is 1 if any did.  Engines that fail inside a
-benchmark are rows without a figure there.
+Each has a time limit.  One that fails or is ended does not keep the next from running; the exit status is 1 if any did.
+Engines that fail inside a benchmark are rows without a figure there.
 """
 
 from __future__ import annotations
@@ -16,28 +16,67 @@ from pathlib import Path
 
 from harness import ENVIRONMENT
 
-BENCHMARKS = ("overlap.py", "roofs.py", "offload_decode.py", "offload_prefill.py", "prediction.py")
+ALONE = {
+    "overlap.py": 60,
+    "roofs.py": 120,
+    "offload_decode.py": 420,
+    "offload_prefill.py": 420,
+    "prediction.py": 300,
+}
+QUEUES = {  # seconds; together at most half an hour
+    "throughput.py": 780,
+    "roofline.py": 330,
+    "packed.py": 120,
+    "quantised.py": 240,
+    "prediction_grid.py": 330,
+}
+BENCHMARKS = ALONE | QUEUES
 TAKES_NO_OPTIONS = ("overlap.py",)
 QUICK_IS_UNKNOWN = ("roofs.py",)
 
 
+def chosen(words: list[str]) -> tuple[list[str], list[str]]:
+    """The scripts to run, and the options that are left for them.  Raises KeyError for a script that is not there."""
+    if "--only" not in words:
+        return list(BENCHMARKS), words
+    at = words.index("--only")
+    names = words[at + 1].split(",")
+    return [name for name in names if BENCHMARKS[name]], words[:at] + words[at + 2 :]
+
+
+def options_of(script: str, words: list[str]) -> list[str]:
+    """Those of the given options that a script understands."""
+    if script in TAKES_NO_OPTIONS:
+        return []
+    return [word for word in words if not (word == "--quick" and script in QUICK_IS_UNKNOWN)]
+
+
+def run(script: str, words: list[str], limit_s: float) -> str:
+    """Run one; "ok", or how it failed."""
+    command = [sys.executable, str(Path(__file__).resolve().parent / script), *words]
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT)
+    try:
+        status = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # benchmarks end their engines and remove their memory groups
+        process.wait()
+        return f"ENDED after {limit_s:.0f} s"
+    return "ok" if status == 0 else f"FAILED ({status})"
+
+
 def main() -> int:
     """Run them; print how each ended."""
-    here, ended = Path(__file__).resolve().parent, []
-    environment = os.environ | ENVIRONMENT
-    for script in BENCHMARKS:
-        options = [word for word in sys.argv[1:] if not (word == "--quick" and script in QUICK_IS_UNKNOWN)]
-        options = [] if script in TAKES_NO_OPTIONS else options
+    scripts, words = chosen(sys.argv[1:])
+    ended = []
+    for script in scripts:
+        options = options_of(script, words)
         print(f"\n== {script} {' '.join(options)}", flush=True)
         start = time.perf_counter()
-        status = subprocess.run(
-            [sys.executable, str(here / script), *options], env=environment, check=False
-        ).returncode
-        ended.append((script, status, time.perf_counter() - start))
+        ended.append((script, run(script, options, BENCHMARKS[script]), time.perf_counter() - start))
     print()
-    for script, status, seconds in ended:
-        print(f"{script:20} {'ok' if status == 0 else f'FAILED ({status})':12} {seconds:6.0f} s")
-    return int(any(status for _, status, _ in ended))
+    for script, how, seconds in ended:
+        print(f"{script:20} {how:20} {seconds:6.0f} s")
+    return int(any(how != "ok" for _, how, _ in ended))
 
 
 if __name__ == "__main__":

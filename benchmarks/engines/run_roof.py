@@ -20,16 +20,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 
-def matrices(model: Path) -> list[Tensor]:
+def matrices(model: Path) -> dict[str, Tensor]:
     """Copies of all matrices but the input embedding, in memory of our own."""
-    found = []
+    found = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found += [
-                opened.get_tensor(name).clone()
+            found |= {
+                name: opened.get_tensor(name).clone()
                 for name in opened.keys()  # noqa: SIM118  (not a mapping)
                 if len(opened.get_slice(name).get_shape()) == 2 and ".embed_tokens." not in name
-            ]
+            }
     return found
 
 
@@ -48,7 +48,10 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def measure(task: job.Job) -> dict[str, object]:
     """{product: [median, smallest, largest] seconds}, the bytes that were read, and the settings."""
-    weights = matrices(Path(task.model))
+    named = matrices(Path(task.model))
+    if "rows" in task.options:
+        return {"by_rows": by_rows(named, task.options["rows"]), "threads": torch.get_num_threads()}
+    weights = list(named.values())
     rows = {weight.shape[1]: torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in weights}
     products = {}
     with torch.inference_mode():
@@ -62,6 +65,35 @@ def measure(task: job.Job) -> dict[str, object]:
             products[name] = [statistics.median(seconds[1:]), min(seconds[1:]), max(seconds[1:])]
     nbytes = sum(weight.numel() * weight.element_size() for weight in weights)
     return {"products": products, "weight_bytes": nbytes, "threads": torch.get_num_threads()}
+
+
+def by_rows(named: dict[str, Tensor], counts: list[int]) -> dict[str, dict[int, float]]:
+    """{"body" | "head": {rows: seconds}}: all matrices once by the fastest product at so many rows."""
+    parts = {
+        "head": [weight for name, weight in named.items() if "lm_head" in name],
+        "body": [weight for name, weight in named.items() if "lm_head" not in name],
+    }
+    found: dict[str, dict[int, float]] = {part: {} for part in parts}
+    with torch.inference_mode():
+        for count in counts:
+            products = [F.linear, without_onednn] if count <= 4 else [F.linear]  # from there on oneDNN wins
+            for part, weights in parts.items():
+                seconds = [
+                    once(weights, product, count)
+                    for product in products
+                    for _ in range(3 if count < 256 else 2)
+                ]
+                found[part][count] = min(seconds)
+    return found
+
+
+def once(weights: list[Tensor], product: Callable[[Tensor, Tensor], Tensor], count: int) -> float:
+    """Seconds to multiply `count` rows with every matrix."""
+    rows = {weight.shape[1]: torch.ones(count, weight.shape[1], dtype=weight.dtype) for weight in weights}
+    start = job.clock()
+    for weight in weights:
+        product(rows[weight.shape[1]], weight)
+    return job.clock() - start
 
 
 if __name__ == "__main__":

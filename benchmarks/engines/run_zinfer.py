@@ -161,6 +161,8 @@ def pass_facts(done: Any) -> dict[str, Any]:
     return {
         "seconds": done.seconds,
         "rows": done.rows,
+        "sequences": done.sequences,
+        "schedule_s": done.schedule_s,
         "is_first": done.is_first,
         "is_decode": done.is_decode,
         "bytes": dict(done.num_bytes),

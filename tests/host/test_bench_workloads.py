@@ -23,6 +23,7 @@ def load(name):
 
 
 calls, counts, known, throughput = (load(name) for name in ("calls", "counts", "known", "throughput"))
+packed, quantised, roofline, runner = (load(name) for name in ("packed", "quantised", "roofline", "all"))
 
 
 def simulated(lengths, slots):
@@ -136,3 +137,59 @@ class TestVerdicts:
         rows = {"continuous": self.row(30.0), "static": self.row(20.0)}
         rows[engine] |= fault
         assert throughput.verdicts(rows, allowed=1.6) == ({}, [])
+
+
+class TestRoofline:
+    def test_products_are_interpolated_and_extended_in_proportion(self):
+        products = roofline.Products({"body": {"1": 1.0, "4": 4.0, "8": 5.0}, "head": {"1": 0.5, "8": 0.5}})
+        assert [products.part_s("body", rows) for rows in (1, 2, 4, 6, 8, 16)] == [
+            1.0,
+            2.0,
+            4.0,
+            4.5,
+            5.0,
+            10.0,
+        ]
+        assert products.pass_s(8, 2) == 5.5
+
+
+class TestPacked:
+    def test_prompts_are_half_full_and_padding_keeps_what_follows(self):
+        prompts = packed.half_full(33, 1000)
+        assert sum(map(len, prompts)) / (33 * packed.LONGEST) == pytest.approx(0.5, abs=0.01)
+        filled = packed.padded(prompts)
+        assert {len(prompt) for prompt in filled} == {packed.LONGEST}
+        assert all(wide[-len(prompt) :] == prompt for wide, prompt in zip(filled, prompts, strict=True))
+
+    def test_turns_alternate(self):
+        assert packed.turns(3) == ["packed", "padded", "padded", "packed", "packed", "padded"]
+
+
+class TestQuantised:
+    def test_speed_is_set_beside_the_bytes(self):
+        rows = [
+            {"weights": "bf16", "error": "", "tokens_per_s": 10.0, "pass_bytes": 200},
+            {"weights": "int8", "error": "", "tokens_per_s": 19.0, "pass_bytes": 100},
+            {"weights": "int4", "error": "no such option", "pass_bytes": 50},
+        ]
+        assert quantised.verdicts(rows) == {"int8": {"speed": 1.9, "bytes": 2.0, "share": 0.95}}
+        rows[0]["error"] = "killed"
+        assert quantised.verdicts(rows) == {}
+
+    def test_budget_is_found_by_bisection(self, monkeypatch):
+        monkeypatch.setattr(quantised, "pass_bytes", lambda model: 10**9)
+        monkeypatch.setattr(quantised, "planned_share", lambda bench, model, budget: 1 - budget / 10**9)
+        assert quantised.budget_for(None, None, 0.6, steps=20) == pytest.approx(4e8, rel=1e-3)
+
+
+class TestAll:
+    def test_every_script_is_there_and_the_queues_take_half_an_hour_at_most(self):
+        assert all((BENCHMARKS / script).is_file() for script in runner.BENCHMARKS)
+        assert sum(runner.QUEUES.values()) <= 1800
+
+    def test_only_some_and_their_options(self):
+        assert runner.chosen(["--only", "packed.py", "--quick"]) == (["packed.py"], ["--quick"])
+        assert runner.chosen(["--quick"]) == (list(runner.BENCHMARKS), ["--quick"])
+        assert runner.options_of("overlap.py", ["--quick"]) == []
+        with pytest.raises(KeyError, match=r"none\.py"):
+            runner.chosen(["--only", "none.py"])
