@@ -129,15 +129,6 @@ def num_wrong(known: Known, calls: Iterable[Call]) -> int:
     return wrong
 
 
-def kv_bytes(model: Path, tokens: int) -> int:
-    """Bytes of keys and values of so many tokens in bf16."""
-    from zinfer.checkpoint.index import CheckpointIndex
-    from zinfer.spec.read import read_spec
-
-    index = CheckpointIndex.open(model)
-    return read_spec(index.config, index.generation_config, index.dtypes).kv_bytes_per_token * tokens
-
-
 def limit_s(bench: Bench, seen: Seen, compute_s: float, kv: int) -> dict[str, Any]:
     """What bounds a pass: the disk at the rate beside this run, or the products alone."""
     disk_s = disk_pass_s(bench.conditions.model, bench.conditions.budget_bytes, seen.disk_rates, kv) or 0.0

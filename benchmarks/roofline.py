@@ -13,10 +13,10 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
-from calls import Bench, Call, kv_bytes, limit_s, median_s, num_wrong, parser, run, start
+from calls import Bench, Call, limit_s, num_wrong, parser, run, start
 from harness import Record, summary
 
-PROMPT, OUTPUT, PAGE_TOKENS = 16, 8, 16
+PROMPT, OUTPUT = 16, 8
 WITHIN, CHOSEN_AT_LEAST = 0.15, 0.85
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
@@ -51,68 +51,51 @@ def measure_products(bench: Bench, rows: tuple[int, ...]) -> Products:
     return Products(seen.result["by_rows"])
 
 
-def cache_bytes(bench: Bench, sequences: int) -> int:
-    """KV of so many sequences at their end, in whole pages."""
-    tokens = -(-(PROMPT + OUTPUT) // PAGE_TOKENS) * PAGE_TOKENS
-    return kv_bytes(bench.conditions.model, sequences * tokens)
+def point(bench: Bench, products: Products, waiting: int, batch: int | None) -> dict[str, Any]:
+    """`waiting` requests, `batch` of them at once (None: the planner's choice), weights loaded before.
 
-
-def point(bench: Bench, products: Products, sequences: int) -> dict[str, Any]:
-    """So many sequences at once: the median decode pass beside its limit."""
-    call = Call(bench.known.prompts(sequences, PROMPT, PROMPT), OUTPUT)
-    seen = run(bench, f"roofline-{sequences}", [call], {"max_batch": sequences})
-    row: dict[str, Any] = {"sequences": sequences, "error": seen.error, "why": seen.why}
-    passes = [done for done in call.decode() if done["rows"] == sequences]
-    if seen.result is None or not passes:
-        return row | {"error": seen.error or "no pass carried all sequences"}
-    bound = limit_s(bench, seen, products.pass_s(sequences, sequences), cache_bytes(bench, sequences))
-    pass_s = median_s(passes)
+    Every pass has its own limit, by the rows that it carried; the share is that of all passes together.
+    """
+    name = "chosen" if batch is None else str(batch)
+    call = Call(bench.known.prompts(waiting, PROMPT, PROMPT), OUTPUT)
+    warm_up = Call(call.prompts[:1], 1)
+    seen = run(bench, f"roofline-{name}", [warm_up, call], {"max_batch": batch} if batch else {})
+    row: dict[str, Any] = {"batch": name, "error": seen.error, "why": seen.why}
+    if seen.result is None:
+        return row
+    plan = seen.result["facts"]["plan"]
+    kv = plan["reserve"]["kv"]
+    bounds = [
+        limit_s(bench, seen, products.pass_s(done["rows"], done["sequences"]), kv) for done in call.passes
+    ]
+    limit = {key: sum(bound[key] for bound in bounds) for key in ("disk_s", "compute_s", "limit_s")}
     return row | {
         "num_wrong": num_wrong(bench.known, [call]),
-        "pass_s": summary([done["seconds"] for done in passes]),
-        "tokens_per_s": sequences / pass_s,
-        "limit_tokens_per_s": sequences / bound["limit_s"],
-        "share_of_limit": bound["limit_s"] / pass_s,
-        "limit": bound,
-        "disk_bytes": sum(done["bytes"].get("disk", 0) for done in passes) / len(passes),
-        "schedule_share": sum(done["schedule_s"] / done["seconds"] for done in passes) / len(passes),
-        "predicted_pass_s": seen.result["facts"]["plan"]["forecast"]["pass_s"],
-    }
-
-
-def chosen(bench: Bench, products: Products, waiting: int) -> dict[str, Any]:
-    """`waiting` requests, everything left to the planner: all passes but the first, each beside its own limit."""
-    call = Call(bench.known.prompts(waiting, PROMPT, PROMPT), OUTPUT)
-    seen = run(bench, "roofline-chosen", [call])
-    if seen.result is None:
-        return {"sequences": "chosen", "error": seen.error}
-    plan = seen.result["facts"]["plan"]
-    kv = kv_bytes(bench.conditions.model, plan["workload"]["cache_tokens"] or 0) or plan["reserve"]["kv"]
-    passes = [done for done in call.passes if not done["is_first"]]
-    bounds = [limit_s(bench, seen, products.pass_s(done["rows"], done["sequences"]), kv) for done in passes]
-    seconds = sum(done["seconds"] for done in passes)
-    return {
-        "sequences": "chosen",
-        "error": "",
-        "why": seen.why,
-        "num_wrong": num_wrong(bench.known, [call]),
-        "workload": plan["workload"],
-        "tokens_per_s": call.num_tokens / call.seconds,
+        "planned_batch": plan["workload"]["batch"],
+        "token_rows": plan["forecast"]["token_rows"],
+        "passes": len(call.passes),
+        "seconds": call.seconds,
+        "pass_s": summary([done["seconds"] for done in call.passes]),
         "tokens_per_pass": call.num_tokens / len(call.passes),
-        "share_of_limit": sum(bound["limit_s"] for bound in bounds) / seconds,
-        "job_s": call.seconds,
-        "predicted_job_s": plan["forecast"]["job_s"],
+        "tokens_per_s": call.num_tokens / call.seconds,
+        "limit": limit | {"kv_bytes": kv, "read_bytes_per_s": bounds[0]["read_bytes_per_s"]},
+        "share_of_limit": limit["limit_s"] / call.seconds,
+        "disk_bytes_per_pass": sum(done["bytes"].get("disk", 0) for done in call.passes) / len(call.passes),
+        "schedule_share": sum(done["schedule_s"] for done in call.passes) / call.seconds,
+        "predicted_pass_s": plan["forecast"]["pass_s"],
+        "each_pass": call.passes,
     }
 
 
 def line(row: dict[str, Any]) -> str:
     """One point for people."""
     if row["error"]:
-        return f"{row['sequences']!s:>6}  no figure: {row['error']}"
-    rest = f"{row['limit']['binding']} binds" if "limit" in row else f"batch {row['workload']['batch']}"
+        return f"{row['batch']:>6}  no figure: {row['error']}"
     wrong = f"  {row['num_wrong']} WRONG" if row["num_wrong"] else ""
-    share = f"{row['share_of_limit']:.2f} of the limit"
-    return f"{row['sequences']!s:>6}  {row['tokens_per_s']:8.2f} tok/s  {share}, {rest}{wrong}"
+    binds = "disk" if row["limit"]["disk_s"] >= row["limit"]["compute_s"] else "compute"
+    told = f"{row['tokens_per_pass']:6.1f} tokens a pass  {row['tokens_per_s']:8.2f} tok/s"
+    share = f"{row['share_of_limit']:.2f} of the limit, {binds} binds, scheduling {row['schedule_share']:.2%}"
+    return f"{row['batch']:>6}  {told}  {share}, batch {row['planned_batch']}{wrong}"
 
 
 def draw(rows: list[dict[str, Any]], choice: dict[str, Any], path: Path) -> None:
@@ -123,23 +106,20 @@ def draw(rows: list[dict[str, Any]], choice: dict[str, Any], path: Path) -> None
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    x = [row["sequences"] for row in rows]
-    disk = [row["sequences"] / row["limit"]["disk_s"] for row in rows if row["limit"]["disk_s"]]
-    axes.plot(x[: len(disk)], disk, "--", color="#d9822b", label="disk allows")
-    axes.plot(
-        x, [n / row["limit"]["compute_s"] for n, row in zip(x, rows, strict=True)], "--", color="#6e7781"
-    )
-    axes.lines[-1].set_label("products alone allow")
-    axes.plot(x, [row["tokens_per_s"] for row in rows], "o-", color="#1f6feb", label="zinfer, decode passes")
+    x = [row["tokens_per_pass"] for row in rows]
+    tokens = [row["tokens_per_s"] * row["seconds"] for row in rows]
+    for key, colour, label in (
+        ("disk_s", "#d9822b", "disk allows"),
+        ("compute_s", "#6e7781", "products alone allow"),
+    ):
+        allowed = [
+            count / row["limit"][key] for count, row in zip(tokens, rows, strict=True) if row["limit"][key]
+        ]
+        axes.plot(x[: len(allowed)], allowed, "--", color=colour, label=label)
+    axes.plot(x, [row["tokens_per_s"] for row in rows], "o-", color="#1f6feb", label="zinfer")
     if not choice["error"]:
-        at = (choice["tokens_per_pass"], choice["tokens_per_s"])
-        axes.plot(
-            *at,
-            "*",
-            ms=14,
-            color="#2da44e",
-            label=f"planner's choice, batch {choice['workload']['batch']}, load included",
-        )
+        label = f"planner's choice: batch {choice['planned_batch']}"
+        axes.plot(choice["tokens_per_pass"], choice["tokens_per_s"], "*", ms=14, color="#2da44e", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens per pass", ylabel="tokens per second")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -158,12 +138,12 @@ def main() -> None:
     products = measure_products(bench, tuple(rows for rows in ROWS if rows <= 4 * most))
     rows = []
     for sequences in (count for count in ROWS if count <= most):
-        rows.append(point(bench, products, sequences))
+        rows.append(point(bench, products, sequences, sequences))
         print(line(rows[-1]), flush=True)
-    choice = chosen(bench, products, most)
+    choice = point(bench, products, most, None)
     print(line(choice))
     good = [row for row in rows if not row["error"]]
-    outside = [row["sequences"] for row in good if row["share_of_limit"] < 1 - WITHIN]
+    outside = [row["batch"] for row in good if row["share_of_limit"] < 1 - WITHIN]
     said = [f"outside {WITHIN:.0%} of the limit: {outside or 'none'}"]
     if not choice["error"]:
         met = "at least" if choice["share_of_limit"] >= CHOSEN_AT_LEAST else "NOT"
@@ -174,10 +154,10 @@ def main() -> None:
     record = Record(
         bench="roofline",
         config=bench.describe() | {"prompt": PROMPT, "output": OUTPUT},
-        repeats=OUTPUT - 2,
-        median={f"{row['sequences']}_tokens_per_s": row["tokens_per_s"] for row in good},
-        spread={f"{row['sequences']}_pass_s": row["pass_s"]["spread"] for row in good},
-        limit={f"{row['sequences']}_tokens_per_s": row["limit_tokens_per_s"] for row in good}
+        repeats=1,
+        median={f"{row['batch']}_tokens_per_s": row["tokens_per_s"] for row in good},
+        spread={f"{row['batch']}_pass_s": row["pass_s"]["spread"] for row in good},
+        limit={f"{row['batch']}_tokens_per_s": row["tokens_per_s"] / row["share_of_limit"] for row in good}
         | {"products_s": products.parts, "chosen_share": choice.get("share_of_limit")},
         baseline={},
         answer_matches=len(good) == len(rows) and not any(row["num_wrong"] for row in good),
