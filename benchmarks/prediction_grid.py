@@ -32,7 +32,7 @@ POINTS = (  # percent of the checkpoint, sequences, prompt length
 OUTPUT = 14
 WITHIN, CHOSEN_WITHIN = 0.10, 0.05
 GRID_BUDGET, GRID_REQUESTS, GRID_PROMPT, GRID_OUTPUT = 40, 32, 32, 12
-GRID = tuple((batch, rows) for batch in (8, 16, 32) for rows in (64, 256, 1024))
+GRID = tuple((batch, rows) for batch in (8, 16, 32) for rows in (64, 1024))
 
 
 def point(bench: Bench, percent: int, sequences: int, prompt: int, doctor_s: float) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def main() -> None:
     bench = start(options)
     points, jobs, said = [], [], []
     for where in (POINTS[:2] if options.quick else POINTS) if "points" in options.parts else ():
-        points.append(point(bench, *where, 3.0 if options.quick else 8.0))
+        points.append(point(bench, *where, 3.0 if options.quick else 5.0))
         print(line(points[-1]), flush=True)
     good = [row for row in points if not row["error"]]
     if points:
