@@ -18,6 +18,8 @@ from zinfer.bench.load import Load, Span, random_load
 from zinfer.bench.report import Run, lines
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
+from zinfer.cli.render import WHY
+from zinfer.runtime.stats import SLOW_SHARE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -112,6 +114,13 @@ def _measure(asked: _Asked, drive: Callable[[LLM, Load, Progress], Run]) -> None
     }
     for line in lines(block):
         click.echo(line)
+    if block["pass_s"] is not None and block["pass_s"] * SLOW_SHARE > block["predicted_pass_s"]:
+        click.echo(
+            f"warning             {block['predicted_pass_s'] / block['pass_s']:.0%} of the predicted speed: "
+            f"{WHY[block['binding']]} is what binds, and something else is using it, or it changed since it was "
+            "measured (zinfer doctor)",
+            err=True,
+        )
     for error in dict.fromkeys(run.failed):
         click.echo(f"failed              {error}", err=True)
     _write(run, block, asked)
