@@ -160,7 +160,7 @@ def main() -> None:
         baseline={f"{point_name(row)} job_s": {"predicted": row["predicted_job_s"]} for row in good},
         answer_matches=not any(row["error"] or row["num_wrong"] for row in rows),
         rows=rows,
-        notes=said,
+        notes=[*(line(row) for row in rows), *said],
     )
     print(record.write(options.results))
 

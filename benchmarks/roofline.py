@@ -163,7 +163,7 @@ def main() -> None:
         answer_matches=len(good) == len(rows) and not any(row["num_wrong"] for row in good),
         comparable=not any(row["why"] for row in rows),
         rows=[*rows, choice],
-        notes=said,
+        notes=[*(line(row) for row in (*rows, choice)), *said],
     )
     path = record.write(options.results)
     if good:

@@ -189,7 +189,7 @@ def main() -> None:
         answer_matches=bool(rows) and not any(row["error"] or row["num_wrong"] for row in rows.values()),
         comparable=all(row["comparable"] for row in rows.values()),
         rows=list(rows.values()),
-        notes=said,
+        notes=[*(line(row) for row in rows.values()), *said],
     )
     print(record.write(options.results))
 
