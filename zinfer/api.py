@@ -18,8 +18,10 @@ from zinfer.config.schema import Settings
 from zinfer.errors import UsageError, ZinferError
 from zinfer.plan.make import Plan
 from zinfer.runtime.executor import Watch, unwatched
+from zinfer.runtime.labels import Labelled, check_top_k, ranked, shaped
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
+from zinfer.runtime.score import Score, scorer_of
 from zinfer.runtime.session import Job, Session
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
@@ -162,6 +164,51 @@ class LLM:
             pass
         return torch.cat(pieces)
 
+    def score(
+        self, prompts: Sequence[str | list[int]], continuations: Sequence[str | list[int]]
+    ) -> list[Score]:
+        """How likely each continuation is after its prompt: log probabilities, whole and per token, and whether
+        greedy decoding writes it (the `loglikelihood` of lm-evaluation-harness).
+
+        Both are text, or both token ids.  Raises UsageError ZI-1105 to ZI-1107, ZI-1113 to ZI-1116.
+        """
+        if isinstance(prompts, str) or isinstance(continuations, str) or len(prompts) != len(continuations):
+            raise UsageError(
+                "ZI-1116",
+                "a list of prompts and as many continuations were wanted",
+                remedy='llm.score(["The sky is"], [" blue"])',
+            )
+        scorers = [scorer_of(self.model, *pair) for pair in zip(prompts, continuations, strict=True)]
+        self._prefill([scorer.request(next(self._ids)) for scorer in scorers])
+        return [scorer.score() for scorer in scorers]
+
+    def classify_labels(
+        self, prompts: str | Sequence[str], labels: Sequence[str], top_k: int | None = None
+    ) -> Any:
+        """Which of `labels` continues each prompt best: {"label", "score"}, likeliest first, the scores adding up to 1.
+
+        A label's score is the probability of its text after the prompt, over those of all labels.  One prompt gives
+        one result; with top_k=1 a result is its first entry alone.  Raises as `score`.
+        """
+        check_top_k(top_k)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        scores = self.score([text for text in texts for _ in labels], [*labels] * len(texts))
+        logprobs_NC = torch.tensor([found.logprob for found in scores]).view(len(texts), len(labels))
+        results = [ranked(row_C, labels, "softmax", top_k) for row_C in logprobs_NC]
+        return shaped(results, is_one=isinstance(prompts, str), top_k=top_k)
+
+    def classify(self, texts: str | list[int] | Sequence[str | list[int]], top_k: int | None = 1) -> Any:
+        """Labels of texts by a `...ForSequenceClassification` head, in the shape of `transformers` pipelines.
+
+        With top_k=1 a text gives {"label", "score"}, else the `top_k` (None: all) best as a list; a list of texts
+        gives a list of those.  Raises UsageError ZI-1104 to ZI-1107, ZI-1112, ZI-1115 (the model generates text).
+        """
+        check_top_k(top_k)
+        labelled = [Labelled.of(self.model, text) for text in _as_list(texts)]
+        self._prefill([each.request(next(self._ids)) for each in labelled])
+        results = [each.ranked(self.model, top_k) for each in labelled]
+        return shaped(results, is_one=isinstance(texts, str) or _is_ids(texts), top_k=top_k)
+
     def fit(self, prompts: Prompts, params: SamplingParams | None = None) -> Plan:
         """Plan for these prompts (and read nothing yet); the plan that their generation will follow."""
         return self._session.fit(self._requests(prompts, params or SamplingParams()))
@@ -182,10 +229,18 @@ class LLM:
         return [self._request(prompt, params) for prompt in _as_list(prompts)]
 
     def _request(self, prompt: str | list[int], params: SamplingParams) -> Request:
+        self.model.check_kind(labels=False)
         ids = self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
         self.model.check_prompt(ids, params.max_tokens)
         text = prompt if isinstance(prompt, str) else None
         return Request(next(self._ids), ids, params, _seed(params), text)
+
+    def _prefill(self, requests: Iterable[Request]) -> None:
+        """Carry out requests that only want logits; however many there are, a window of them is planned for."""
+        jobs = (Job(number, request, self._text(request)) for number, request in enumerate(requests))
+        for job in self._session.feed(jobs):
+            if job.error is not None:
+                raise job.error
 
     def _jobs(self, requests: Sequence[Request]) -> list[Job]:
         return [Job(number, request, self._text(request)) for number, request in enumerate(requests)]

@@ -105,6 +105,26 @@ def test_a_batch_says_what_failed_and_exits_with_7(model, tmp_path, capsys):
     assert sorted(line["error"]["code"] for line in lines if "error" in line) == ["ZI-1106", "ZI-1701"]
 
 
+def test_scores_are_lines_of_json(model, tmp_path, capsys):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": [1, 2, 3], "continuation": [4, 5]}\n\n{"prompt": [], "continuation": [4]}\n'
+    )
+    assert run(["score", str(model), "-i", str(source), "-o", str(target)]) == 0
+    first, second = [json.loads(line) for line in target.read_text().splitlines()]
+    assert first["token_ids"] == [4, 5]
+    assert first["logprob"] == pytest.approx(sum(first["token_logprobs"]))
+    assert len(second["token_logprobs"]) == 1
+    assert run(["score", "-p", "import", "-c", " os", "-c", " sys"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "stats " in err
+    source.write_text('{"prompt": "x"}\n')
+    exit_code, code, _, remedy = refused(capsys, ["score", model, "-i", source])
+    assert (exit_code, code) == (3, "ZI-4922")
+    assert remedy
+
+
 def test_an_impossible_budget_names_one_that_works(model, capsys):
     argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "4", "--ignore-eos"]
     exit_code, code, message, remedy = refused(capsys, [*argv, "--host-mem", "64KiB"])
@@ -128,6 +148,10 @@ def test_an_impossible_budget_names_one_that_works(model, capsys):
         (["generate", "MODEL", "--prompt-ids", "1", "--device", "cuda:7"], None, None),
         (["run-batch", "MODEL", "-i", "no-such.jsonl", "-o", "no-such-output.jsonl"], 3, "ZI-4921"),
         (["run-batch", "MODEL", "--model", "x", "-i", "no-such.jsonl", "-o", "o.jsonl"], 2, "ZI-1710"),
+        (["score", "MODEL"], 2, "ZI-1117"),
+        (["score", "MODEL", "-p", "x"], 2, "ZI-1117"),
+        (["score", "MODEL", "-p", "x", "-c", "y", "-i", "z.jsonl"], 2, "ZI-1117"),
+        (["score", "MODEL", "-p", "x", "-c", "y"], 3, "ZI-4601"),
         (["shard", "MODEL", "--out", "MODEL"], 2, "ZI-3002"),
         (["verify", "MODEL"], 6, None),
         (["trace", "no-such-trace.json", "--png", "x.png"], 3, "ZI-4901"),

@@ -86,7 +86,7 @@ def _batch(
     with Progress("tokens", quiet=as_json and not sys.stderr.isatty()) as progress:
         outputs: list[RequestOutput] = llm.generate(prompts, params, progress=progress)
     if output_file is not None:
-        write_results(output_file, outputs)
+        write_results(output_file, [output.to_dict() for output in outputs])
         click.echo(f"wrote {len(outputs)} results to {output_file}", err=True)
     elif not as_json:
         for output in outputs:

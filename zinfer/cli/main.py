@@ -15,6 +15,7 @@ from zinfer.errors import ZinferError
 COMMANDS = {
     "generate": ("zinfer.cli.generate", "Generate text from prompts, under a memory budget."),
     "run-batch": ("zinfer.cli.run_batch", "Answer a file of requests; interrupted, it goes on where it was."),
+    "score": ("zinfer.cli.score", "Say how likely given text is after a prompt."),
     "plan": ("zinfer.cli.plan", "Say where a model would live and how fast it would run."),
     "shard": ("zinfer.cli.store", "Write a model as an aligned, checksummed store."),
     "verify": ("zinfer.cli.store", "Check every block of a store against its checksum."),

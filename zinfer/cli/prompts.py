@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from zinfer.errors import CheckpointError, MachineError, UsageError
-from zinfer.runtime.request import RequestOutput
 
 
 def read_prompts(
@@ -69,13 +68,13 @@ def _prompt(path: Path, number: int, line: str) -> str | list[int]:
     )
 
 
-def write_results(path: Path, outputs: Sequence[RequestOutput]) -> None:
+def write_results(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """One JSON line per result; the file appears complete or not at all.  Raises MachineError ZI-5911."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for output in outputs:
-                file.write(json.dumps(output.to_dict(), ensure_ascii=False) + "\n")
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

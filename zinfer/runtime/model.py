@@ -52,6 +52,19 @@ class Model:
             )
         return self.tokenizer
 
+    def check_kind(self, *, labels: bool) -> None:
+        """Raises UsageError ZI-1115 where a text is to be labelled and the model generates, or the other way round."""
+        if bool(self.spec.labels) is labels:
+            return
+        does, remedy = (
+            ("generates text", 'llm.classify_labels(prompts, [" yes", " no"])')
+            if labels
+            else ("labels texts", "llm.classify(texts)")
+        )
+        raise UsageError(
+            "ZI-1115", f"{self.folder} is a {self.spec.architecture}, which {does}", remedy=remedy
+        )
+
     def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
         """Raises UsageError ZI-1105 to ZI-1107: no token, ids outside the vocabulary, more than the context holds."""
         if not ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 ACTIVATIONS = {
@@ -59,6 +59,7 @@ class Family:
     position_offset: int | None = None  # learned positions, and what is added to them; None: rotary
     rope_kinds: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    is_classifier: bool = False  # the head has a row per label, not per token, and stands by itself
 
 
 LLAMA_NAMES = {
@@ -248,4 +249,20 @@ FAMILIES: dict[str, Family] = {
         has_plain_heads=True,
         rope_kinds=("default", "linear", "dynamic", "yarn"),
     ),
+}
+
+# A classifier is its decoder with another head: `score`, read at a text's last token.
+CLASSIFIERS = {
+    "LlamaForSequenceClassification": "LlamaForCausalLM",
+    "MistralForSequenceClassification": "MistralForCausalLM",
+    "Qwen2ForSequenceClassification": "Qwen2ForCausalLM",
+    "Qwen3ForSequenceClassification": "Qwen3ForCausalLM",
+    "Phi3ForSequenceClassification": "Phi3ForCausalLM",
+    "OPTForSequenceClassification": "OPTForCausalLM",
+    "GPT2ForSequenceClassification": "GPT2LMHeadModel",
+    "GPTNeoXForSequenceClassification": "GPTNeoXForCausalLM",
+}
+FAMILIES |= {
+    architecture: replace(FAMILIES[decoder], heads=("score",), is_classifier=True)
+    for architecture, decoder in CLASSIFIERS.items()
 }

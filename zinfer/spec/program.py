@@ -66,7 +66,7 @@ def matrix_shape(spec: ModelSpec, kind: str) -> tuple[int, int]:
         "gate_up": (2 * mlp, width),
         "down": (width, mlp),
         "project_out": (embed, width),
-        "head": (spec.vocab_size, embed),
+        "head": (len(spec.labels) or spec.vocab_size, embed),
     }
     return shapes[kind]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from zinfer.spec.families import ACTIVATIONS, FAMILIES, Family
 from zinfer.spec.keys import Keys, refuse, shown
+from zinfer.spec.labels import read_labels, read_scoring
 from zinfer.spec.program import Names, build_program, layer_kinds, matrix_shape
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 from zinfer.spec.rope import MAX_CONTEXT, read_rope
@@ -49,6 +50,7 @@ def read_spec(
     stored = published.get(f"{stems['embed']}.weight")
     dtype = stored if stored in DTYPE_BYTES else _dtype(keys)
     window, window_layers = _window(keys, family, shapes["num_layers"])
+    labels = read_labels(keys) if family.is_classifier else ()
     options: dict[str, Any] = {"norm": "rms", **family.options, **sets}
     spec = ModelSpec(
         architecture=architecture,
@@ -58,9 +60,12 @@ def read_spec(
         norm_eps=keys.number("norm_eps", 0.0, 1.0),
         sliding_window=window,
         window_layers=window_layers,
-        tied_head=keys.flag("tie_word_embeddings"),
+        tied_head=keys.flag("tie_word_embeddings") and not family.is_classifier,
         eos_ids=Keys(generation or {}).ids("eos_token_id") or keys.ids("eos_token_id"),
         bos_id=next(iter(Keys(generation or {}).ids("bos_token_id") or keys.ids("bos_token_id")), None),
+        pad_id=next(iter(keys.ids("pad_token_id")), None),
+        labels=labels,
+        scoring=read_scoring(keys, len(labels)),
         **options,
     )
     if family.position_offset is None:

@@ -121,6 +121,9 @@ class ModelSpec:
     final_norm: bool = True
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    pad_id: int | None = None
+    labels: tuple[str, ...] = ()  # of a classification head; empty: the head has a row per token
+    scoring: str = "softmax"  # how its logits become scores: "softmax", "sigmoid", "none"
     program: tuple[Op, ...] = field(default=(), repr=False)
     lookups: tuple[RowLookup, ...] = ()
     num_parameters: int = 0
