@@ -1,6 +1,6 @@
 """The bundled model under a small budget, killed at random moments: nothing twice, nothing missing, nothing other.
 
-ZINFER_KILLS=20 kills more often than the suite has time for.
+JOB_KILLS=20 kills more often than the suite has time for.
 """
 
 import json
@@ -16,7 +16,7 @@ from zinfer import LLM
 from zinfer.jobs.line import read_line
 from zinfer.jobs.run import Brake
 
-KILLS = int(os.environ.get("ZINFER_KILLS", "8"))
+KILLS = int(os.environ.get("JOB_KILLS", "8"))
 PROMPTS = ["import os", "def f(x):", "class A", "x = 1", "while True:", "for i in range(", "try:\n", "return"]
 
 
