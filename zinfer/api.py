@@ -213,6 +213,14 @@ class LLM:
         """Plan for these prompts (and read nothing yet); the plan that their generation will follow."""
         return self._session.fit(self._requests(prompts, params or SamplingParams()))
 
+    def set_memory(self, **memory: Any) -> Plan:
+        """Other budgets from the next pass on, while requests run: `llm.set_memory(host="6GiB")`.
+
+        Only what changes is read or given back (on a CUDA device the model is loaded anew, between generations).
+        Raises BudgetError when it is too little, and the old budgets hold.
+        """
+        return self._session.set_memory(memory)
+
     def close(self) -> None:
         """Give everything back: memory, files, threads.  The object can be used again; it then loads again."""
         self._session.close()

@@ -44,7 +44,7 @@ def test_generate_prints_ids_where_there_is_no_tokenizer(model, capsys):
 
 def test_json_has_outputs_plan_and_stats(model, capsys):
     argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "4", "--ignore-eos", "--json"]
-    assert run([*argv, "--host-mem", "700KiB"]) == 0
+    assert run([*argv, "--host-mem", "560KiB"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert len(record["outputs"][0]["token_ids"]) == 4
     assert record["plan"]["placement"]["slots"] >= 2
@@ -224,7 +224,7 @@ def test_shard_verify_and_find_a_flipped_bit(model, tmp_path, capsys):
 def test_a_trace_can_be_drawn(model, tmp_path, capsys):
     trace, picture = tmp_path / "t.json", tmp_path / "t.png"
     argv = ["generate", str(model), "--prompt-ids", IDS, "--max-tokens", "3", "--ignore-eos"]
-    assert run([*argv, "--host-mem", "700KiB", "--trace", str(trace)]) == 0
+    assert run([*argv, "--host-mem", "560KiB", "--trace", str(trace)]) == 0
     lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "M"}
     assert {"compute", "wait", "disk"} <= lanes
     assert run(["trace", str(trace), "--png", str(picture)]) == 0

@@ -36,7 +36,8 @@ def resident(name):
 imports = resident("VmRSS")
 prompts = [[(7 * i + 13 * j) % 500 + 1 for j in range(ROWS)] for i in range(SEQUENCES)]
 params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-with LLM(model, device="cpu", exact=exact, memory={"host": "1GiB"}, machine="MACHINE") as llm:
+options = {"memory": {"host": "1GiB"}, "machine": "MACHINE", "max_batch": SEQUENCES, "micro_rows": 2048}
+with LLM(model, device="cpu", exact=exact, **options) as llm:
     (use,) = llm.fit(prompts, params).uses
     if mutation == "activations are freed late":
         from zinfer.models import decoder

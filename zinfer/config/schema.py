@@ -32,6 +32,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.objective=throughput",
     "runtime.kv_tokens=auto",
     "runtime.preempt=auto",
+    "runtime.watch_moments=false",
     "machine=sim-default",
 )
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")

@@ -11,17 +11,20 @@ from zinfer.chunks.table import ChunkTable, Read
 from zinfer.config.machine import Machine
 from zinfer.errors import InternalError
 from zinfer.memory.cuda import CudaTransfer
+from zinfer.memory.holdings import Memory
 from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import LinkLog, Pace
-from zinfer.memory.manager import ChunkManager, Memory
+from zinfer.memory.manager import ChunkManager
 from zinfer.memory.nvme import Files, Reader, Verify
 from zinfer.memory.rows import RowReader
 from zinfer.memory.sim import SimMode, SimTransfer
 from zinfer.memory.slab import DeviceSlab, HostSlab, Slab
-from zinfer.memory.tier import TierMemory
+from zinfer.memory.tier import TierMemory, homes_in
 from zinfer.memory.transfer import HostTransfer, Transfer
 from zinfer.plan.evict import Policy
 from zinfer.plan.records import Budget, Placement, Tier
+
+_MOST_SLOTS = 9  # the largest look-ahead, and one
 
 
 def open_manager(
@@ -61,7 +64,12 @@ def open_manager(
         for tier, ledger in ledgers.items():
             slots = placement.slots if tier is compute else placement.staging
             tiers[tier] = _tier_memory(
-                table, placement, ledger, slots, device if tier is Tier.DEVICE else "cpu"
+                table,
+                placement,
+                ledger,
+                slots,
+                device if tier is Tier.DEVICE else "cpu",
+                is_fixed=device.startswith("cuda"),
             )
             undo.callback(tiers[tier].close)
         pace = Pace(machine.disk_read) if device == "sim" and machine else None
@@ -92,11 +100,15 @@ def open_manager(
 
 
 def _tier_memory(
-    table: ChunkTable, placement: Placement, ledger: Ledger, slots: int, device: str
+    table: ChunkTable, placement: Placement, ledger: Ledger, slots: int, device: str, *, is_fixed: bool
 ) -> TierMemory:
-    homes = {chunk.id: chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is ledger.tier}
+    homes = homes_in(table, placement, ledger.tier)
     nbytes = sum(homes.values()) + slots * placement.slot_bytes
-    slab: Slab = DeviceSlab(nbytes, torch.device(device)) if device.startswith("cuda") else HostSlab(nbytes)
+    # Addresses for every other split of the tiers; twice, since what stays is never moved to close gaps.
+    spare = 0 if is_fixed else 2 * (table.total_bytes + _MOST_SLOTS * table.slot_bytes)
+    slab: Slab = (
+        DeviceSlab(nbytes, torch.device(device)) if device.startswith("cuda") else HostSlab(nbytes, spare)
+    )
     return TierMemory(ledger, slab, homes, slots, placement.slot_bytes)
 
 

@@ -46,6 +46,18 @@ class Ledger:
         self._spend(name, nbytes - self.reserved.get(name, 0))
         self.reserved[name] = nbytes
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Allow more or fewer bytes.  Raises BudgetError ZI-2401 when more are in use, and nothing has changed."""
+        more = capacity_bytes - self.capacity_bytes
+        if self.free_bytes + more < 0:
+            used = self.capacity_bytes - self.free_bytes
+            raise BudgetError(
+                "ZI-2401",
+                f"{Bytes(used)} of {self.tier} memory are in use, a budget of {Bytes(capacity_bytes)} was asked for",
+                remedy=f"{_FLAGS[self.tier]} {round_up(used, 1024) // 1024}KiB",
+            )
+        self.capacity_bytes, self.free_bytes = capacity_bytes, self.free_bytes + more
+
     def check(self) -> None:
         """The books balance.  Raises InternalError ZI-0113 if they do not."""
         spent = self.free_bytes + sum(self.held.values()) + sum(self.reserved.values())

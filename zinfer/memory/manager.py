@@ -5,51 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
-from zinfer.chunks.table import ChunkId, ChunkTable, TensorSlice
+from zinfer.chunks.table import ChunkId, ChunkTable
 from zinfer.errors import InternalError
 from zinfer.log import logger
-from zinfer.memory.lease import DTYPES, Lease, Views, WeightKey
-from zinfer.memory.links import LinkLog, Ticket
-from zinfer.memory.nvme import Files, Reader
+from zinfer.memory.holdings import Memory, MemoryStats
+from zinfer.memory.lease import Lease, Views, WeightKey
+from zinfer.memory.links import Ticket
 from zinfer.memory.residency import Event, Residency, State
-from zinfer.memory.rows import RowReader
-from zinfer.memory.tier import Place, TierMemory
-from zinfer.memory.transfer import HostTransfer, Order, Transfer
+from zinfer.memory.row_source import RowSource
+from zinfer.memory.tier import Place, Split, homes_in
+from zinfer.memory.transfer import HostTransfer, Order
 from zinfer.plan.evict import Belady, Lru, Pinned, Policy
 from zinfer.plan.records import Placement, Tier
 
 _MOMENT = "moment"  # the name under which advance() reserves
 
 Choose = Callable[[Collection[int]], int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What a manager manages and closes: the tiers' memory, and who moves bytes between them."""
-
-    tiers: Mapping[Tier, TierMemory]
-    files: Files
-    reader: Reader
-    rows: RowReader
-    transfer: Transfer  # into the compute tier
-    log: LinkLog
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryStats:
-    """What was moved, waited for and held since the manager was made."""
-
-    link_bytes: dict[str, int]
-    num_fetches: int
-    wait_s: float
-    peak_bytes: dict[str, int]  # tier -> held and reserved together
-    surprises: int
 
 
 class ChunkManager:
@@ -89,13 +64,7 @@ class ChunkManager:
         self._wait_s = 0.0
         self._is_closed = False
         self._to_host = HostTransfer(memory.reader)
-        self._row_pieces: dict[str, list[tuple[ChunkId, TensorSlice]]] = {
-            name: [] for name in table.row_tables
-        }
-        for record in table.chunks:
-            for piece in record.tensors:
-                if piece.name in self._row_pieces:
-                    self._row_pieces[piece.name].append((record.id, piece))
+        self._rows = RowSource(table, memory.rows, self._gather)
 
     def prefetch(self, chunk: ChunkId) -> Ticket:
         """Begin to bring a chunk to where it computes (a row table: into host memory); never blocks.
@@ -209,24 +178,41 @@ class ChunkManager:
         the bytes are the same.  Raises as RowReader.read.
         """
         self._settle()
-        table = self.table.row_tables[name]
-        ids_T = ids_T.to("cpu", torch.int64)
-        is_missing_T = torch.ones(len(ids_T), dtype=torch.bool)
-        rows = torch.empty((len(ids_T), *table.row_shape), dtype=DTYPES[table.dtype], device=self.device)
-        for chunk, piece in self._row_pieces[name]:
-            tier = self.placement.home[chunk]
-            if tier is Tier.DISK or self._residency.state(chunk, tier) in (State.ABSENT, State.ARRIVING):
-                continue
-            is_here_T = (ids_T >= piece.start) & (ids_T < piece.stop)
-            here_N = is_here_T.nonzero()[:, 0]
-            if len(here_N):
-                rows[here_N] = self._gather(chunk, tier, piece.key, ids_T[here_N] - piece.start)
-                is_missing_T &= ~is_here_T
-        missing_N = is_missing_T.nonzero()[:, 0]
-        if len(missing_N):
-            octets = torch.from_numpy(self._memory.rows.read(table, ids_T[missing_N].numpy()))
-            rows[missing_N] = octets.view(rows.dtype).reshape(-1, *table.row_shape).to(self.device)
-        return rows
+        return self._rows.read(name, ids_T, self.device)
+
+    def adopt(self, placement: Placement, budget: Mapping[Tier, int], reserved: Mapping[str, int]) -> None:
+        """Between passes: other homes, budgets and (in the compute tier) reservations.  Who has a home as before
+        stays where it is; nothing is read.
+
+        Streamed chunks go, so the next pass begins as the first did.  Raises BudgetError ZI-2401 when it does not
+        fit; everything is then as before.
+        """
+        self.drop_streamed()
+        while any(map(self._await_one, self._memory.tiers)):
+            pass
+        compute, tiers = placement.compute_tier, self._memory.tiers
+        splits = {
+            tier: Split(
+                homes_in(self.table, placement, tier),
+                placement.slots if tier is compute else 0,
+                placement.slot_bytes,
+                budget[tier],
+                reserved if tier is compute else {},
+            )
+            for tier in tiers
+        }
+        for tier, split in splits.items():
+            tiers[tier].refuse_less_than(split)
+        for tier, split in splits.items():
+            for chunk in [chunk for chunk in tiers[tier].places if chunk not in split.homes]:
+                self._drop(chunk, tier)
+            tiers[tier].rehome(split)
+        self.placement = placement
+
+    def held_bytes(self, tier: Tier) -> int:
+        """What is in use in a tier, reservations included."""
+        ledger = self._memory.tiers[tier].ledger
+        return ledger.capacity_bytes - ledger.free_bytes
 
     def stats(self) -> MemoryStats:
         """Totals so far."""
@@ -334,7 +320,7 @@ class ChunkManager:
         self._residency.move(chunk, tier, Event.EVICT)
         self._memory.transfer.release(memory.bytes_of(chunk))
         memory.give_back(chunk)
-        del self._tickets[chunk, tier]
+        self._tickets.pop((chunk, tier), None)  # a home below the device came with the device's ticket
         self._strays.discard(chunk)
 
     def _make_room(self, chunk: ChunkId, tier: Tier, choose: Choose) -> bool:
@@ -386,7 +372,11 @@ class ChunkManager:
             f"{self.placement.slots} slots, held by {ledger.held}",
         )
 
-    def _gather(self, chunk: ChunkId, tier: Tier, key: WeightKey, ids_N: Tensor) -> Tensor:
+    def _gather(self, chunk: ChunkId, key: WeightKey, ids_N: Tensor) -> Tensor | None:
+        """Rows of a weight of a chunk that stays in memory; None where it does not, or has not come yet."""
+        tier = self.placement.home[chunk]
+        if tier is Tier.DISK or self._residency.state(chunk, tier) in (State.ABSENT, State.ARRIVING):
+            return None
         memory = self._memory.tiers[tier]
         view = self._views.of(self.table.chunks[chunk], memory)[key]
         if tier is not self.placement.compute_tier:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from zinfer.log import logger
 from zinfer.units import GIB, MIB, Bytes, round_up
 
 HUGE_PAGE = 2 * MIB
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_MAP_NORESERVE = 0x4000  # likewise: the addresses are no promise of memory
 _MADV_DONTNEED = 4  # the mmap module names it only where the C library did at build time
 
 
@@ -38,14 +41,21 @@ class HostSlab:
     of the CPU.  Nothing is touched ahead, so resident memory grows with what is read into it.
 
     Closing returns the pages at once.  The address range itself lives as long as the last view of it, so a stale
-    view reads zeros and never another's memory.
+    view reads zeros and never another's memory.  With `spare_bytes` more addresses are set aside, which cost nothing
+    until something is put there: a larger budget needs no other slab.  Where the system refuses them there are none.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        is_huge = nbytes >= HUGE_PAGE
-        size = max(nbytes + (HUGE_PAGE if is_huge else 0), mmap.PAGESIZE)
+    def __init__(self, nbytes: int, spare_bytes: int = 0) -> None:
+        is_huge = nbytes + spare_bytes >= HUGE_PAGE
+        slack = HUGE_PAGE if is_huge else 0
+        self._map: mmap.mmap | None = None
+        if spare_bytes:
+            with suppress(OSError, ValueError, OverflowError):
+                self._map = mmap.mmap(-1, nbytes + spare_bytes + slack, flags=_PRIVATE | _MAP_NORESERVE)
+                nbytes += spare_bytes
         try:
-            self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if self._map is None:
+                self._map = mmap.mmap(-1, max(nbytes + slack, mmap.PAGESIZE), flags=_PRIVATE)
         except OSError as error:
             raise _too_much("host", nbytes, error) from error
         # Through a memoryview, which pins the mapping: torch alone would let it be unmapped under a live tensor.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from zinfer.arena import Arena
-from zinfer.chunks.table import ChunkId
+from zinfer.chunks.table import ChunkId, ChunkTable
 from zinfer.errors import InternalError
 from zinfer.memory.ledger import Ledger
 from zinfer.memory.slab import HostSlab, Slab
+from zinfer.plan.records import Placement, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,27 @@ class Place:
     generation: int
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How a tier is divided: bytes of the chunks that stay, slots, and the budget; `reserved` by name beside them."""
+
+    homes: Mapping[ChunkId, int]
+    slots: int
+    slot_bytes: int
+    capacity_bytes: int
+    reserved: Mapping[str, int] = field(default_factory=dict)
+
+
+def homes_in(table: ChunkTable, placement: Placement, tier: Tier) -> dict[ChunkId, int]:
+    """The chunks whose lasting copy lies in `tier`, and their bytes."""
+    return {chunk.id: chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is tier}
+
+
 class TierMemory:
     """Slots for chunks that pass through, and for each chunk that stays a home of its exact size.
 
-    All offsets are fixed at the start, so addresses repeat and nothing fragments.  A place costs its bytes in the
-    ledger from take() to give_back().  `fences` keeps the mark of each place's last reader.
+    Offsets are fixed when a chunk gets its home, so addresses repeat and nothing fragments.  A place costs its bytes
+    in the ledger from take() to give_back().  `fences` keeps the mark of each place's last reader.
     """
 
     def __init__(
@@ -41,8 +58,9 @@ class TierMemory:
         self.places: dict[ChunkId, Place] = {}
         self.fences: dict[int, object] = {}  # offset -> what a write must come after
         self._arena = Arena(len(slab.bytes_N))
-        self._free = [self._cut(slot_bytes) for _ in range(slots)]
-        self._free.reverse()  # taken from the end: the lowest and the warmest first
+        self._num_slots = 0
+        self._free: list[int] = []
+        self._cut_slots(slots)
         self._homes = {chunk: (self._cut(nbytes), nbytes) for chunk, nbytes in homes.items()}
         self._generations: Counter[int] = Counter()
 
@@ -62,14 +80,47 @@ class TierMemory:
     @property
     def empty_bytes(self) -> int:
         """Bytes of places that nobody is in."""
-        return len(self.slab.bytes_N) - sum(place.nbytes for place in self.places.values())
+        cut = sum(nbytes for _, nbytes in self._homes.values()) + self._num_slots * self.slot_bytes
+        return cut - sum(place.nbytes for place in self.places.values())
 
     def lend_slots(self, name: str) -> list[Tensor]:
         """All slots, for someone else to fill and empty (staging); reserved under `name` in the ledger."""
         self.ledger.reserve(name, len(self._free) * self.slot_bytes)
         lent = [self.slab.bytes_N[offset : offset + self.slot_bytes] for offset in self._free]
         self._free.clear()
+        self._num_slots = 0
         return lent
+
+    def refuse_less_than(self, split: Split) -> None:
+        """Raises BudgetError ZI-2401 when homes and slots do not fit the budget beside what is reserved."""
+        trial = Ledger(self.ledger.tier, split.capacity_bytes, self.ledger.reserved | dict(split.reserved))
+        trial.reserve("slots", split.slots * split.slot_bytes)
+        trial.reserve("weights", sum(split.homes.values()))
+
+    def rehome(self, split: Split) -> None:
+        """Other homes, slots and budget; all slots are free, and whoever has a place keeps a home.
+
+        Chunks that had a home before stay where they are.  Memory that holds nothing any more goes back.
+        """
+        homes = split.homes
+        gone = [chunk for chunk in self._homes if chunk not in homes]
+        for offset, nbytes in [(offset, self.slot_bytes) for offset in self._free] + [
+            self._homes.pop(chunk) for chunk in gone
+        ]:
+            self._arena.give_back(offset)
+            self.fences.pop(offset, None)
+            self.slab.discard(offset, nbytes)
+        for name in split.reserved:
+            self.ledger.reserve(name, 0)
+        self.ledger.resize(split.capacity_bytes)
+        for name, nbytes in split.reserved.items():
+            self.ledger.reserve(name, nbytes)
+        self._free.clear()
+        self.slot_bytes = split.slot_bytes
+        self._cut_slots(split.slots)
+        for chunk, nbytes in homes.items():
+            if chunk not in self._homes:
+                self._homes[chunk] = (self._cut(nbytes), nbytes)
 
     def pin(self, runtime: Any) -> None:
         """Begin to page-lock the whole slab, in pieces that end where places do."""
@@ -129,6 +180,11 @@ class TierMemory:
             self.give_back(chunk)
         self.fences.clear()
         self.slab.close()
+
+    def _cut_slots(self, slots: int) -> None:
+        self._num_slots = slots
+        self._free = [self._cut(self.slot_bytes) for _ in range(slots)]
+        self._free.reverse()  # taken from the end: the lowest and the warmest first
 
     def _cut(self, nbytes: int) -> int:
         offset = self._arena.take(nbytes)

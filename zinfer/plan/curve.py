@@ -45,6 +45,16 @@ class Curve:
         low, high = self.rows[at - 1], self.rows[at]
         return points[at - 1] + (points[at] - points[at - 1]) * (rows - low) / (high - low)
 
+    def scaled(self, scale: Mapping[str, float]) -> Curve:
+        """Each group times its `scale` (1 where it has none)."""
+        return Curve(
+            self.rows,
+            {
+                group: tuple(s * scale.get(group, 1.0) for s in points)
+                for group, points in self.seconds.items()
+            },
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {"rows": list(self.rows), "seconds": {group: list(s) for group, s in self.seconds.items()}}

@@ -184,6 +184,23 @@ def make_plan(
     return maker.plan(candidate, reasons)
 
 
+def forecast_of(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exact: bool) -> Forecast:
+    """Predict the run of a planned batch size."""
+    choice = candidate.choice
+    return forecast(
+        spec,
+        choice.table,
+        choice.placement,
+        choice.schedule,
+        machine,
+        candidate.workload,
+        choice.steady,
+        queue_s=candidate.run.seconds,
+        token_rows=candidate.token_rows,
+        exact=exact,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Maker:
     """What stays the same while batch sizes are tried."""
@@ -266,18 +283,7 @@ class _Maker:
             reserve=candidate.reserve,
             limit=choice.limit,
             placement=choice.placement,
-            forecast=forecast(
-                self.spec,
-                choice.table,
-                choice.placement,
-                choice.schedule,
-                self.machine,
-                candidate.workload,
-                choice.steady,
-                queue_s=candidate.run.seconds,
-                token_rows=candidate.token_rows,
-                exact=exact,
-            ),
+            forecast=forecast_of(self.spec, candidate, self.machine, exact=exact),
             curve=candidate.curve,
             table=choice.table,
             schedule=choice.schedule,

@@ -29,6 +29,17 @@ class TokenBudget:
         self.stream_scale = 1.0
         self.rows = self._find()
 
+    def follow(
+        self, curve: Curve, stream_s: float, *, batch: int, max_rows: int, is_corrected: bool = False
+    ) -> None:
+        """Another plan: its curve and its link time.  What was learnt holds on, unless they are corrected by it."""
+        self._curve, self._stream_s = curve, stream_s
+        if is_corrected:
+            self.compute_scale = dict.fromkeys(curve.seconds, 1.0)
+            self.stream_scale = 1.0
+        self._least, self._max_rows = min(batch + _PROMPT_ROWS, max_rows), max_rows
+        self.rows = self._find()
+
     def observe(self, rows: int, group_s: Mapping[str, float], wait_s: float, seconds: float) -> None:
         """Take one steady pass: its compute seconds by group, what it waited for chunks, and all of it."""
         for group, measured in group_s.items():

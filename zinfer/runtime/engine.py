@@ -19,6 +19,7 @@ from zinfer.memory.assemble import open_manager
 from zinfer.memory.heap import give_freed_memory_back
 from zinfer.memory.manager import ChunkManager
 from zinfer.plan.make import Plan
+from zinfer.plan.records import Tier
 from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.executor import Executor, Watch, unwatched
 from zinfer.runtime.loop import Event, Loop
@@ -38,6 +39,8 @@ class Engine:
     Several callers may have requests in it: whoever needs an event drives the next pass for all of them.
     """
 
+    model: Model
+    plan: Plan
     manager: ChunkManager
     kv: PagedKv
     loop: Loop
@@ -82,6 +85,39 @@ class Engine:
             self.inbox[event.request.id].clear()
         return events
 
+    @property
+    def can_adopt(self) -> bool:
+        """Whether `adopt` works here: a device's slab and page-locked memory are of one size for good."""
+        return not self.plan.device.startswith("cuda")
+
+    def adopt(self, plan: Plan, *, is_corrected: bool = False) -> None:
+        """Follow another plan for the same chunks from the next pass on; nothing that stays is read again.
+
+        With another cache all sequences are computed again.  Raises BudgetError ZI-2401, and the old plan holds.
+        """
+        has_other_cache = plan.kv_tokens != self.plan.kv_tokens
+        if has_other_cache:
+            self.loop.scheduler.preempt_all()
+        self.manager.adopt(
+            plan.placement,
+            {Tier.HOST: plan.budget.host, Tier.DEVICE: plan.budget.device},
+            _reservations(plan),
+        )
+        if has_other_cache:
+            self.kv.end()
+            self.kv = self.loop.kv = _open_cache(self.model, plan, self.manager.device)
+        self.plan = plan
+        self.stats.forecast = plan.forecast
+        self.loop.executor.follow(plan.schedule)
+        self.loop.scheduler.follow(self.kv, plan.workload.batch)
+        self.loop.budget.follow(
+            plan.curve,
+            plan.stream_s,
+            batch=plan.workload.batch,
+            max_rows=plan.workload.prefill_rows,
+            is_corrected=is_corrected,
+        )
+
     def close(self) -> None:
         """Give everything back and write the trace; may be called again."""
         self._note()
@@ -108,7 +144,6 @@ def open_engine(
 ) -> Engine:
     """Allocate what the plan says and start the threads; the first pass loads.  Raises BudgetError, MachineError."""
     begin_s = time.perf_counter()
-    folder = spill_folder(model.resolved.settings.memory.disk, model.folder)
     torch.set_num_threads(model.resolved.threads)
     give_freed_memory_back()
     device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
@@ -120,23 +155,13 @@ def open_engine(
         plan.budget,
         device=plan.device,
         machine=plan.machine,
-        reservations={
-            plan.placement.compute_tier: {"kv": plan.reserve.kv, "activations": plan.reserve.activations}
-        },
+        reservations={plan.placement.compute_tier: _reservations(plan)},
         verify=model.resolved.settings.runtime.verify,
         wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
     )
     spec = model.spec
     recorder = Recorder() if trace is None else TraceRecorder()
-    kv = PagedKv(
-        num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        num_pages=plan.kv_tokens // PAGE_TOKENS,
-        dtype=spec.dtype,
-        device=manager.device,
-        spill_folder=folder,
-    )
+    kv = _open_cache(model, plan, manager.device)
     executor = Executor(
         spec,
         plan.table,
@@ -161,7 +186,23 @@ def open_engine(
         wants_spill=_wants_spill(model, plan, budget),
     )
     loop = Loop(executor, kv, scheduler, budget, micro_rows=plan.workload.micro_rows)
-    return Engine(manager, kv, loop, stats, recorder, begin_s, trace)
+    return Engine(model, plan, manager, kv, loop, stats, recorder, begin_s, trace)
+
+
+def _reservations(plan: Plan) -> dict[str, int]:
+    return {"kv": plan.reserve.kv, "activations": plan.reserve.activations}
+
+
+def _open_cache(model: Model, plan: Plan, device: torch.device) -> PagedKv:
+    return PagedKv(
+        num_layers=model.spec.num_layers,
+        num_kv_heads=model.spec.num_kv_heads,
+        head_dim=model.spec.head_dim,
+        num_pages=plan.kv_tokens // PAGE_TOKENS,
+        dtype=model.spec.dtype,
+        device=device,
+        spill_folder=spill_folder(model.resolved.settings.memory.disk, model.folder),
+    )
 
 
 def _wants_spill(model: Model, plan: Plan, budget: TokenBudget) -> Callable[[int], bool]:

@@ -103,6 +103,11 @@ class Executor:
         self._is_warm = True
         return [micro.flow.take_logits() for micro in micros]
 
+    def follow(self, schedule: Schedule) -> None:
+        """Another schedule from the next pass on, which also loads what is to stay."""
+        self.schedule = schedule
+        self._is_warm = False
+
     def _interpret(self, micros: Sequence[Micro]) -> None:
         next_op = done_bytes = 0
         name = f"pass {len(self.stats.passes) + 1}" + ("" if self._is_warm else ", loading")

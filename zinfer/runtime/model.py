@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Machine
 from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
 from zinfer.config.resolve import Resolved, resolve
-from zinfer.config.schema import Settings
+from zinfer.config.schema import Settings, parse_settings
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.kernels.products import linear
 from zinfer.log import logger
@@ -102,6 +102,14 @@ class Model:
             logit_rows=logit_rows,
         )
 
+    def with_memory(self, memory: Mapping[str, object], held_bytes: int) -> Model:
+        """The same model under other budgets, for keys of `settings.memory`; `held_bytes` of host memory are ours
+        already.  Raises UsageError for what is no budget.
+        """
+        settings = self.resolved.settings
+        tree = settings.model_dump() | {"memory": settings.memory.model_dump() | dict(memory)}
+        return replace(self, resolved=_resolved(parse_settings(tree), self.machine, held_bytes))
+
     def plan(self, workload: Workload | None = None) -> Plan:
         """Where every chunk will live and how fast that is, for the best batch size where none is set.
 
@@ -131,9 +139,14 @@ def open_model(folder: Path, settings: Settings) -> Model:
         check_weights(index, spec)
         source = checkpoint_source(spec.program, spec.lookups, index)
     machine = machine_for(settings, source.files, spec)
+    return Model(folder, spec, source, load_tokenizer(index), machine, _resolved(settings, machine))
+
+
+def _resolved(settings: Settings, machine: Machine, held_bytes: int = 0) -> Resolved:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    resolved = resolve(settings, machine, limits=memory_limits(), num_gpus=num_gpus)
-    return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
+    limits = memory_limits()
+    limits = replace(limits, available=min(limits.available + held_bytes, limits.total))
+    return resolve(settings, machine, limits=limits, num_gpus=num_gpus)
 
 
 def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> Machine:

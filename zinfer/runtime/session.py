@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from zinfer.errors import BudgetError, UsageError, ZinferError
 from zinfer.plan.make import Plan
-from zinfer.plan.records import Workload
+from zinfer.plan.records import Budget, Tier, Workload
+from zinfer.plan.revise import rebudget
+from zinfer.runtime.adapt import adapt
 from zinfer.runtime.engine import Engine, open_engine
 from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.loop import Event
@@ -101,6 +103,36 @@ class Session:
                 continue
             yield from self._feed(plan, source, ahead)
 
+    def set_memory(self, memory: Mapping[str, object]) -> Plan:
+        """Other budgets from the next pass on, for keys of `settings.memory`; running requests go on.
+
+        What stays resident under both is not read again; on a CUDA device the engine is opened anew, which needs it
+        idle.  Raises BudgetError when the new budget is too small, and the old one holds.
+        """
+        with self._lock:
+            held = self._engine.manager.held_bytes(Tier.HOST) if self._engine is not None else 0
+            model = self.model.with_memory(memory, held)
+            if self._engine is None:
+                self.plan = model.plan(self.plan.workload)
+            elif self._engine.can_adopt:
+                resolved = model.resolved
+                budget = Budget(host=resolved.host_bytes, device=resolved.device_bytes)
+                plan = rebudget(model.spec, self._engine.plan, budget)
+                self._engine.adopt(plan)
+                self.plan = plan
+            elif self._num_callers:
+                raise UsageError(
+                    "ZI-1108",
+                    "budgets on a CUDA device change between generations, one is running",
+                    remedy="let it end first",
+                )
+            else:
+                self.plan = model.plan(self.plan.workload)
+                self.close()
+                self.stats = Stats(self.plan.forecast)
+            self.model = model
+            return self.plan
+
     def close(self) -> None:
         """Give memory, files and threads back.  The next request opens the engine again."""
         with self._lock:
@@ -163,6 +195,8 @@ class Session:
         """Events of these requests, after a pass if none wait; who has ended leaves `running`."""
         with self._lock:
             events = engine.next_events(list(running.values()))
+            if adapt(engine):
+                self.plan = engine.plan
             for event in events:
                 if event.is_finished:
                     engine.drop(running.pop(event.request.id))

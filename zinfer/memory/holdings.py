@@ -1,0 +1,36 @@
+"""What a manager has and has done.  Frozen records: the tiers and movers it owns, and its totals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zinfer.memory.links import LinkLog
+from zinfer.memory.nvme import Files, Reader
+from zinfer.memory.rows import RowReader
+from zinfer.memory.tier import TierMemory
+from zinfer.memory.transfer import Transfer
+from zinfer.plan.records import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a manager manages and closes: the tiers' memory, and who moves bytes between them."""
+
+    tiers: Mapping[Tier, TierMemory]
+    files: Files
+    reader: Reader
+    rows: RowReader
+    transfer: Transfer  # into the compute tier
+    log: LinkLog
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """What was moved, waited for and held since the manager was made."""
+
+    link_bytes: dict[str, int]
+    num_fetches: int
+    wait_s: float
+    peak_bytes: dict[str, int]  # tier -> held and reserved together
+    surprises: int

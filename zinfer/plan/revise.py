@@ -1,0 +1,113 @@
+"""Another plan for the same chunks, between passes.  In: a plan that runs.  Out: one for other budgets or rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from zinfer.chunks.table import ChunkId
+from zinfer.config.machine import Machine
+from zinfer.errors import BudgetError
+from zinfer.plan.choose import Choice
+from zinfer.plan.curve import compute_curve
+from zinfer.plan.forecast import decode_load, engine_of, simulate_load
+from zinfer.plan.make import Plan, forecast_of
+from zinfer.plan.optimise import Candidate, batch_sizes, cost_of, judge
+from zinfer.plan.place import place
+from zinfer.plan.profile import reserve_for
+from zinfer.plan.records import Budget, Placement, Workload
+from zinfer.plan.schedule import build_schedule
+from zinfer.spec.records import ModelSpec
+
+_WORTH = 0.95  # a revision is made when the rest takes less than this share, the move included
+
+
+def rebudget(spec: ModelSpec, plan: Plan, budget: Budget) -> Plan:
+    """The same cache under another budget.  Raises BudgetError ZI-2001 with the smallest budget that would do."""
+    again = _again(spec, plan, plan.workload, budget, plan.machine, {})
+    return replace(_plan_of(spec, plan, again, plan.machine), budget=budget)
+
+
+def revised(
+    spec: ModelSpec, plan: Plan, *, remaining: int | None, scale: Mapping[str, float], stream_scale: float
+) -> Plan | None:
+    """The batch size that suits what the passes really took, or None while the present one is as good.
+
+    `remaining` requests have not ended (None: a queue without end); `scale` and `stream_scale` are measured over
+    predicted, by group of ops and for the links.  What a change costs counts: chunks to be read that were not
+    resident, and the tokens in the cache, which are computed again.
+    """
+    machine = _corrected(plan.machine, stream_scale)
+    workload = replace(plan.workload, num_requests=remaining)
+    objective = "throughput"
+    now = _again(spec, plan, workload, plan.budget, machine, scale)
+    best, best_cost = now, cost_of(now, objective)
+    limit = _WORTH * best_cost
+    for batch in batch_sizes(remaining):
+        if batch == workload.batch or batch > workload.prefill_rows:
+            continue
+        try:
+            other = _again(spec, plan, replace(workload, batch=batch), plan.budget, machine, scale)
+        except BudgetError:
+            continue
+        cost = cost_of(other, objective)
+        if remaining is not None:
+            cost += _move_s(plan, other, machine)
+        if cost < min(limit, best_cost):
+            best, best_cost = other, cost
+    return None if best is now else _plan_of(spec, plan, best, machine)
+
+
+def moved_chunks(plan: Plan, placement: Placement) -> list[ChunkId]:
+    """Chunks that another placement keeps in the compute tier and this plan's does not."""
+    ids = [chunk.id for chunk in plan.table.streamable]
+    return [chunk for chunk in ids if placement.resident(chunk) and not plan.placement.resident(chunk)]
+
+
+def _again(
+    spec: ModelSpec,
+    plan: Plan,
+    workload: Workload,
+    budget: Budget,
+    machine: Machine,
+    scale: Mapping[str, float],
+) -> Candidate:
+    """Place the plan's chunks anew and simulate."""
+    tier = plan.placement.compute_tier
+    reserve = reserve_for(spec, workload, exact=plan.exact)
+    lookahead = plan.placement.lookahead or 1
+    placement = place(plan.table, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
+    schedule = build_schedule(plan.table, placement)
+    load = decode_load(workload)
+    _, steady = simulate_load(spec, plan.table, placement, schedule, machine, load, exact=plan.exact)
+    curve = compute_curve(spec, engine_of(machine, tier), workload, exact=plan.exact).scaled(scale)
+    return judge(workload, reserve, Choice(plan.limit, plan.table, placement, schedule, steady), curve)
+
+
+def _plan_of(spec: ModelSpec, plan: Plan, candidate: Candidate, machine: Machine) -> Plan:
+    choice = candidate.choice
+    return replace(
+        plan,
+        workload=candidate.workload,
+        reserve=candidate.reserve,
+        placement=choice.placement,
+        schedule=choice.schedule,
+        curve=candidate.curve,
+        forecast=forecast_of(spec, candidate, machine, exact=plan.exact),
+    )
+
+
+def _corrected(machine: Machine, stream_scale: float) -> Machine:
+    disk = machine.disk_read.model_copy(update={"bytes_per_s": machine.disk_read.bytes_per_s / stream_scale})
+    h2d = machine.h2d and machine.h2d.model_copy(
+        update={"bytes_per_s": machine.h2d.bytes_per_s / stream_scale}
+    )
+    return machine.model_copy(update={"disk_read": disk, "h2d": h2d})
+
+
+def _move_s(plan: Plan, other: Candidate, machine: Machine) -> float:
+    """Seconds until the other placement stands and the cache is as full as it was."""
+    chunks = plan.table.chunks
+    nbytes = sum(chunks[chunk].nbytes for chunk in moved_chunks(plan, other.choice.placement))
+    refed = plan.workload.batch * (plan.workload.prompt_len + plan.workload.gen_len // 2)
+    return machine.disk_read.seconds(nbytes) + other.curve.at(refed)
