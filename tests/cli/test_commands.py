@@ -50,7 +50,7 @@ def test_json_has_outputs_plan_and_stats(model, capsys):
     assert record["plan"]["placement"]["slots"] >= 2
     assert record["stats"]["passes"] >= 4
     assert record["stats"]["bytes_per_pass"]["disk"] > 0
-    assert record["stats"]["peak_bytes"]["host"] <= 700 * 1024
+    assert record["stats"]["peak_bytes"]["host"] <= 560 * 1024
 
 
 def test_files_in_and_out(model, tmp_path, capsys):

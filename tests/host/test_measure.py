@@ -1,6 +1,7 @@
 """The machine's measurement, on tiny inputs: all is measured, positive and consistent; no seconds are asserted."""
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from zinfer.chunks.table import PAGE, PIECE_BYTES
-from zinfer.config.machine import Machine
+from zinfer.config.machine import Compute, Machine, Overlap
 from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
 from zinfer.memory import measure as measuring
+from zinfer.memory import measure_links
 from zinfer.memory.measure import for_files, measure_compute, probe
-from zinfer.memory.measure_links import _ranges, measure_disk
+from zinfer.memory.measure_beside import measure_overlap
+from zinfer.memory.measure_links import measure_disk, ranges
 from zinfer.runtime.small_model import SmallModel
 
 MIB = 2**20
@@ -52,7 +55,13 @@ def files(tmp_path):
     return paths
 
 
-def test_a_probe_fills_in_what_a_plan_needs(files):
+@pytest.fixture
+def ample(monkeypatch):
+    """A clock that allows everything, on a busy machine too."""
+    monkeypatch.setattr(measuring.Clock, "allows", lambda *_args: True)
+
+
+def test_a_probe_fills_in_what_a_plan_needs(files, ample):
     machine = probe(files, linear, SmallModel, dtype="F32", shapes=SHAPES, seconds=0.05)
     assert machine.measured
     assert machine.fingerprint == fingerprint()
@@ -63,9 +72,52 @@ def test_a_probe_fills_in_what_a_plan_needs(files):
         rows = [point.rows for point in points]
         assert rows == sorted(rows)
         assert {1, 16} <= set(rows)
+    assert machine.skipped == ()
     assert machine.host.op_overhead_s > 0
+    assert 0 < machine.host.chunk_overhead_s != Compute.model_fields["chunk_overhead_s"].default
+    assert min(machine.overlap.disk, machine.overlap.compute) >= 1
     assert machine.host.step_cost(exact=True).op_overhead_s > 0
     assert Machine.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_a_probe_without_time_says_what_it_skipped(files):
+    """Two points of the first product, and the disk, are measured all the same."""
+    machine = probe(files, linear, Idle, dtype="F32", shapes=SHAPES, seconds=0.0)
+    assert {name: len(points) for name, points in machine.host.products.items()} == {"F32": 2}
+    assert "F32 exact" in machine.skipped
+    assert "F32, 4 rows" in machine.skipped
+    assert "fixed costs and attention" in machine.skipped
+    assert "reads beside products" in machine.skipped
+    assert len(set(machine.skipped)) == len(machine.skipped)
+    assert machine.overlap == Overlap()
+    assert Machine.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_only_the_wanted_mode_is_measured(files, ample):
+    machine = probe(files, linear, Idle, dtype="F32", shapes=SHAPES, modes=(True,), seconds=0.0)
+    assert set(machine.host.products) == {"F32 exact"}
+    assert machine.host.seconds_per_byte("F32", 1) > 0
+
+
+def test_reads_and_work_that_get_in_each_others_way_are_seen(files, monkeypatch):
+    """While the probe's reader reads, work waits for it; without the wait nothing is slowed beyond noise."""
+    reading = threading.Event()
+    plain = measure_links.ReadLoad.piece_seconds
+
+    def piece_seconds(self, reads, seconds):
+        if threading.current_thread() is threading.main_thread():
+            return plain(self, reads, seconds) / 1e3
+        reading.set()
+        result = plain(self, reads, seconds)
+        time.sleep(0.05)
+        reading.clear()
+        return result
+
+    monkeypatch.setattr(measure_links.ReadLoad, "piece_seconds", piece_seconds)
+    overlap = measure_overlap(files, lambda: time.sleep(0.008 if reading.is_set() else 0.001), 0.02)
+    assert overlap.disk == 4.0  # the most that is believed
+    assert overlap.compute > 2
+    assert measure_overlap([], lambda: None, 0.01) == Overlap()
 
 
 def test_files_too_small_to_read_directly_are_guessed_too(tmp_path):
@@ -79,21 +131,20 @@ def test_without_files_the_disk_is_guessed():
     assert machine.disk_device == ""
 
 
-def test_another_disk_is_measured_again_and_the_same_is_not(files):
+def test_a_saved_profile_takes_the_disk_as_it_is_now(files):
     machine = probe(files, linear, Idle, shapes=SHAPES, seconds=0.01)
-    assert for_files(machine, files) is machine
     assert for_files(machine, []) is machine
     moved = machine.model_copy(update={"disk_device": "7:7", "disk_row_latency_s": 1e9})
     again = for_files(moved, files, seconds=0.02)
     assert again.disk_device == machine.disk_device
     assert again.disk_row_latency_s < 1e9
-    declared = moved.model_copy(update={"measured": False})
-    assert for_files(declared, files) is declared
+    for other in ({"measured": False}, {"fingerprint": "another machine"}):
+        assert for_files(moved.model_copy(update=other), files).disk_row_latency_s == 1e9
 
 
 def test_ranges_are_direct_reads_inside_the_files(files):
     for nbytes in (PIECE_BYTES, 256 * 1024):
-        reads = _ranges(files, nbytes)
+        reads = ranges(files, nbytes)
         assert {read.file for read in reads} == {0, 1, 2}
         for read in reads:
             assert read.offset % PAGE == read.nbytes % PAGE == 0
@@ -107,14 +158,17 @@ def test_reading_leaves_no_thread_and_no_open_file(files):
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
 
 
-def test_exact_mode_is_measured_apart():
+def test_exact_mode_is_measured_apart(monkeypatch):
+    monkeypatch.setattr(measuring, "typical_seconds", lambda run, *_args: run() or 1e-3)
     calls = []
 
     def product(x, weight, *, exact):
         calls.append((tuple(x.shape), exact))
         return linear(x, weight, exact=exact)
 
-    compute = measure_compute(product, Idle, torch.device("cpu"), ("BF16",), SHAPES, 2**30, 0.02)
+    compute = measure_compute(
+        product, Idle, torch.device("cpu"), ("BF16",), SHAPES, 2**30, measuring.Clock(60.0)
+    )
     assert {exact for _, exact in calls} == {True, False}
     assert {shape[0] for shape, _ in calls} >= {1, 16}
     assert compute.exact is not None

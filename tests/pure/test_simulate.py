@@ -7,7 +7,7 @@ from plan_tables import page_counts, table_of
 
 from zinfer.chunks.table import PAGE
 from zinfer.config.machine import Compute as Rates
-from zinfer.config.machine import Link, Machine, ProductRate
+from zinfer.config.machine import Link, Machine, Overlap, ProductRate
 from zinfer.errors import InternalError
 from zinfer.plan.place import Reserve, place, smallest_budget
 from zinfer.plan.records import Budget, Compute, Schedule, Tier
@@ -145,3 +145,31 @@ def test_a_schedule_that_computes_what_it_has_not_fetched_is_our_mistake():
     broken = Schedule((Compute(0),), ())
     with pytest.raises(InternalError, match="chunk 0"):
         Simulator(table, placement, machine_with(1.0)).run(broken.first, [1.0] * 4)
+
+
+@pytest.mark.parametrize(("disk", "compute_s"), [(0.25, 0.5), (4.0, 2.0), (1.0, 1.0)])
+def test_what_works_at_once_is_slowed_and_no_more(disk, compute_s):
+    """All streams: the longer of the two, plus what the overlap with the shorter one costs it."""
+    count, both = 64, Overlap(disk=1.5, compute=1.25)
+    table = table_of([1] * count)
+    placement = place(table, Budget(host=4 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=3)
+    schedule = build_schedule(table, placement)
+    machine = machine_with(disk)
+    alone = simulate(table, placement, schedule, machine, [compute_s] * count)[1]
+    slowed = simulate(
+        table, placement, schedule, machine.model_copy(update={"overlap": both}), [compute_s] * count
+    )[1]
+    disk_s, work_s = count / disk, count * compute_s
+    wanted = max(disk_s + 0.5 * min(work_s * 1.25, disk_s), work_s + 0.25 * min(disk_s * 1.5, work_s))
+    assert alone.seconds == pytest.approx(max(disk_s, work_s), rel=0.06)
+    assert slowed.seconds == pytest.approx(wanted, rel=0.06)
+    assert slowed.bytes == alone.bytes
+
+
+def test_what_stays_is_not_slowed():
+    table = table_of([1] * 8)
+    placement = place(table, Budget(host=9 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=1)
+    machine = machine_with(1.0).model_copy(update={"overlap": Overlap(disk=2, compute=3)})
+    first, steady = simulate(table, placement, build_schedule(table, placement), machine, [1.0] * 8)
+    assert steady.seconds == 8.0
+    assert first.seconds > 16.0

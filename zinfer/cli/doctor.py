@@ -58,6 +58,10 @@ def describe_machine(machine: Machine, limits: MemoryLimits) -> Iterator[str]:
         f"{seconds_text(machine.disk_row_latency_s)}"
     )
     yield from _describe_compute("host", machine.host)
+    yield (
+        f"at once    reads take {machine.overlap.disk:.2f} times as long, products {machine.overlap.compute:.2f} "
+        f"times · {seconds_text(machine.host.chunk_overhead_s)} per chunk"
+    )
     if machine.device is None or machine.h2d is None:
         yield "device     none: weights are computed with where they are, in host memory"
         return
@@ -70,6 +74,8 @@ def warnings_for(machine: Machine, limits: MemoryLimits, *, is_small: bool) -> I
     """What a user should know before trusting a plan made from this."""
     if is_small:
         yield "the disk was measured on the small bundled model: zinfer doctor MODEL reads the files that count"
+    if machine.skipped:
+        yield f"no time was left for {'; '.join(machine.skipped)}: guessed (--seconds gives more)"
     if limits.is_cgroup:
         yield f"a memory cgroup allows {Bytes(limits.total)}, less than the machine has"
     if limits.swap:

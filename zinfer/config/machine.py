@@ -80,6 +80,15 @@ class Link(BaseModel):
         return self.latency_s + nbytes / self.bytes_per_s
 
 
+class Overlap(BaseModel):
+    """What reading from disk and computing in host memory cost each other: seconds at once over seconds alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    disk: float = Field(default=1.0, ge=1)
+    compute: float = Field(default=1.0, ge=1)
+
+
 class Machine(BaseModel):
     """Capacities in bytes, links, and compute rates of the host and of one device (None where there is none)."""
 
@@ -95,7 +104,9 @@ class Machine(BaseModel):
     d2h: Link | None = None
     host_copy_bytes_per_s: float | None = None  # within host memory; for the reader, no plan uses it
     host: Compute
+    overlap: Overlap = Overlap()
     device: Compute | None = None
+    skipped: tuple[str, ...] = ()  # what a short probe had no time for; its figures are guesses
     measured: bool = False  # False: declared numbers, or shipped profile
     fingerprint: str = ""  # of CPU, kernel, torch, GPU: a profile measured elsewhere is announced
     disk_device: str = ""  # the block device that disk_read was measured on; another one has other rates

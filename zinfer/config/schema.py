@@ -31,6 +31,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.threads=auto",
     "runtime.objective=throughput",
     "runtime.kv_tokens=auto",
+    "runtime.watch_moments=false",
     "runtime.preempt=auto",
     "runtime.watch_moments=false",
     "machine=sim-default",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from zinfer.config.limits import memory_limits
-from zinfer.config.machine import Compute, Machine, ProductRate, StepCost
+from zinfer.config.machine import Compute, Machine, Overlap, ProductRate, StepCost
 from zinfer.config.profiles import fingerprint
+from zinfer.memory.measure_beside import measure_chunk_overhead, measure_overlap
 from zinfer.memory.measure_links import (
     device_of,
     measure_copies,
@@ -27,9 +28,11 @@ from zinfer.units import MIB
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 EXACT = " exact"  # marks the rates of exact mode: "BF16 exact"
-ROWS = (1, 512, 8, 64, 2, 4)  # the ends first
+ROWS = (1, 64, 512, 8, 2, 4)  # what a plan needs most first
 _MAX_POOL = 1024  # matrices
 _POOL_BYTES = 640 * MIB  # rotated over, so that weights come from memory and from no cache
+_POOL_BYTES_PER_S = 100 * MIB  # of a short probe: making the pool must leave time for using it
+_GUESS = StepCost(op_overhead_s=1e-4, attention_flops_per_s=1e10, prefill_attention_flops_per_s=5e10)
 _FEW_TOKENS, _MANY_TOKENS, _PREFILL_ROWS = 64, 1536, 512
 
 
@@ -68,15 +71,19 @@ def probe(
     *,
     dtype: str = "BF16",
     shapes: Sequence[Shape] = SHAPES,
-    seconds: float = 2.0,
+    modes: Sequence[bool] = (False, True),
+    seconds: float = 1.7,
 ) -> Machine:
-    """What a plan for these files needs, in about `seconds`: where `zinfer doctor` has saved nothing."""
-    return measure(paths, product, small_model, dtypes=(dtype,), shapes=shapes, seconds=seconds)
+    """What a plan for these files needs, within `seconds` by the clock: where `zinfer doctor` has saved nothing.
+
+    `modes` are the values of `exact` that are wanted.  What there is no time for is named in `Machine.skipped`.
+    """
+    return measure(paths, product, small_model, dtypes=(dtype,), shapes=shapes, modes=modes, seconds=seconds)
 
 
-def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.5) -> Machine:
-    """The machine as it is for these files: a disk other than the measured one is measured, briefly."""
-    if not paths or not machine.measured or machine.disk_device == device_of(paths):
+def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.2) -> Machine:
+    """The machine as it is now for these files: disks drift, and another one may hold them."""
+    if not paths or not machine.measured or machine.fingerprint != fingerprint():
         return machine
     return machine.model_copy(update=_disk_fields(paths, seconds))
 
@@ -88,6 +95,7 @@ def measure(
     *,
     dtypes: Sequence[str] = tuple(DTYPES),
     shapes: Sequence[Shape] = SHAPES,
+    modes: Sequence[bool] = (False, True),
     seconds: float = 20.0,
 ) -> Machine:
     """This machine as the planner sees it, in about `seconds`: a quarter for the disk, the rest for computation.
@@ -96,39 +104,64 @@ def measure(
     what layers multiply with, with matrices of `shapes` (kernels differ by shape); `small_model` makes passes that
     show what an op costs beside its weights.
     """
-    end_s = time.perf_counter() + seconds
+    clock = Clock(seconds)
     limits = memory_limits()
-    disk = _disk_fields(paths, seconds / 4)
+    disk = _disk_fields(paths, seconds / 5)
+    chunk_s = measure_chunk_overhead(paths, seconds / 40)
     has_gpu = torch.cuda.is_available()
-    host_s = (end_s - time.perf_counter()) * (0.5 if has_gpu else 1.0)
+    host_s = clock.left_s * (0.45 if has_gpu else 0.85)
     host = measure_compute(
-        product, small_model, torch.device("cpu"), dtypes, shapes, limits.available // 4, host_s
+        product,
+        small_model,
+        torch.device("cpu"),
+        dtypes,
+        shapes,
+        limits.available // 4,
+        Clock(host_s, clock.skipped),
+        modes,
     )
+    if chunk_s is not None:
+        host = host.model_copy(update={"chunk_overhead_s": chunk_s})
+    overlap = Overlap()
+    if clock.allows("reads beside products"):
+        pool = _pool(DTYPES[dtypes[0]], torch.device("cpu"), shapes, 0)
+        with torch.no_grad():
+            overlap = measure_overlap(
+                paths, partial(_round, product, pool, 1, modes[0]), min(seconds / 10, clock.left_s)
+            )
     machine = Machine(
         name=platform.node() or "this machine",
         host_bytes=limits.total,
         host=host,
-        host_copy_bytes_per_s=measure_host_copy(),
+        overlap=overlap,
+        host_copy_bytes_per_s=measure_host_copy() if clock.allows("copies in host memory") else None,
         measured=True,
         fingerprint=fingerprint(),
         **disk,
     )
-    if not has_gpu:
-        return machine
-    device = torch.device("cuda", torch.cuda.current_device())
-    copies = measure_copies(device, limits.available, seconds)
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    device_s = end_s - time.perf_counter()
-    compute = measure_compute(product, small_model, device, dtypes, shapes, free_bytes // 4, device_s)
-    return machine.model_copy(
-        update={
-            "device_bytes": total_bytes,
-            "pinnable_bytes": copies.pinnable_bytes,
-            "h2d": copies.h2d,
-            "d2h": copies.d2h,
-            "device": compute,
-        }
-    )
+    if has_gpu:
+        machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, clock)
+    return machine.model_copy(update={"skipped": tuple(clock.skipped)})
+
+
+class Clock:
+    """Time for a measurement.  What is not `allowed` because none is left is noted, for the profile."""
+
+    def __init__(self, seconds: float, skipped: list[str] | None = None) -> None:
+        self.end_s = time.perf_counter() + seconds
+        self.skipped: list[str] = [] if skipped is None else skipped
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, never negative."""
+        return max(self.end_s - time.perf_counter(), 0.0)
+
+    def allows(self, what: str, need_s: float = 0.0) -> bool:
+        """Whether there is time for it."""
+        if self.left_s > need_s:
+            return True
+        self.skipped.append(what)
+        return False
 
 
 def measure_compute(
@@ -138,32 +171,83 @@ def measure_compute(
     dtypes: Sequence[str],
     shapes: Sequence[Shape],
     free_bytes: int,
-    seconds: float,
+    clock: Clock,
+    modes: Sequence[bool] = (False, True),
 ) -> Compute:
-    """Products of cold weights at decode and prefill shapes, attention, and the fixed cost of an op, in both modes."""
-    end_s = time.perf_counter() + seconds
+    """Products of cold weights at decode and prefill shapes, attention, and the fixed cost of an op.
+
+    The first series always gets its first two points, everything else what the clock leaves.
+    """
     products: dict[str, tuple[ProductRate, ...]] = {}
     steps: list[StepCost] = []
 
     def share_s() -> float:
         """What is left, for each series that is left; making matrices and exact mode's tests take their part."""
-        return max(end_s - time.perf_counter(), 0.05) / (2 * len(dtypes) + 1 - len(products) - len(steps) / 2)
+        series = len(modes) * (len(dtypes) + 0.5) - len(products) - len(steps) / 2
+        return clock.left_s / max(series, 0.5)
 
     with torch.no_grad():
         for dtype in dtypes:
-            pool = _pool(DTYPES[dtype], device, shapes, min(_POOL_BYTES, free_bytes))
-            for name, exact in ((dtype, False), (dtype + EXACT, True)):
-                _round(
-                    product, pool[: len(shapes)], 1, exact
-                )  # exact mode tests itself when it meets a shape
-                products[name] = _product_rates(product, pool, len(shapes), exact, share_s())
+            nbytes = min(_POOL_BYTES, free_bytes, int(_POOL_BYTES_PER_S * clock.left_s))
+            names = [(dtype + EXACT if exact else dtype, exact) for exact in modes]
+            names = [pair for at, pair in enumerate(names) if not products or clock.allows(pair[0])]
+            pool = _pool(DTYPES[dtype], device, shapes, nbytes) if names else []
+            for name, exact in names:
+                # Exact mode tests itself when it meets a shape.
+                if all(
+                    _meets(product, weight, exact, clock, products, name) for weight in pool[: len(shapes)]
+                ):
+                    products[name] = _product_rates(
+                        product, pool, len(shapes), exact, Clock(share_s(), clock.skipped), name
+                    )
             del pool
-        small = small_model(device)
-        for exact in (False, True):
-            for rows, context in ((1, _FEW_TOKENS), (_PREFILL_ROWS, _PREFILL_ROWS)):
-                small.run(rows, context, exact=exact)  # likewise
-            steps.append(_step_cost(small, exact, share_s() / 2))
-    return Compute(products=products, exact=steps[1], **steps[0].model_dump())
+        for exact in modes:
+            name = "fixed costs and attention" + EXACT * exact
+            if clock.allows(name):
+                small = small_model(device)
+                steps.append(_step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name))
+    plain = steps[0] if steps else _GUESS
+    return Compute(products=products, exact=steps[-1] if steps and modes[-1] else None, **plain.model_dump())
+
+
+def _meets(
+    product: Product,
+    weight: Tensor,
+    exact: bool,
+    clock: Clock,
+    products: Mapping[str, tuple[ProductRate, ...]],
+    name: str,
+) -> bool:
+    """One product with a weight of a new shape; False when there is no time left for it, unless it is the first."""
+    if products and name not in clock.skipped and not clock.allows(name):
+        return False
+    _round(product, [weight], 1, exact)
+    return name not in clock.skipped
+
+
+def _with_gpu(
+    machine: Machine,
+    product: Product,
+    small_model: SmallModels,
+    dtypes: Sequence[str],
+    shapes: Sequence[Shape],
+    modes: Sequence[bool],
+    clock: Clock,
+) -> Machine:
+    """Links and products of the current CUDA device."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies = measure_copies(device, memory_limits().available, clock.left_s)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    compute = measure_compute(product, small_model, device, dtypes, shapes, free_bytes // 4, clock, modes)
+    return machine.model_copy(
+        update={
+            "device_bytes": total_bytes,
+            "pinnable_bytes": copies.pinnable_bytes,
+            "h2d": copies.h2d,
+            "d2h": copies.d2h,
+            "device": compute,
+        }
+    )
 
 
 def _disk_fields(paths: Sequence[Path], seconds: float) -> dict[str, Any]:
@@ -181,7 +265,8 @@ def _pool(dtype: torch.dtype, device: torch.device, shapes: Sequence[Shape], nby
     pool: list[Tensor] = []
     made = 0
     for shape in islice(cycle(shapes), _MAX_POOL):
-        if made >= nbytes and len(pool) >= len(shapes):
+        # Whole turns of all shapes: each round of the timing has then the same bytes.
+        if made >= nbytes and pool and len(pool) % len(shapes) == 0:
             break
         size = shape[0] * shape[1]
         pool.append(noise.repeat(-(-size // noise.numel()))[:size].view(shape).to(device))
@@ -196,37 +281,43 @@ def _round(product: Product, weights: Iterable[Tensor], rows: int, exact: bool) 
 
 
 def _product_rates(
-    product: Product, pool: Sequence[Tensor], num_shapes: int, exact: bool, seconds: float
+    product: Product, pool: Sequence[Tensor], num_shapes: int, exact: bool, clock: Clock, name: str
 ) -> tuple[ProductRate, ...]:
-    """Seconds per 10**9 bytes of weights, the pool taken in turn.  Out of time, what lies in between is left out."""
+    """Seconds per 10**9 bytes of weights, the pool taken in turn; points for which there is no time are left out."""
     rates: list[ProductRate] = []
     round_bytes = sum(weight.numel() * weight.dtype.itemsize for weight in pool[:num_shapes])
     turns = cycle(pool)
-    end_s = time.perf_counter() + seconds
+    share_s, longest = clock.left_s / len(ROWS), (1, 0.0)  # rows and seconds
 
     def one_round(rows: int) -> None:
         _round(product, islice(turns, num_shapes), rows, exact)
 
     for rows in ROWS:
-        if len(rates) < 2 or time.perf_counter() < end_s:
-            round_s = typical_seconds(partial(one_round, rows), seconds / len(ROWS))
+        need_s = longest[1] * rows / longest[0] if rows > longest[0] else 0.0
+        if len(rates) < 2 or clock.allows(f"{name}, {rows} rows", need_s):
+            round_s = typical_seconds(partial(one_round, rows), share_s)
+            longest = max(longest, (rows, round_s))
             rates.append(ProductRate(rows=rows, seconds_per_gb=round_s / round_bytes * 1e9))
     return tuple(sorted(rates, key=lambda rate: rate.rows))
 
 
-def _step_cost(small: SmallPasses, exact: bool, seconds: float) -> StepCost:
+def _step_cost(small: SmallPasses, exact: bool, clock: Clock, name: str) -> StepCost:
     """Fixed cost from a decode pass over few tokens, attention from what many tokens and many rows add to it."""
-    share_s = seconds / 3
+    share_s = clock.left_s / 4
+    small.run(1, _FEW_TOKENS, exact=exact)  # exact mode tests itself
     plain_s = typical_seconds(partial(small.run, 1, _FEW_TOKENS, exact=exact), share_s)
 
-    def rate(rows: int, context: int) -> float:
+    def rate(rows: int, context: int, guess: float) -> float:
+        if not clock.allows(f"{name}, {rows} rows"):
+            return guess
+        small.run(rows, context, exact=exact)  # likewise
         added_s = typical_seconds(partial(small.run, rows, context, exact=exact), share_s) - plain_s
-        return small.attention_flops(rows, context) / max(
-            added_s, 0.05 * plain_s
-        )  # noise must not make it infinite
+        # Noise must not make it infinite.
+        return small.attention_flops(rows, context) / max(added_s, 0.05 * plain_s)
 
+    prefill_guess = _GUESS.prefill_attention_flops_per_s
     return StepCost(
         op_overhead_s=plain_s / small.num_ops,
-        attention_flops_per_s=rate(1, _MANY_TOKENS),
-        prefill_attention_flops_per_s=rate(_PREFILL_ROWS, _PREFILL_ROWS),
+        attention_flops_per_s=rate(1, _MANY_TOKENS, _GUESS.attention_flops_per_s),
+        prefill_attention_flops_per_s=rate(_PREFILL_ROWS, _PREFILL_ROWS, prefill_guess),
     )

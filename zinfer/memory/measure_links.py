@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from zinfer.chunks.table import PAGE, PIECE_BYTES, Chunk, ChunkId, Read, RowTable
@@ -50,28 +49,72 @@ class CopyRates:
     pinnable_bytes: int | None
 
 
+class ReadLoad:
+    """The engine's own readers at work on the files, into huge pages that have been touched."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._closing = ExitStack()
+
+    def __enter__(self) -> ReadLoad:
+        files = Files(self._paths)
+        self._closing.callback(files.close)
+        self._reader, self._rows = Reader(files, LinkLog()), RowReader(files, LinkLog())
+        self._closing.callback(self._reader.close)
+        self._closing.callback(self._rows.close)
+        slab = HostSlab(IN_FLIGHT * PIECE_BYTES)
+        self._closing.callback(slab.close)
+        slab.bytes_N.fill_(0)  # the first touch of memory is not the disk's time
+        self._places_N = slab.bytes_N.numpy()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._closing.close()
+
+    def piece_seconds(self, reads: Sequence[Read], seconds: float) -> float:
+        """Mean seconds per read with IN_FLIGHT of them under way all the time, each into a place of its own."""
+        tickets: list[Ticket] = []
+        begin_s = time.perf_counter()
+        for count, read in enumerate(cycle(reads)):
+            if count >= IN_FLIGHT:
+                tickets[count - IN_FLIGHT].wait()
+                if time.perf_counter() - begin_s > seconds and count >= 2 * IN_FLIGHT:
+                    break
+            chunk = Chunk(ChunkId(0), (0,), (), (read,), (), read.nbytes, read.nbytes)
+            tickets.append(Ticket(chunk))
+            place_N = self._places_N[count % IN_FLIGHT * PIECE_BYTES :][: read.nbytes]
+            self._reader.begin(tickets[-1], place_N, tickets[-1].land)
+        for ticket in tickets:
+            ticket.wait()
+        return (time.perf_counter() - begin_s) / len(tickets)
+
+    def row_seconds(self, seconds: float) -> float:
+        """One row alone, as a decode pass looks it up: of the first _NUM_ROWS, those that begin in time."""
+        sizes = [path.stat().st_size for path in self._paths]
+        file = sizes.index(max(sizes))
+        table = RowTable("rows", file, 0, _ROW_BYTES, sizes[file] // _ROW_BYTES, (_ROW_BYTES // 2,), "BF16")
+        drawn = np.random.default_rng(0).integers(0, table.num_rows, size=_NUM_ROWS)
+        end_s, times = time.perf_counter() + seconds, []
+        for at in range(_NUM_ROWS):
+            times.append(typical_seconds(partial(self._rows.read, table, drawn[at : at + 1]), 0))
+            if time.perf_counter() > end_s:
+                break
+        return median(times)
+
+
 def measure_disk(paths: Sequence[Path], seconds: float) -> DiskRates:
     """Read evenly spread ranges of the files by the engine's own readers.
 
     The first reads are not counted: decode passes come to the same bytes again and again.
     """
-    large, small = _ranges(paths, PIECE_BYTES), _ranges(paths, _SMALL_BYTES)
+    large, small = ranges(paths, PIECE_BYTES), ranges(paths, _SMALL_BYTES)
     if not large:
         return NO_FILE
-    with ExitStack() as closing:
-        files = Files(paths)
-        closing.callback(files.close)
-        reader, rows = Reader(files, LinkLog()), RowReader(files, LinkLog())
-        closing.callback(reader.close)
-        closing.callback(rows.close)
-        slab = HostSlab(IN_FLIGHT * PIECE_BYTES)
-        closing.callback(slab.close)
-        slab.bytes_N.fill_(0)  # the first touch of memory is not the disk's time
-        places_N = slab.bytes_N.numpy()
-        _piece_seconds(reader, large, places_N, seconds / 8)
-        large_s = _piece_seconds(reader, large, places_N, seconds / 2)
-        small_s = _piece_seconds(reader, small, places_N, seconds / 8)
-        row_s = _row_seconds(rows, paths)
+    with ReadLoad(paths) as load:
+        load.piece_seconds(small, seconds / 8)
+        large_s = load.piece_seconds(large, seconds / 2)
+        small_s = load.piece_seconds(small, seconds / 8)
+        row_s = load.row_seconds(seconds / 8)
     large_bytes = sum(read.nbytes for read in large) / len(large)
     small_bytes = sum(read.nbytes for read in small) / len(small)
     # Two sizes give both terms of latency + bytes / rate; noise must not make the latency negative or absurd.
@@ -125,7 +168,10 @@ def device_of(paths: Sequence[Path]) -> str:
 
 
 def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
-    """The median of as many runs as begin within `seconds`, at least one."""
+    """The lower quartile of as many runs as begin within `seconds`, at least one.
+
+    What other processes take away comes and goes; a profile says what the machine does when it does nothing else.
+    """
     times: list[float] = []
     begin_s = now_s = time.perf_counter()
     while now_s - begin_s < seconds or not times:
@@ -133,10 +179,15 @@ def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
         run()
         now_s = time.perf_counter()
         times.append(now_s - before_s)
-    return median(times)
+    return lower_quartile(times)
 
 
-def _ranges(paths: Sequence[Path], nbytes: int) -> list[Read]:
+def lower_quartile(times: Sequence[float]) -> float:
+    """A quarter of the times are shorter."""
+    return sorted(times)[len(times) // 4]
+
+
+def ranges(paths: Sequence[Path], nbytes: int) -> list[Read]:
     """PAGE-aligned ranges of at most `nbytes`, spread over all files, about 64 of them, in a scattered order."""
     reads = []
     for file, path in enumerate(paths):
@@ -147,37 +198,6 @@ def _ranges(paths: Sequence[Path], nbytes: int) -> list[Read]:
         reads += [Read(file, offset, length, 0, length) for offset in sorted(offsets)]
     order = np.random.default_rng(0).permutation(len(reads))
     return [reads[at] for at in order]
-
-
-def _piece_seconds(
-    reader: Reader, reads: Sequence[Read], places_N: npt.NDArray[np.uint8], seconds: float
-) -> float:
-    """Mean seconds per read with IN_FLIGHT of them under way all the time, each into a place of its own."""
-    tickets: list[Ticket] = []
-    begin_s = time.perf_counter()
-    for count, read in enumerate(cycle(reads)):
-        if count >= IN_FLIGHT:
-            tickets[count - IN_FLIGHT].wait()
-            if time.perf_counter() - begin_s > seconds and count >= 2 * IN_FLIGHT:
-                break
-        chunk = Chunk(ChunkId(0), (0,), (), (read,), (), read.nbytes, read.nbytes)
-        tickets.append(Ticket(chunk))
-        place_N = places_N[count % IN_FLIGHT * PIECE_BYTES :][: read.nbytes]
-        reader.begin(tickets[-1], place_N, tickets[-1].land)
-    for ticket in tickets:
-        ticket.wait()
-    return (time.perf_counter() - begin_s) / len(tickets)
-
-
-def _row_seconds(rows: RowReader, paths: Sequence[Path]) -> float:
-    """One row alone, as a decode pass looks it up."""
-    sizes = [path.stat().st_size for path in paths]
-    file = sizes.index(max(sizes))
-    table = RowTable("rows", file, 0, _ROW_BYTES, sizes[file] // _ROW_BYTES, (_ROW_BYTES // 2,), "BF16")
-    drawn = np.random.default_rng(0).integers(0, table.num_rows, size=_NUM_ROWS)
-    return median(
-        typical_seconds(partial(rows.read, table, drawn[at : at + 1]), 0) for at in range(_NUM_ROWS)
-    )
 
 
 def _pinnable_bytes(free_bytes: int, seconds: float) -> int | None:

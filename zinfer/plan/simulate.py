@@ -52,6 +52,7 @@ class Simulator:
             "disk": [chunk.read_bytes for chunk in table.chunks],
             "h2d": [chunk.nbytes for chunk in table.chunks],
         }
+        self._overlap, self._disk_slowdown = machine.overlap, 1.0
         disk, h2d = machine.disk_read, machine.h2d
         self._seconds = {
             "disk": [
@@ -65,6 +66,24 @@ class Simulator:
         self._staging_s = deque([0.0] * placement.staging)  # when each staging slot is free again
         self._busy: dict[str, deque[Stretch]] = {"disk": deque(), "h2d": deque()}
         self._held = {Tier.HOST: placement.staging * placement.slot_bytes, Tier.DEVICE: 0}
+
+    def side_by_side(self, steps: Iterable[Step], compute_s: Sequence[float]) -> Sequence[float]:
+        """Slow disk and processor down for as long as both work in this pass; returns the seconds of computation.
+
+        Each is slower by the machine's factor for the share of its own time in which the other one works.
+        """
+        self._disk_slowdown = 1.0
+        both = self._overlap
+        if self.placement.compute_tier is not Tier.HOST or both.disk * both.compute == 1:
+            return compute_s
+        steps = tuple(steps)
+        disk_s = sum(self._seconds["disk"][step.chunk] for step in steps if isinstance(step, Fetch))
+        work_s = sum(compute_s[step.chunk] for step in steps if isinstance(step, Compute))
+        if not disk_s or not work_s:
+            return compute_s
+        self._disk_slowdown += (both.disk - 1) * min(work_s * both.compute / disk_s, 1)
+        factor = 1 + (both.compute - 1) * min(disk_s * both.disk / work_s, 1)
+        return [seconds * factor for seconds in compute_s]
 
     def run(self, steps: Iterable[Step], compute_s: Sequence[float], rows_s: float = 0.0) -> PassRun:
         """One pass; `compute_s` holds seconds per chunk of the table, `rows_s` those of its embedding rows.
@@ -124,7 +143,7 @@ class Simulator:
 
     def _move(self, chunk: int, lane: str, ready_s: float) -> Stretch:
         """Occupy the link in its first gap from `ready_s` on; the disk serves in the order of issue, so has none."""
-        seconds = self._seconds[lane][chunk]
+        seconds = self._seconds[lane][chunk] * (self._disk_slowdown if lane == "disk" else 1.0)
         busy = self._busy[lane]
         while busy and busy[0].end_s <= self.now_s:
             busy.popleft()
@@ -150,6 +169,11 @@ def simulate(
 ) -> tuple[PassRun, PassRun]:
     """The first pass, which also loads, and a steady one."""
     simulator = Simulator(table, placement, machine)
-    first = simulator.run(schedule.first, compute_s, rows_s)
-    steady = [simulator.run(schedule.steady, compute_s, rows_s) for _ in range(_STEADY_PASSES)]
+
+    def run(steps: Sequence[Step]) -> PassRun:
+        slowed_s = simulator.side_by_side(steps, compute_s)
+        return simulator.run(steps, slowed_s, rows_s)
+
+    first = run(schedule.first)
+    steady = [run(schedule.steady) for _ in range(_STEADY_PASSES)]
     return first, steady[-1]

@@ -24,7 +24,7 @@ from zinfer.kernels.products import linear
 from zinfer.log import logger
 from zinfer.plan.make import Plan, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
-from zinfer.plan.profile import matrix_shapes
+from zinfer.plan.profile import matrix_shapes, profile
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
@@ -138,8 +138,11 @@ def open_model(folder: Path, settings: Settings) -> Model:
     else:
         check_weights(index, spec)
         source = checkpoint_source(spec.program, spec.lookups, index)
-    machine = machine_for(settings, source.files, spec)
-    return Model(folder, spec, source, load_tokenizer(index), machine, _resolved(settings, machine))
+    machine, is_saved = machine_for(settings, source.files, spec)
+    resolved = _resolved(settings, machine)
+    if is_saved and resolved.device != "sim":
+        machine = _as_it_is_now(machine, source.files, spec, resolved)
+    return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
 
 
 def _resolved(settings: Settings, machine: Machine, held_bytes: int = 0) -> Resolved:
@@ -149,17 +152,37 @@ def _resolved(settings: Settings, machine: Machine, held_bytes: int = 0) -> Reso
     return resolve(settings, machine, limits=limits, num_gpus=num_gpus)
 
 
-def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> Machine:
-    """The named profile; for a simulated device the shipped one; else what doctor saved, or a short probe."""
+def _as_it_is_now(machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved) -> Machine:
+    """A saved profile with the disk's rate of this moment where passes will wait for it, or another disk."""
+    from zinfer.memory.measure import for_files
+    from zinfer.memory.measure_links import device_of
+
+    memory = resolved.host_bytes + resolved.device_bytes
+    will_stream = profile(spec).pass_bytes > memory
+    if will_stream or (files and machine.disk_device != device_of(files)):
+        return for_files(machine, files)
+    return machine
+
+
+def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> tuple[Machine, bool]:
+    """The named profile; for a simulated device the shipped one; else what doctor saved, or a short probe.
+
+    Also whether it is one that was saved.
+    """
     if settings.machine is not None:
-        return load_machine(settings.machine)
+        return load_machine(settings.machine), True
     if settings.device == "sim":
-        return load_machine(SIM_DEFAULT)
-    from zinfer.memory.measure import for_files, probe
+        return load_machine(SIM_DEFAULT), True
+    from zinfer.memory.measure import probe
     from zinfer.runtime.small_model import SmallModel
 
     machine = saved_machine()
     if machine is not None:
-        return for_files(machine, files)
+        return machine, True
     logger.warning("no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)")
-    return probe(files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec))
+    machine = probe(
+        files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec), modes=(settings.exact,)
+    )
+    if machine.skipped:
+        logger.warning("the probe had no time for %s: guessed (zinfer doctor)", "; ".join(machine.skipped))
+    return machine, False
