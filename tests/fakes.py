@@ -13,6 +13,8 @@ KV_BLOCK = 256
 class DenseKv:
     """A KvView over plain lists: per layer and sequence the committed keys and values, whole."""
 
+    device = torch.device("cpu")
+
     def __init__(self, num_layers, num_sequences):
         self.committed = [[None] * num_sequences for _ in range(num_layers)]
         self.staged = {}
@@ -30,10 +32,24 @@ class DenseKv:
         both = self.committed[layer][self.sequences[sequence]]
         return [] if both is None else list(zip(*(x.split(KV_BLOCK) for x in both), strict=True))
 
-    def span(self, layer, sequence, start):
-        name = self.sequences[sequence]
-        parts = [both for both in (self.committed[layer][name], self.staged[layer, name]) if both]
-        return tuple(torch.cat(x)[start:] for x in zip(*parts, strict=True))
+    def bring(self, q_THD):
+        return q_THD
+
+    take_back = bring
+
+    def locate(self, spans, size):
+        return spans, size
+
+    def read(self, layer, place):
+        spans, size = place
+        both = [[], []]
+        for span in spans:
+            name = self.sequences[span.sequence]
+            parts = [part for part in (self.committed[layer][name], self.staged[layer, name]) if part]
+            for rows, kind in zip(both, zip(*parts, strict=True), strict=True):
+                kept = torch.cat(kind)[span.start : span.stop]
+                rows.append(torch.cat([kept, kept[-1:].expand(size - len(kept), -1, -1)]))
+        return tuple(map(torch.stack, both))
 
     def commit(self):
         for (layer, sequence), new in self.staged.items():

@@ -8,7 +8,6 @@ from published import gpt2, llama, neox, opt, phi3, qwen3
 from zinfer.layers.packed import Packed
 from zinfer.models.decoder import Flow, run_op
 from zinfer.runtime.live_bytes import LiveBytes
-from zinfer.spec.attention_cost import kernel_bytes
 from zinfer.spec.cost import activation_bytes, activation_peak_bytes
 from zinfer.spec.read import read_spec
 
@@ -56,6 +55,7 @@ def measure(spec, tensors, num_logits, exact):
         for op in spec.program:
             live.reset_peak()
             run_op(op, spec, flow, op_weights(op, tensors), batch, kv, exact=exact)
+            batch.memo.clear()  # counted apart: arranged_bytes
             cached = sum(x.nbytes for pair in kv.staged.values() for x in pair)
             peak, held = result.get(op.kind, (0, 0))
             result[op.kind] = (max(peak, live.peak - cached), max(held, live.now - cached))
@@ -79,13 +79,11 @@ def test_activation_bytes_are_what_is_alive(name, dtype, exact):
     measure(spec, tensors, num_logits, exact)  # exact products test themselves at their first use
     measured = measure(spec, tensors, num_logits, exact)
     stated = activation_bytes(spec, ROWS, num_logits, ROWS, exact=exact)
-    private = 0 if exact else kernel_bytes(ROWS, ROWS, spec.num_heads, spec.head_dim)
     for kind, (peak, held) in measured.items():
         assert stated[kind].held == pytest.approx(held, rel=0.05, abs=4096), kind
-        # What a fused kernel keeps to itself is stated and not seen.
-        seen = stated[kind].peak - (private if kind in ("v", "qkv") else 0)
         assert peak <= stated[kind].peak, kind
-        assert seen == pytest.approx(peak, rel=0.05), kind
+        if kind not in ("v", "qkv"):  # attention's workspace is a bound for any mix of sequences
+            assert stated[kind].peak == pytest.approx(peak, rel=0.05), kind
     assert activation_peak_bytes(spec, ROWS, num_logits, ROWS, exact=exact) == max(
         cost.peak for cost in stated.values()
     )

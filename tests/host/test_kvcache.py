@@ -6,6 +6,7 @@ import torch
 from zinfer.errors import BudgetError
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import kv_cache_bytes
+from zinfer.layers.packed import Span
 from zinfer.spec.attention_cost import KV_BLOCK
 
 
@@ -20,7 +21,7 @@ def rows(count, first=0):
 
 def feed(kv, id_, count, first=0, keep=None):
     view = kv.view([id_], (0, count))
-    for layer in range(kv.slab.shape[0]):
+    for layer in range(kv.planes.tensors[0].shape[0]):
         view.stage(layer, rows(count, first) + layer, -rows(count, first) - layer)
     view.commit(None if keep is None else [keep])
 
@@ -31,9 +32,13 @@ def held(kv, id_, layer):
     return torch.cat([k for k, _ in blocks]), torch.cat([v for _, v in blocks])
 
 
+def span(view, layer, sequence, start, stop):
+    return view.read(layer, view.locate([Span(sequence, start, stop)], stop - start))
+
+
 def test_the_slab_is_allocated_once_and_exactly():
     kv = PagedKv(num_layers=3, num_kv_heads=2, head_dim=8, num_pages=5, dtype="BF16")
-    assert kv.nbytes == kv.slab.untyped_storage().nbytes() == kv_cache_bytes(3, 2, 8, 5, "BF16")
+    assert kv.nbytes == kv.planes.tensors[0].untyped_storage().nbytes() == kv_cache_bytes(3, 2, 8, 5, "BF16")
     assert kv.capacity_tokens == 80
 
 
@@ -55,8 +60,12 @@ def test_neighbouring_pages_are_views_without_a_copy():
     kv.open(0, 600)
     feed(kv, 0, 600)
     view = kv.view([0], (0, 0))
-    for k, v in [*view.past(1, 0), view.span(1, 0), view.span(1, 0, 37)]:
-        assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() == kv.slab.data_ptr()
+    for k, v in [*view.past(1, 0), span(view, 1, 0, 0, 600), span(view, 1, 0, 37, 600)]:
+        assert (
+            k.untyped_storage().data_ptr()
+            == v.untyped_storage().data_ptr()
+            == kv.planes.tensors[0].data_ptr()
+        )
 
 
 def test_scattered_pages_read_the_same():
@@ -71,7 +80,7 @@ def test_scattered_pages_read_the_same():
     keys, values = held(kv, 9, 1)
     assert torch.equal(keys, rows(320) + 1)
     assert torch.equal(values, -rows(320) - 1)
-    assert torch.equal(kv.view([9], (0, 0)).span(0, 0, 100)[0], rows(320)[100:])
+    assert torch.equal(span(kv.view([9], (0, 0)), 0, 0, 100, 320)[0][0], rows(320)[100:])
     kv.close(9)
     kv.close(1)
     kv.close(3)
@@ -105,7 +114,7 @@ def test_staged_rows_count_only_once_committed():
     view = kv.view([0], (0, 3))
     view.stage(0, rows(3, 50), rows(3, 50))
     assert sum(k.shape[0] for k, _ in view.past(0, 0)) == 4
-    assert torch.equal(view.span(0, 0)[0], torch.cat([rows(4), rows(3, 50)]))
+    assert torch.equal(span(view, 0, 0, 0, 7)[0][0], torch.cat([rows(4), rows(3, 50)]))
     again = kv.view([0], (0, 1))  # the view before was dropped: nothing happened
     again.stage(0, rows(1, 70), rows(1, 70))
     again.commit()
@@ -122,6 +131,18 @@ def test_a_batch_stages_each_sequence_in_its_place():
     view.commit([None, []])
     assert torch.equal(held(kv, 3, 0)[0], rows(3, 10))
     assert torch.equal(held(kv, 5, 0)[0], rows(2))
+
+
+def test_several_sequences_are_read_together_filled_up_with_their_last_rows():
+    kv = cache(num_pages=8)
+    for id_, count in ((1, 20), (2, 5)):
+        kv.open(id_, count)
+        feed(kv, id_, count, first=100 * id_)
+    view = kv.view([2, 1], (0, 0, 0))
+    keys, values = view.read(1, view.locate([Span(0, 0, 5), Span(1, 8, 20)], 12))
+    want = torch.stack([torch.cat([rows(5, 200), rows(1, 204).expand(7, -1, -1)]), rows(12, 108)]) + 1
+    assert torch.equal(keys, want)
+    assert torch.equal(values, -want)
 
 
 def test_outgrowing_its_pages_is_refused():

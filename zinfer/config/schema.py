@@ -29,6 +29,8 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.max_batch=1",
     "runtime.context=auto",
     "runtime.threads=auto",
+    "runtime.kv=auto",
+    "runtime.kv_dtype=auto",
     "runtime.objective=throughput",
     "runtime.kv_tokens=auto",
     "runtime.watch_moments=false",
@@ -83,6 +85,8 @@ class Runtime(_Group):
     max_batch: Annotated[int, Field(ge=1)] | Auto = "auto"  # sequences at once
     context: Annotated[int, Field(ge=1)] | Auto = "auto"  # tokens a sequence may reach, prompt included
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
+    kv: Literal["auto", "device", "host"] = "auto"  # where the cache lives when there is a device
+    kv_dtype: Literal["auto", "model", "int8"] = "auto"  # of its pages; auto: the model's
     objective: Literal["throughput", "latency"] = (
         "throughput"  # the job's end, or each request's, as early as can be
     )

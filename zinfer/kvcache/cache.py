@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zinfer.chunks.disk import Disk
 from zinfer.errors import BudgetError, InternalError
-from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, kv_cache_bytes, pages_for
+from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, pages_for
+from zinfer.kvcache.planes import Planes, make_planes
 from zinfer.kvcache.spill import SpilledCopy
+from zinfer.layers.packed import Span
 from zinfer.spec.attention_cost import KV_BLOCK
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Attend = Literal["resident", "device", "host"]
+
+
+class Crossing(Protocol):
+    """The links between a device and the host memory below it: copies that are counted and take their time."""
+
+    device: torch.device
+
+    def to_device(self, x: Tensor) -> Tensor: ...
+
+    def to_host(self, x: Tensor) -> Tensor: ...
 
 
 class PagedKv:
-    """One slab [layers, 2, pages * PAGE_TOKENS, K, D], allocated once and exactly; sequences own pages of it.
+    """Planes [layers, 2, pages * PAGE_TOKENS, ...], allocated once and exactly; sequences own pages of them.
 
-    Owns the slab until it is garbage; views handed out point into it and are valid until their sequence closes or is
+    They lie where attention is computed ("resident"), or in host memory below a device: then either their rows come
+    up to the device for every use ("device"), or queries go down to them and results up ("host"), over `crossing`.
+    Owns the planes until it is garbage; views handed out point into it and are valid until their sequence closes or is
     spilled.  A sequence has pages or a copy on disk, in `spill_folder` (None: the system's folder for such files).
-    Used by one thread.  `dtype` is the word of ModelSpec.dtype.
+    Used by one thread.  `dtype` is the word of ModelSpec.dtype, or "INT8".
     """
 
     def __init__(
@@ -39,16 +53,15 @@ class PagedKv:
         num_pages: int,
         dtype: str,
         device: torch.device | str = "cpu",
+        attend: Attend = "resident",
+        crossing: Crossing | None = None,
         spill_folder: Path | None = None,
         disk: Disk | None = None,
     ) -> None:
-        slots = num_pages * PAGE_TOKENS
-        self.nbytes = kv_cache_bytes(num_layers, num_kv_heads, head_dim, num_pages, dtype)
         self.tables = PageTables(num_pages)
-        self.slab = torch.empty(
-            (num_layers, 2, slots, num_kv_heads, head_dim), dtype=_DTYPES[dtype], device=device
-        )
-        self._planes = (self.slab,)
+        self.planes = make_planes(num_layers, num_kv_heads, head_dim, num_pages, dtype, device)
+        self.nbytes = self.planes.nbytes
+        self._road = Road(attend, crossing)
         self._spilled: dict[int, SpilledCopy] = {}
         self._spill_folder = Path(tempfile.gettempdir()) if spill_folder is None else spill_folder
         self._disk = disk
@@ -91,7 +104,9 @@ class PagedKv:
         Raises MachineError ZI-5501 when the disk refuses; the sequence then still has its pages.
         """
         table = self.tables[sequence_id]
-        copy = SpilledCopy.write(self._planes, table.slots(0, table.length), self._spill_folder, self._disk)
+        copy = SpilledCopy.write(
+            self.planes.tensors, table.slots(0, table.length), self._spill_folder, self._disk
+        )
         self.tables.close(sequence_id)
         self._spilled[sequence_id] = copy
         return copy.nbytes
@@ -106,7 +121,7 @@ class PagedKv:
         table = self.tables.open(sequence_id, max(num_tokens, copy.length))
         is_whole = False
         try:
-            is_whole = copy.read(self._planes, table.slots(0, copy.length))
+            is_whole = copy.read(self.planes.tensors, table.slots(0, copy.length))
         finally:
             del self._spilled[sequence_id]
             copy.close()
@@ -147,20 +162,57 @@ class PagedKv:
         the same pass stages, which then counts as past.
         Raises BudgetError ZI-2506 when a sequence would outgrow its pages: `grow` comes first.
         """
-        return PagedView(self.slab, [self.tables[id_] for id_ in sequence_ids], bounds, starts)
+        return PagedView(self.planes, self._road, [self.tables[id_] for id_ in sequence_ids], bounds, starts)
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """How queries, keys and values meet: who crosses the link, if anyone."""
+
+    attend: Attend
+    crossing: Crossing | None
+
+    def rows_down(self, x: Tensor) -> Tensor:
+        """New rows to where the pages are."""
+        return x if self.attend == "resident" or self.crossing is None else self.crossing.to_host(x)
+
+    def rows_up(self, x: Tensor) -> Tensor:
+        """Rows of pages to where attention is computed."""
+        return self.crossing.to_device(x) if self.attend == "device" and self.crossing else x
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Queries to where attention is computed."""
+        return self.crossing.to_host(x) if self.attend == "host" and self.crossing else x
+
+    def results(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return self.crossing.to_device(x) if self.attend == "host" and self.crossing else x
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Slots of S sequences' tokens, `size` of each: one slice where a lone sequence's are neighbours."""
+
+    slots: slice | Tensor
+    num_sequences: int
+    size: int
 
 
 class PagedView:
-    """A KvView over the slab.  Rows staged lie behind the committed ones and count only once committed."""
+    """A KvView over the planes.  Rows staged lie behind the committed ones and count only once committed."""
 
     def __init__(
         self,
-        slab: Tensor,
+        planes: Planes,
+        road: Road,
         tables: Sequence[PageTable],
         bounds: Sequence[int],
         starts: Sequence[int] | None = None,
     ) -> None:
-        self._slab = slab
+        self._planes = planes
+        self._road = road
+        self._device = planes.tensors[0].device
+        self.device = road.crossing.device if road.attend == "device" and road.crossing else self._device
         self._tables = tables
         self._counts = [stop - start for start, stop in pairwise(bounds)]
         self._starts = [table.length for table in tables] if starts is None else list(starts)
@@ -176,26 +228,48 @@ class PagedView:
             for table, start, count in zip(tables, self._starts, self._counts, strict=True)
             for slots in table.slots(start, start + count)
         ]
-        self._slots_T = _index(staged, slab.device)
-        self._places: dict[tuple[int, int, int], slice | Tensor] = {}  # the same in every layer
+        self._slots_T = _index(staged, self._device)
+        self._places: dict[Span, Place] = {}  # of lone sequences, which many pieces of rows ask for
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer."""
         with torch.no_grad():
-            self._slab[layer, 0].index_copy_(0, self._slots_T, k_TKD.detach())
-            self._slab[layer, 1].index_copy_(0, self._slots_T, v_TKD.detach())
+            rows_2TKD = torch.stack((k_TKD.detach(), v_TKD.detach()))
+            self._planes.write(layer, self._slots_T, self._road.rows_down(rows_2TKD))
 
-    def past(self, layer: int, sequence: int) -> PastBlocks:
+    def bring(self, q_THD: Tensor) -> Tensor:
+        """Queries to where the pages are read: themselves, or a copy over the link."""
+        return self._road.queries(q_THD)
+
+    def take_back(self, out_THD: Tensor) -> Tensor:
+        """Results to where the queries came from."""
+        return self._road.results(out_THD)
+
+    def locate(self, spans: Sequence[Span], size: int) -> Place:
+        """Where the tokens of the spans lie, each span filled up to `size` with its last token."""
+        if len(spans) > 1:
+            return self._locate(spans, size)
+        place = self._places.get(spans[0])
+        if place is None or place.size != size:
+            place = self._places[spans[0]] = self._locate(spans, size)
+        return place
+
+    def read(self, layer: int, place: Place) -> tuple[Tensor, Tensor]:
+        """(k, v) [S, size, K, D]: views where the place is a slice of plain resident pages, else gathered."""
+        parts = [self._road.rows_up(part) for part in self._planes.parts(layer, place.slots)]
+        both = self._planes.decode(parts)
+        k, v = both.view(2, place.num_sequences, place.size, *both.shape[2:]).unbind()
+        return k, v
+
+    def past(self, layer: int, sequence: int) -> list[tuple[Tensor, Tensor]]:
         """Committed (k, v) in blocks of KV_BLOCK tokens, each [n, K, D], oldest first.
 
-        A block whose pages are neighbours is a view of the slab, any other is gathered, each time it is asked for.
+        A block whose pages are neighbours is a view where pages are plain and resident, any other is gathered.
         """
-        return PastBlocks(self._starts[sequence], partial(self._rows, layer, sequence))
-
-    def span(self, layer: int, sequence: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """(k, v) [n, K, D] of all tokens from `start` on, committed and staged: a view where pages are one run."""
-        stop = self._starts[sequence] + self._counts[sequence]
-        return self._rows(layer, sequence, start, stop)
+        length = self._starts[sequence]
+        spans = [Span(sequence, start, min(start + KV_BLOCK, length)) for start in range(0, length, KV_BLOCK)]
+        pairs = [self.read(layer, self.locate([span], span.stop - span.start)) for span in spans]
+        return [(k[0], v[0]) for k, v in pairs]
 
     def commit(self, rows: Sequence[Sequence[int] | None] | None = None) -> None:
         """Keep staged rows: for each sequence the indices (ascending, counted within it) to keep, None for all.
@@ -208,43 +282,23 @@ class PagedView:
                 table.length += count
                 continue
             if list(indices) != list(range(len(indices))):  # a prefix lies in its place already
-                target = _index(table.slots(table.length, table.length + len(indices)), self._slab.device)
-                staged = _index(table.slots(table.length, table.length + count), self._slab.device)
-                source = staged[torch.tensor(indices, device=self._slab.device)]
-                self._slab.index_copy_(2, target, self._slab.index_select(2, source))
+                target = _index(table.slots(table.length, table.length + len(indices)), self._device)
+                staged = _index(table.slots(table.length, table.length + count), self._device)
+                self._planes.move(staged[torch.tensor(indices, device=self._device)], target)
             table.length += len(indices)
 
-    def _rows(self, layer: int, sequence: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        place = self._places.get((sequence, start, stop))
-        if place is None:
-            runs = self._tables[sequence].slots(start, stop)
-            is_one = len(runs) == 1
-            place = slice(runs[0].start, runs[0].stop) if is_one else _index(runs, self._slab.device)
-            self._places[sequence, start, stop] = place
-        keys, values = self._slab[layer]
-        if isinstance(place, slice):
-            return keys[place], values[place]
-        return keys.index_select(0, place), values.index_select(0, place)
-
-
-class PastBlocks(Sequence[tuple[Tensor, Tensor]]):
-    """(k, v) of a sequence's committed tokens in blocks; a block exists only while somebody holds it."""
-
-    def __init__(self, length: int, rows: Callable[[int, int], tuple[Tensor, Tensor]]) -> None:
-        self._length, self._rows = length, rows
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        return ceil(self._length / KV_BLOCK)
-
-    def __getitem__(self, block: Any) -> Any:
-        """One block, or a list of them for a slice."""
-        if isinstance(block, slice):
-            return [self[at] for at in range(*block.indices(len(self)))]
-        if not -len(self) <= block < len(self):
-            raise IndexError(block)
-        start = block % len(self) * KV_BLOCK
-        return self._rows(start, min(start + KV_BLOCK, self._length))
+    def _locate(self, spans: Sequence[Span], size: int) -> Place:
+        found = [self._tables[span.sequence].slots(span.start, span.stop) for span in spans]
+        if len(found) == 1 and len(found[0]) == 1 and len(found[0][0]) == size:
+            return Place(slice(found[0][0].start, found[0][0].stop), 1, size)
+        slots_Sn = np.empty((len(spans), size), np.int64)
+        for row_n, runs in zip(slots_Sn, found, strict=True):
+            at = 0
+            for run in runs:
+                row_n[at : at + len(run)] = np.arange(run.start, run.stop)
+                at += len(run)
+            row_n[at:] = row_n[at - 1]
+        return Place(torch.from_numpy(slots_Sn).view(-1).to(self._device), len(spans), size)
 
 
 def _index(runs: Sequence[range], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from zinfer.errors import BudgetError, InternalError
 from zinfer.spec.attention_cost import KV_BLOCK
-from zinfer.spec.records import DTYPE_BYTES
+from zinfer.spec.records import kv_row_bytes
 
 PAGE_TOKENS = 16
 _ROOM_TO_GROW = (
@@ -23,8 +23,8 @@ def pages_for(tokens: int) -> int:
 
 
 def kv_cache_bytes(num_layers: int, num_kv_heads: int, head_dim: int, num_pages: int, dtype: str) -> int:
-    """Bytes of the slab that holds keys and values of all layers; `dtype` as in ModelSpec.dtype."""
-    return 2 * num_layers * num_pages * PAGE_TOKENS * num_kv_heads * head_dim * DTYPE_BYTES[dtype]
+    """Bytes of the planes that hold keys and values of all layers; `dtype` as in ModelSpec.dtype, or "INT8"."""
+    return num_pages * PAGE_TOKENS * num_layers * kv_row_bytes(num_kv_heads, head_dim, dtype)
 
 
 @dataclass(frozen=True, slots=True, order=True)

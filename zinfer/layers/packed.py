@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -18,7 +19,7 @@ class Packed:
     given (bool [n, n], row i sees column j) it replaces that causal rule, and positions may repeat.
     `logit_rows` are the rows whose logits are wanted, ascending.  `lengths[s]` is the sequence's known length, the
     part of a prompt that later passes bring included: rope kinds that switch on length must not depend on how a
-    prompt is cut into pieces.  None: past and new rows.
+    prompt is cut into pieces.  None: past and new rows.  `memo` keeps what layers work out once for all of them.
     """
 
     tokens_T: Tensor
@@ -28,6 +29,7 @@ class Packed:
     logit_rows: Tensor
     ancestors: tuple[Tensor | None, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
@@ -40,11 +42,44 @@ class Packed:
         return len(self.past)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens start .. stop - 1 of sequence `sequence` of the batch, counted from its first token."""
+
+    sequence: int
+    start: int
+    stop: int
+
+
 class KvView(Protocol):
-    """Keys and values of the batch's sequences, whatever memory holds them."""
+    """Keys and values of the batch's sequences, whatever memory holds them and in whatever format.
+
+    `device` is where `read` gives keys and `bring` brings queries.
+    """
+
+    device: torch.device
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer; they count only once committed."""
+        ...
+
+    def bring(self, q_THD: Tensor) -> Tensor:
+        """Queries to where `read` gives keys: themselves, or a copy in other memory."""
+        ...
+
+    def take_back(self, out_THD: Tensor) -> Tensor:
+        """Results to where the queries came from."""
+        ...
+
+    def locate(self, spans: Sequence[Span], size: int) -> Any:
+        """Where tokens, committed or staged, lie: the same in every layer, so worked out once and read often."""
+        ...
+
+    def read(self, layer: int, place: Any) -> tuple[Tensor, Tensor]:
+        """(k, v) [S, size, K, D] of what `locate` found, in q's dtype or fp32.
+
+        Rows behind the end of a span are finite where its sequence's own rows are.
+        """
         ...
 
     def past(self, layer: int, sequence: int) -> Sequence[tuple[Tensor, Tensor]]:
@@ -52,8 +87,4 @@ class KvView(Protocol):
 
         Cut at the same borders (multiples of a fixed block of tokens) wherever the pages lie.
         """
-        ...
-
-    def span(self, layer: int, sequence: int, start: int = 0) -> tuple[Tensor, Tensor]:
-        """(k, v) [n, K, D] of all tokens of sequence s from `start` on, committed and staged."""
         ...

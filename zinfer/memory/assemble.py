@@ -83,7 +83,7 @@ def open_manager(
         if compute is Tier.DEVICE:
             staging = tiers[Tier.HOST].lend_slots("staging")
             if device == "sim" and machine and machine.h2d:
-                transfer = SimTransfer(reader, staging, log, machine.h2d, mode=sim_mode)
+                transfer = SimTransfer(reader, staging, log, machine.h2d, d2h=machine.d2h, mode=sim_mode)
             else:
                 transfer = CudaTransfer(reader, staging, log, torch.device(device))
                 tiers[Tier.HOST].pin(torch.cuda.cudart())  # type: ignore[no-untyped-call]

@@ -51,6 +51,20 @@ class CudaTransfer(StagedTransfer):
     def release(self, place_N: Tensor) -> None:
         """The next copy into the place waits for its fence; nothing else to do."""
 
+    def to_device(self, x: Tensor) -> Tensor:
+        """A copy on the computation's own stream, ordered with what is issued there; blocks for pageable memory."""
+        begin_s = time.perf_counter()
+        copy = x.to(self.device)
+        self._log.add(Movement("h2d", None, x.nbytes, begin_s, time.perf_counter()))
+        return copy
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """A copy, complete when this returns: the computation before it is waited for."""
+        begin_s = time.perf_counter()
+        copy = x.to("cpu")
+        self._log.add(Movement("d2h", None, x.nbytes, begin_s, time.perf_counter()))
+        return copy
+
     def close(self) -> None:
         """End both workers; the last DMA has then ended."""
         self._issuer.shutdown()

@@ -24,6 +24,7 @@ from zinfer.plan.records import Placement, Tier
 
 _MOMENT = "moment"  # the name under which advance() reserves
 
+Reserved = Mapping[Tier, Mapping[str, int]]
 Choose = Callable[[Collection[int]], int | None]
 
 
@@ -47,7 +48,7 @@ class ChunkManager:
         self.table = table
         self.placement = placement
         self.device = memory.transfer.device  # of views and rows
-        self.log = memory.log  # bytes per link, and what moved when
+        self.transfer, self.log = memory.transfer, memory.log  # the log: bytes per link, and what moved when
         self.surprises = 0
         self._memory = memory
         self._policy = policy or Pinned()
@@ -180,9 +181,8 @@ class ChunkManager:
         self._settle()
         return self._rows.read(name, ids_T, self.device)
 
-    def adopt(self, placement: Placement, budget: Mapping[Tier, int], reserved: Mapping[str, int]) -> None:
-        """Between passes: other homes, budgets and (in the compute tier) reservations.  Who has a home as before
-        stays where it is; nothing is read.
+    def adopt(self, placement: Placement, budget: Mapping[Tier, int], reserved: Reserved) -> None:
+        """Between passes: other homes, budgets, reservations.  Who has a home as before stays; nothing is read.
 
         Streamed chunks go, so the next pass begins as the first did.  Raises BudgetError ZI-2401 when it does not
         fit; everything is then as before.
@@ -197,7 +197,7 @@ class ChunkManager:
                 placement.slots if tier is compute else 0,
                 placement.slot_bytes,
                 budget[tier],
-                reserved if tier is compute else {},
+                reserved.get(tier, {}),
             )
             for tier in tiers
         }

@@ -35,11 +35,13 @@ class SimTransfer(StagedTransfer):
         log: LinkLog,
         link: Link,
         *,
+        d2h: Link | None = None,
         mode: SimMode = "copy",
     ) -> None:
         super().__init__(reader, staging, torch.device("cpu"))
         self._log = log
-        self._pace = Pace(link)
+        self._pace = Pace(link)  # of whatever goes up: weights and the cache share the link
+        self._pace_down = Pace(d2h or link)
         self._mode = mode
         self._used: set[int] = set()  # addresses of places that hold a chunk's bytes already
         self._worker = ThreadPoolExecutor(1, "zinfer-h2d")
@@ -54,6 +56,14 @@ class SimTransfer(StagedTransfer):
         """Poison the place: a stale view shows."""
         if self._mode == "copy":
             self._worker.submit(place_N.fill_, POISON)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """A copy, when the link would have brought it."""
+        return self._cross(x, "h2d", self._pace)
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """A copy, when the link would have brought it."""
+        return self._cross(x, "d2h", self._pace_down)
 
     def close(self) -> None:
         """End the worker after what it was asked for."""
@@ -76,6 +86,13 @@ class SimTransfer(StagedTransfer):
             error = failure
         self._copied(trip)
         trip.ticket.land(error)
+
+    def _cross(self, x: Tensor, link: str, pace: Pace) -> Tensor:
+        begin_s, due_s = time.perf_counter(), pace.reserve(x.nbytes)
+        copy = x.clone() if self._mode == "copy" else x
+        sleep_until(due_s)
+        self._log.add(Movement(link, None, x.nbytes, begin_s, time.perf_counter()))
+        return copy
 
     def _is_copied(self, target_N: Tensor) -> bool:
         is_new = target_N.data_ptr() not in self._used

@@ -55,6 +55,14 @@ class Transfer(Protocol):
         """The bytes there are no longer wanted."""
         ...
 
+    def to_device(self, x: Tensor) -> Tensor:
+        """A copy of a host tensor beside the computation: rows of the cache, attention's results."""
+        ...
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """A copy in host memory of what was computed: rows for the cache, queries."""
+        ...
+
     def close(self) -> None:
         """End the threads.  Every ticket has landed before."""
         ...
@@ -82,6 +90,12 @@ class HostTransfer:
 
     def release(self, place_N: Tensor) -> None:
         """Nothing to do."""
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """It is there."""
+        return x
+
+    to_host = to_device
 
     def close(self) -> None:
         """The reader is closed by its owner."""

@@ -97,7 +97,7 @@ def _limits(
             found = search_limit(source, room, count)
             break
     if compute_tier is Tier.DEVICE:  # staging slots lie in host memory
-        found = max(min(found, budget.host // slots[0]), 1)
+        found = max(min(found, (budget.host - reserve.below.total) // slots[0]), 1)
     yield found
     if slots[0] * found > room * _SLOTS_SHARE and len(source.units) <= _MAX_TRIAL_UNITS:
         units = size_steps([size for sizes in layer_sizes(source) for size in sizes])

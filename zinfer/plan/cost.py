@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from math import ceil
 
 from zinfer.chunks.table import ChunkTable
-from zinfer.config.machine import Compute
+from zinfer.config.machine import Compute, Machine
+from zinfer.plan.records import KvPlan
 from zinfer.spec.cost import attention_flops
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, kv_row_bytes
 from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
+_RESIDENT = KvPlan()
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 
@@ -22,6 +24,7 @@ class PassLoad:
     rows: int
     sequences: int
     context: int
+    kv: KvPlan = _RESIDENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,16 @@ class ChunkSeconds:
 
 
 def chunk_seconds(
-    spec: ModelSpec, table: ChunkTable, compute: Compute, load: PassLoad, *, exact: bool
+    spec: ModelSpec,
+    table: ChunkTable,
+    compute: Compute,
+    load: PassLoad,
+    *,
+    exact: bool,
+    machine: Machine | None = None,
 ) -> list[ChunkSeconds]:
     """Seconds of every chunk of the table, in its order; a row table costs nothing."""
-    costs = OpCosts(spec, compute, load, exact=exact)
+    costs = OpCosts(spec, compute, load, exact=exact, machine=machine)
     seconds = []
     for chunk in table.chunks:
         work = sum(costs.work(spec.program[index]) for index in chunk.ops)
@@ -55,21 +64,29 @@ class OpCosts:
 
     seconds(op) = weight bytes * seconds_per_byte(dtype, rows) + attention FLOPs / rate + overhead, the product's
     rate being a measured point at that many rows, so that it covers both regimes: bytes at few rows, FLOPs at many.
-    The head multiplies one row per sequence.
+    The head multiplies one row per sequence.  Where the cache is not in the compute tier, attention costs what the
+    links of `machine` and the attending side take.
     """
 
-    def __init__(self, spec: ModelSpec, compute: Compute, load: PassLoad, *, exact: bool) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        compute: Compute,
+        load: PassLoad,
+        *,
+        exact: bool,
+        machine: Machine | None = None,
+    ) -> None:
         self._spec = spec
         self._load = load
+        self._exact = exact
+        self._machine = machine
         cost = compute.step_cost(exact=exact)
         self.overhead_s = cost.op_overhead_s
         self._per_byte = seconds_per_byte(compute, spec.dtype, load.rows, exact=exact)
         head_rows = min(load.sequences, load.rows)
         self._per_head_byte = seconds_per_byte(compute, spec.dtype, head_rows, exact=exact)
-        is_prefill = load.rows >= _PREFILL_ROWS * load.sequences
-        self._attention_rate = (
-            cost.prefill_attention_flops_per_s if is_prefill else cost.attention_flops_per_s
-        )
+        self._attention_rate = attention_rate(compute, load, exact=exact)
 
     def work(self, op: Op) -> float:
         """Product, and attention behind the op that completes keys and values."""
@@ -78,8 +95,38 @@ class OpCosts:
         work = nbytes * (self._per_head_byte if op.kind == "head" else self._per_byte)
         if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
             keys = visible_keys(spec, op.layer, self._load)
+            if self._load.kv.attend != "resident" and self._machine is not None:
+                return work + far_attention_s(spec, self._machine, self._load, keys, exact=self._exact)
             work += attention_flops(spec, self._load.rows, keys) / self._attention_rate
         return work
+
+
+def attention_rate(compute: Compute, load: PassLoad, *, exact: bool) -> float:
+    """FLOPs per second of attention under a load."""
+    cost = compute.step_cost(exact=exact)
+    is_prefill = load.rows >= _PREFILL_ROWS * load.sequences
+    return cost.prefill_attention_flops_per_s if is_prefill else cost.attention_flops_per_s
+
+
+def far_attention_s(spec: ModelSpec, machine: Machine, load: PassLoad, keys: int, *, exact: bool) -> float:
+    """Seconds of one layer's attention over pages in host memory below a device.
+
+    New keys and values go down.  Then either queries follow and results come back, and the host computes; or the
+    pages come up, every one once, and the device computes.
+    """
+    assert machine.h2d is not None and machine.device is not None, "pages lie below a device"
+    up, down = machine.h2d, machine.d2h or machine.h2d
+    width = DTYPE_BYTES[spec.dtype]
+    queries = load.rows * spec.num_heads * spec.head_dim * width
+    seconds = down.seconds(load.rows * kv_row_bytes(spec.num_kv_heads, spec.head_dim, spec.dtype))
+    if load.kv.attend == "host":
+        seconds += down.seconds(queries) + up.seconds(queries)
+        engine = machine.host
+    else:
+        row_bytes = kv_row_bytes(spec.num_kv_heads, spec.head_dim, load.kv.dtype or spec.dtype)
+        seconds += up.seconds(load.sequences * keys * row_bytes)
+        engine = machine.device
+    return seconds + attention_flops(spec, load.rows, keys) / attention_rate(engine, load, exact=exact)
 
 
 def visible_keys(spec: ModelSpec, layer: int, load: PassLoad) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from zinfer.config.machine import Compute
+from zinfer.config.machine import Compute, Machine
 from zinfer.plan.cost import OpCosts, PassLoad
 from zinfer.plan.records import Workload
 from zinfer.spec.records import ModelSpec, Op
@@ -65,7 +65,9 @@ class Curve:
         return cls(tuple(tree["rows"]), {group: tuple(s) for group, s in tree["seconds"].items()})
 
 
-def compute_curve(spec: ModelSpec, engine: Compute, workload: Workload, *, exact: bool) -> Curve:
+def compute_curve(
+    spec: ModelSpec, engine: Compute, workload: Workload, *, exact: bool, machine: Machine | None = None
+) -> Curve:
     """Half-way through the generation: up to `batch` rows decode, what is above them are prompts.
 
     Ops of one shape cost the same, so that a model of a hundred layers costs no more than one of a few.
@@ -81,7 +83,7 @@ def compute_curve(spec: ModelSpec, engine: Compute, workload: Workload, *, exact
     rows = _row_counts(workload)
     seconds: dict[str, list[float]] = {group_of(op.kind): [0.0] * len(rows) for op in example.values()}
     for at, count in enumerate(rows):
-        costs = OpCosts(spec, engine, _mixed_load(workload, count), exact=exact)
+        costs = OpCosts(spec, engine, _mixed_load(workload, count), exact=exact, machine=machine)
         for key, op in example.items():
             seconds[group_of(op.kind)][at] += alike[key] * (costs.work(op) + costs.overhead_s)
         seconds["ends"][at] += engine.token_overhead_s * min(count, workload.batch)
@@ -101,4 +103,4 @@ def _row_counts(workload: Workload) -> tuple[int, ...]:
 def _mixed_load(workload: Workload, rows: int) -> PassLoad:
     """A pass of decode tokens and, where there are more rows than sequences, of pieces of prompts."""
     context = workload.prompt_len + ceil(workload.gen_len / 2)
-    return PassLoad(rows, min(rows, workload.batch), context)
+    return PassLoad(rows, min(rows, workload.batch), context, workload.kv)

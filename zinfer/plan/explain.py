@@ -10,7 +10,7 @@ from zinfer.errors import BudgetError
 from zinfer.plan.forecast import decode_load, simulate_load
 from zinfer.plan.make import Plan
 from zinfer.plan.place import place, size_flag
-from zinfer.plan.records import Budget, Tier
+from zinfer.plan.records import Budget, KvPlan, Tier
 from zinfer.plan.schedule import build_schedule
 from zinfer.spec.records import ModelSpec
 from zinfer.units import Bytes, seconds_text
@@ -56,6 +56,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         f"machine    {plan.machine.name} ({origin}) · device {plan.device} · {exact}",
         f"workload   {workload.num_requests or 'endless'} requests, {workload.batch} at once · prompt "
         f"{workload.prompt_len} · generate {workload.gen_len} · at most {workload.prefill_rows} rows a pass",
+        f"cache      {plan.kv_tokens} tokens in {workload.kv.tier} memory · {_kv_words(workload.kv)}",
         "",
         *_tier_lines(plan),
         f"chunks     {_map(plan)}",
@@ -77,6 +78,16 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
 def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, Any]:
     """`Plan.to_dict` and the alternatives, for --json."""
     return plan.to_dict() | {"alternatives": [asdict(other) for other in others]}
+
+
+def _kv_words(kv: KvPlan) -> str:
+    dtype = "int8 pages" if kv.dtype == "INT8" else "pages in the model's dtype"
+    how = {
+        "resident": "attended in place",
+        "host": "attended by the host",
+        "device": "brought up for every use",
+    }
+    return f"{dtype} · {how[kv.attend]}"
 
 
 def _parameters(count: int) -> str:

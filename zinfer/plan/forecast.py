@@ -33,7 +33,7 @@ def forecast(
     about `token_rows` rows.  Uses the machine's rates only, no timing of a run.
     """
     rows = min(workload.batch * workload.prompt_len, token_rows)
-    prefill = PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len)
+    prefill = PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len, workload.kv)
     first, later = simulate_load(spec, table, placement, schedule, machine, prefill, exact=exact)
     decode = pass_costs(spec, table, placement, machine, decode_load(workload), exact=exact)
     return Forecast(
@@ -51,7 +51,9 @@ def forecast(
 
 def decode_load(workload: Workload) -> PassLoad:
     """A decode pass half-way through the generation."""
-    return PassLoad(workload.batch, workload.batch, workload.prompt_len + ceil(workload.gen_len / 2))
+    return PassLoad(
+        workload.batch, workload.batch, workload.prompt_len + ceil(workload.gen_len / 2), workload.kv
+    )
 
 
 def simulate_load(
@@ -81,7 +83,7 @@ def pass_costs(
 ) -> list[ChunkSeconds]:
     """Compute seconds of every chunk on the engine of the compute tier; the last one also samples."""
     engine = engine_of(machine, placement.compute_tier)
-    costs = chunk_seconds(spec, table, engine, load, exact=exact)
+    costs = chunk_seconds(spec, table, engine, load, exact=exact, machine=machine)
     last = table.streamable[-1].id
     sampling_s = engine.token_overhead_s * load.sequences
     costs[last] = ChunkSeconds(costs[last].work, costs[last].overhead + sampling_s)

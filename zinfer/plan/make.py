@@ -18,10 +18,11 @@ from zinfer.errors import BudgetError, UsageError
 from zinfer.plan.choose import choose
 from zinfer.plan.curve import Curve, compute_curve
 from zinfer.plan.forecast import engine_of, forecast
+from zinfer.plan.kv import kv_plans
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost, link_seconds
 from zinfer.plan.place import Reserve, tier_uses
 from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, reserve_for
-from zinfer.plan.records import Budget, Forecast, Placement, Schedule, Tier, TierUse, Workload
+from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.settle import asked_workload, shrunk_workload
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
@@ -136,7 +137,10 @@ class Plan:
                 exact=tree["exact"],
                 machine=Machine.model_validate(tree["machine"]),
                 budget=Budget(**tree["budget"]),
-                workload=Workload(**tree["workload"] | {"lengths": tuple(tree["workload"]["lengths"])}),
+                workload=Workload(
+                    **tree["workload"]
+                    | {"lengths": tuple(tree["workload"]["lengths"]), "kv": KvPlan(**tree["workload"]["kv"])}
+                ),
                 reserve=Reserve(**tree["reserve"]),
                 limit=tree["chunk_limit"],
                 placement=placement,
@@ -232,10 +236,15 @@ class _Maker:
 
         def bound(batch: int) -> float:
             settled, _ = self._asked(sized(batch))
+            kv, *others = kv_plans(self.spec, self.resolved, self.machine, settled)
+            settled = replace(settled, kv=replace(kv, attend="resident"))
+            reserve = self._reserve(settled)
+            if others or kv.attend != "resident":  # the cache need not lie where the weights do
+                reserve = replace(reserve, kv=0)
             weight_bytes = sum(op.weight_numel for op in self.spec.program) * DTYPE_BYTES[self.spec.dtype]
             return least_cost(
                 settled,
-                self._reserve(settled),
+                reserve,
                 self._curve(settled),
                 self.budget,
                 self.machine,
@@ -261,9 +270,22 @@ class _Maker:
         try:
             return self._judged(settled), reasons
         except BudgetError:
-            least = assemble(self.source, 1)
-            settled, cuts = shrunk_workload(self.spec, self.resolved, settled, least, self.budget, self.tier)
-            return self._judged(settled), reasons | cuts
+            return self._shrunk(settled, reasons)
+
+    def _shrunk(self, settled: Workload, reasons: dict[str, str]) -> tuple[Candidate, dict[str, str]]:
+        """The largest part of a workload that fits, wherever the cache has to go for that."""
+        least, refused = assemble(self.source, 1), None
+        for kv in kv_plans(self.spec, self.resolved, self.machine, settled):
+            try:
+                smaller, cuts = shrunk_workload(
+                    self.spec, self.resolved, replace(settled, kv=kv), least, self.budget, self.tier
+                )
+            except BudgetError as error:
+                refused = refused or error
+                continue
+            return self._judged(smaller), reasons | cuts
+        assert refused is not None, "there is at least one place for a cache"
+        raise refused
 
     def plan(self, candidate: Candidate, reasons: dict[str, str]) -> Plan:
         """Predict the run of what was chosen."""
@@ -299,9 +321,28 @@ class _Maker:
 
     def _curve(self, settled: Workload) -> Curve:
         engine = engine_of(self.machine, self.tier)
-        return compute_curve(self.spec, engine, settled, exact=self.resolved.settings.exact)
+        return compute_curve(
+            self.spec, engine, settled, exact=self.resolved.settings.exact, machine=self.machine
+        )
 
     def _judged(self, settled: Workload) -> Candidate:
+        """The best of the places where the cache may live; the next one is only tried while weights have to stream."""
+        objective = self.resolved.settings.runtime.objective
+        found: list[Candidate] = []
+        refused: BudgetError | None = None
+        for kv in kv_plans(self.spec, self.resolved, self.machine, settled):
+            try:
+                found.append(self._with_rows(replace(settled, kv=kv)))
+            except BudgetError as error:
+                refused = refused or error
+            if found and not found[-1].choice.placement.slots:
+                break
+        if not found:
+            assert refused is not None, "there is at least one place for a cache"
+            raise refused
+        return min(found, key=lambda candidate: cost_of(candidate, objective))
+
+    def _with_rows(self, settled: Workload) -> Candidate:
         """Plan the workload; where far fewer rows are free than were asked for, the weights get their memory."""
         candidate = self._placed(settled)
         rows = max(_SPARE_ROWS * candidate.token_rows, settled.batch)

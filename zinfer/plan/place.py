@@ -21,15 +21,26 @@ FLAGS = {Tier.HOST: "--host-mem", Tier.DEVICE: "--device-mem"}
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Bytes of the compute tier that hold no weights: the KV cache and the activation peak of a pass."""
+    """Bytes that hold no weights: the KV cache and the activation peak of a pass.
+
+    `kv` and `activations` lie in the compute tier; `host_kv` and `host_activations` in host memory below a device,
+    when the cache is kept there.
+    """
 
     kv: int = 0
     activations: int = 0
+    host_kv: int = 0
+    host_activations: int = 0
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Of the compute tier."""
         return self.kv + self.activations
+
+    @property
+    def below(self) -> Reserve:
+        """What host memory below a device has to hold."""
+        return Reserve(self.host_kv, self.host_activations)
 
 
 def place(
@@ -50,7 +61,12 @@ def place(
     ):
         if have < need:
             raise _too_small(
-                table, tier, have, need, reserve if tier is compute_tier else Reserve(), lookahead
+                table,
+                tier,
+                have,
+                need,
+                reserve if tier is compute_tier else reserve.below,
+                f"{lookahead + 1} slots" if tier is compute_tier else "a staging slot",
             )
     homes = {chunk.id: Tier.DISK for chunk in table.chunks}
     room = (budget.device if compute_tier is Tier.DEVICE else budget.host) - reserve.total
@@ -70,8 +86,9 @@ def place(
     _settle(homes, table.streamable, streamed, compute_tier)
     staging = 0
     if compute_tier is Tier.DEVICE:
-        staging = min(lookahead + 1, budget.host // slot_bytes)
-        room = budget.host - staging * slot_bytes
+        room = budget.host - reserve.below.total
+        staging = min(lookahead + 1, room // slot_bytes)
+        room -= staging * slot_bytes
         kept, streamed = streamed, _split(streamed, room, slot_bytes)
         _settle(homes, kept, streamed, Tier.HOST)
     room -= sum(chunk.nbytes for chunk in table.streamable if homes[chunk.id] is Tier.HOST)
@@ -95,7 +112,7 @@ def smallest_budget(table: ChunkTable, *, compute_tier: Tier, reserve: Reserve, 
     streaming = min(_forced_bytes(table, cap) + slots * cap for cap in _slot_sizes(table, compute_tier))
     compute = reserve.total + min(streaming, sum(chunk.nbytes for chunk in table.streamable))
     if compute_tier is Tier.DEVICE:
-        return Budget(host=table.slot_bytes, device=compute)  # one staging slot
+        return Budget(host=table.slot_bytes + reserve.below.total, device=compute)  # one staging slot
     return Budget(host=compute)
 
 
@@ -131,8 +148,8 @@ def tier_uses(
                 resident=sum(chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is tier),
                 slots=placement.slots * placement.slot_bytes if is_compute else 0,
                 staging=0 if is_compute else placement.staging * placement.slot_bytes,
-                kv=reserve.kv if is_compute else 0,
-                activations=reserve.activations if is_compute else 0,
+                kv=reserve.kv if is_compute else reserve.host_kv,
+                activations=reserve.activations if is_compute else reserve.host_activations,
             )
         )
     return tuple(uses)
@@ -198,11 +215,10 @@ def _settle(
 
 
 def _too_small(
-    table: ChunkTable, tier: Tier, have: int, need: int, reserve: Reserve, lookahead: int
+    table: ChunkTable, tier: Tier, have: int, need: int, reserve: Reserve, slots: str
 ) -> BudgetError:
     largest = max(table.streamable, key=lambda chunk: chunk.nbytes)
     tensor = max(largest.tensors, key=lambda piece: piece.nbytes)
-    slots = "a staging slot" if not reserve.total and need == largest.nbytes else f"{lookahead + 1} slots"
     return BudgetError(
         "ZI-2001",
         f"the {tier} budget is {Bytes(have)}, {Bytes(need)} are needed: {slots} of {Bytes(largest.nbytes)} for chunk "

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from zinfer.plan.place import Reserve
 from zinfer.plan.records import Workload
-from zinfer.spec.cost import activation_bytes
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec
+from zinfer.spec.attention_cost import arranged_bytes
+from zinfer.spec.cost import activation_bytes, attention_bytes
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
 from zinfer.units import KIB, round_up
 
 KV_PAGE_TOKENS = 16  # a sequence's part of the KV cache is rounded up to pages of so many tokens
@@ -60,17 +61,33 @@ def cache_tokens(workload: Workload) -> int:
 
 def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
     """The cache of a workload."""
-    return cache_tokens(workload) * spec.kv_bytes_per_token
+    return cache_tokens(workload) * spec.kv_token_bytes(workload.kv.dtype or spec.dtype)
 
 
 def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
-    """What the compute tier needs beside weights for passes of at most `workload.prefill_rows` rows.
+    """What passes of at most `workload.prefill_rows` rows need beside weights, the cache included.
 
     Logits are wanted for one row per sequence, or for `workload.logit_rows`.  While one micro-batch computes, the
-    others keep what they hold between two ops.
+    others keep what they hold between two ops.  A cache below the device costs host memory: pages, and what attends
+    or gathers there; pages that come up cost the device one sequence's layer.
     """
+    rows, kv = workload.rows_at_once, workload.kv
     logit_rows = max(workload.logit_rows or 0, workload.batch)
-    costs = activation_bytes(spec, workload.rows_at_once, logit_rows, workload.context, exact=exact)
+    kv_dtype, context = kv.dtype or spec.dtype, workload.context
+    costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
     waiting = max(cost.held for kind, cost in costs.items() if kind != "head")
+    arranged = arranged_bytes(workload.prefill_rows, context, logit_rows)
     activations = max(cost.peak for cost in costs.values()) + (workload.num_micros - 1) * waiting
-    return Reserve(kv=kv_bytes(spec, workload), activations=activations + ROW_STAGING_BYTES)
+    activations += arranged + ROW_STAGING_BYTES
+    if kv.attend == "resident":
+        return Reserve(kv=kv_bytes(spec, workload), activations=activations)
+    if kv.attend == "device":
+        activations += context * kv_row_bytes(spec.num_kv_heads, spec.head_dim, "F32")
+    width = DTYPE_BYTES[spec.dtype]
+    crossing = rows * 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim * width
+    attending = attention_bytes(spec, rows, context, logit_rows, exact=exact, kv_dtype=kv_dtype)
+    return Reserve(
+        activations=activations,
+        host_kv=kv_bytes(spec, workload),
+        host_activations=crossing + attending + arranged,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Literal
 
 from zinfer.chunks.table import ChunkId
 
@@ -77,6 +78,23 @@ class Placement:
         return self.home[chunk] is self.compute_tier
 
 
+Attend = Literal["resident", "device", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlan:
+    """Where the pages of the KV cache live, in which format, and where attention meets them.
+
+    "resident": in the compute tier, where everything is computed.  Pages in host memory below a device either come
+    up to it for every use ("device"), or are attended by the host where they are, queries going down and results up
+    ("host").  `dtype` is a word of ModelSpec.dtype or "INT8"; None: the model's.
+    """
+
+    tier: Tier = Tier.HOST
+    dtype: str | None = None
+    attend: Attend = "resident"
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What the plan is for: `batch` sequences at once, `prompt_len` tokens and `gen_len` to generate on average.
@@ -98,6 +116,7 @@ class Workload:
     lengths: tuple[int, ...] = ()
     logit_rows: int | None = None
     cache_tokens: int | None = None
+    kv: KvPlan = KvPlan()
 
     @property
     def context(self) -> int:

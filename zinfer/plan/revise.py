@@ -80,7 +80,8 @@ def _again(
     schedule = build_schedule(plan.table, placement)
     load = decode_load(workload)
     _, steady = simulate_load(spec, plan.table, placement, schedule, machine, load, exact=plan.exact)
-    curve = compute_curve(spec, engine_of(machine, tier), workload, exact=plan.exact).scaled(scale)
+    engine = engine_of(machine, tier)
+    curve = compute_curve(spec, engine, workload, exact=plan.exact, machine=machine).scaled(scale)
     return judge(workload, reserve, Choice(plan.limit, plan.table, placement, schedule, steady), curve)
 
 

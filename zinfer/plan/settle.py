@@ -144,7 +144,7 @@ def _remedy(
         else need.host - resolved.host_limit_bytes
     )
     length = workload.context
-    excess = -(-missing // (workload.batch * spec.kv_bytes_per_token))
+    excess = -(-missing // (workload.batch * spec.kv_token_bytes(workload.kv.dtype or spec.dtype)))
     context = (length - excess) // KV_PAGE_TOKENS * KV_PAGE_TOKENS
     if context > 0:
         return f"--set runtime.context={context}"

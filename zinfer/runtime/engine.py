@@ -14,7 +14,7 @@ from zinfer.kernels.products import prepare
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.kvcache.spill import spill_folder
-from zinfer.layers.attention import prepare_attention
+from zinfer.layers.shapes import prepare_attention
 from zinfer.memory.assemble import open_manager
 from zinfer.memory.heap import give_freed_memory_back
 from zinfer.memory.manager import ChunkManager
@@ -95,7 +95,7 @@ class Engine:
 
         With another cache all sequences are computed again.  Raises BudgetError ZI-2401, and the old plan holds.
         """
-        has_other_cache = plan.kv_tokens != self.plan.kv_tokens
+        has_other_cache = (plan.kv_tokens, plan.workload.kv) != (self.plan.kv_tokens, self.plan.workload.kv)
         if has_other_cache:
             self.loop.scheduler.preempt_all()
         self.manager.adopt(
@@ -105,7 +105,7 @@ class Engine:
         )
         if has_other_cache:
             self.kv.end()
-            self.kv = self.loop.kv = _open_cache(self.model, plan, self.manager.device)
+            self.kv = self.loop.kv = _open_cache(self.model, plan, self.manager)
         self.plan = plan
         self.stats.forecast = plan.forecast
         self.loop.executor.follow(plan.schedule)
@@ -134,7 +134,12 @@ class Engine:
         self.stats.token_rows = self.loop.budget.rows
         if self.recorder.is_recording:
             self.recorder.add(
-                Span(move.link, f"chunk {move.chunk}", move.begin_s, move.end_s)
+                Span(
+                    move.link,
+                    "rows" if move.chunk is None else f"chunk {move.chunk}",
+                    move.begin_s,
+                    move.end_s,
+                )
                 for move in self.manager.log.drain()
             )
 
@@ -155,13 +160,13 @@ def open_engine(
         plan.budget,
         device=plan.device,
         machine=plan.machine,
-        reservations={plan.placement.compute_tier: _reservations(plan)},
+        reservations=_reservations(plan),
         verify=model.resolved.settings.runtime.verify,
         wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
     )
     spec = model.spec
     recorder = Recorder() if trace is None else TraceRecorder()
-    kv = _open_cache(model, plan, manager.device)
+    kv = _open_cache(model, plan, manager)
     executor = Executor(
         spec,
         plan.table,
@@ -189,20 +194,28 @@ def open_engine(
     return Engine(model, plan, manager, kv, loop, stats, recorder, begin_s, trace)
 
 
-def _reservations(plan: Plan) -> dict[str, int]:
-    return {"kv": plan.reserve.kv, "activations": plan.reserve.activations}
-
-
-def _open_cache(model: Model, plan: Plan, device: torch.device) -> PagedKv:
+def _open_cache(model: Model, plan: Plan, manager: ChunkManager) -> PagedKv:
+    kv = plan.workload.kv
     return PagedKv(
         num_layers=model.spec.num_layers,
         num_kv_heads=model.spec.num_kv_heads,
         head_dim=model.spec.head_dim,
         num_pages=plan.kv_tokens // PAGE_TOKENS,
-        dtype=model.spec.dtype,
-        device=device,
+        dtype=kv.dtype or model.spec.dtype,
+        device=manager.device if kv.attend == "resident" else "cpu",
+        attend=kv.attend,
+        crossing=manager.transfer,
         spill_folder=spill_folder(model.resolved.settings.memory.disk, model.folder),
     )
+
+
+def _reservations(plan: Plan) -> dict[Tier, dict[str, int]]:
+    """What holds no weights, by tier."""
+    reserve, tier = plan.reserve, plan.placement.compute_tier
+    found = {tier: {"kv": reserve.kv, "activations": reserve.activations}}
+    if tier is not Tier.HOST:
+        found[Tier.HOST] = {"kv": reserve.host_kv, "activations": reserve.host_activations}
+    return found
 
 
 def _wants_spill(model: Model, plan: Plan, budget: TokenBudget) -> Callable[[int], bool]:
@@ -210,10 +223,11 @@ def _wants_spill(model: Model, plan: Plan, budget: TokenBudget) -> Callable[[int
     than feeding it again, or as the settings say."""
     how = model.resolved.settings.runtime.preempt
     disk = plan.machine.disk_read
+    row_bytes = model.spec.kv_token_bytes(plan.workload.kv.dtype or model.spec.dtype)
 
     def wants_spill(tokens: int) -> bool:
         if how != "auto":
             return how == "spill"
-        return 2 * disk.seconds(tokens * model.spec.kv_bytes_per_token) < budget.extra_s(tokens)
+        return 2 * disk.seconds(tokens * row_bytes) < budget.extra_s(tokens)
 
     return wants_spill

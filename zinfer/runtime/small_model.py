@@ -54,7 +54,8 @@ class SmallModel:
             dtype=dtype,
             device=device,
         )
-        self._kv.slab.zero_()
+        for plane in self._kv.planes.tensors:
+            plane.zero_()
         self._kv.open(0, _MAX_TOKENS)
 
     @property

@@ -4,9 +4,37 @@ from __future__ import annotations
 
 from zinfer.spec.records import DTYPE_BYTES
 
-FP32 = 4
 KV_BLOCK = 256  # tokens; attention cuts keys at multiples of it, counted from the sequence's first token
 QUERY_ROWS = 128  # most rows of scores per key-value head (new rows times heads of a group) at once
+STACK_BYTES = (
+    4 * 2**20
+)  # of keys, values, scores and sums that one call carries, if it carries several sequences
+FP32 = 4
+
+
+def piece_bytes(kv_heads: int, head_dim: int, keys: int, query_rows: int) -> int:
+    """fp32 keys and values of one sequence's block, scores, queries, and sums while two of them are merged."""
+    return FP32 * kv_heads * (2 * keys * head_dim + query_rows * keys + 6 * query_rows * head_dim)
+
+
+def stacked_pieces(kv_heads: int, head_dim: int, keys: int, query_rows: int) -> int:
+    """How many pieces of `query_rows` rows (new rows times heads of a group) one call of exact attention carries."""
+    return max(STACK_BYTES // piece_bytes(kv_heads, head_dim, keys, query_rows), 1)
+
+
+def fused_sequences(kv_heads: int, head_dim: int, keys: int, element_bytes: int) -> int:
+    """How many sequences one call of torch's own attention carries, `keys` keys of each."""
+    return max(STACK_BYTES // (2 * element_bytes * kv_heads * keys * head_dim), 1)
+
+
+def kernel_bytes(rows: int, context: int, heads: int, head_dim: int) -> int:
+    """What a fused kernel keeps to itself, for one sequence: keys and values packed by head, fp32 sums of its rows."""
+    return 2 * min(rows, context) * heads * head_dim * FP32
+
+
+def arranged_bytes(rows: int, context: int, sequences: int) -> int:
+    """What a pass works out once for all layers and keeps to its end: which row sees what, where the keys lie."""
+    return 2 * KV_BLOCK * rows + 8 * min(sequences, rows) * (context + KV_BLOCK)
 
 
 def attention_workspace_bytes(
@@ -18,41 +46,34 @@ def attention_workspace_bytes(
     exact: bool,
     *,
     kv_heads: int | None = None,
+    sequences: int | None = None,
+    kv_dtype: str | None = None,
 ) -> int:
     """Peak bytes of one `attend` call for `rows` new rows, the longest sequence ending at `context` tokens.
 
-    The output [rows, heads, head_dim] is counted, queries, keys and values are not.  `dtype` is the word of
-    ModelSpec.dtype.  Without `kv_heads` as many key-value heads as heads are assumed, the worst case.
+    The output [rows, heads, head_dim] is counted; queries, keys, values and `arranged_bytes` are not.  `dtype` is
+    the word of ModelSpec.dtype.  Without `kv_heads` as many key-value heads as heads are assumed, without
+    `sequences` one per row: the worst cases.  `kv_dtype` is the format of the pages: without it as `dtype`.
     """
     kv_heads = heads if kv_heads is None else kv_heads
-    output = rows * heads * head_dim * DTYPE_BYTES[dtype]
-    blockwise = _blockwise_bytes(rows, context, heads, kv_heads, head_dim, DTYPE_BYTES[dtype])
+    sequences = rows if sequences is None else min(sequences, rows)
+    group = heads // kv_heads
+    width = DTYPE_BYTES[dtype]
+    output = rows * heads * head_dim * width
+    alone = max(min(max(2 * rows, 8) * group, QUERY_ROWS), group)
+    stacked = max(min(alone, QUERY_ROWS // 2), group)
+    blockwise = max(
+        piece_bytes(kv_heads, head_dim, KV_BLOCK, alone),
+        min(STACK_BYTES, 2 * sequences * piece_bytes(kv_heads, head_dim, KV_BLOCK, stacked)),
+    )
+    # Keys and values as they are gathered from their pages, and the result in its own dtype.
+    gathered = 1 + FP32 if kv_dtype == "INT8" else width  # bytes of an element as it is gathered and widened
+    blockwise += blockwise * gathered // FP32
     if exact:
         return output + blockwise
-    # One fused call per sequence: its own output, and at worst its keys and values gathered from scattered pages.
-    sequence = min(rows, context) * heads * head_dim * DTYPE_BYTES[dtype]
-    gathered = 2 * context * kv_heads * head_dim * DTYPE_BYTES[dtype] if rows < context else 0
-    private = kernel_bytes(rows, context, heads, head_dim)
-    return output + max(blockwise if rows < context else 0, sequence + gathered + private)
-
-
-def kernel_bytes(rows: int, context: int, heads: int, head_dim: int) -> int:
-    """What a fused kernel keeps to itself, for one sequence: keys and values packed by head, fp32 sums of its rows."""
-    return 2 * min(rows, context) * heads * head_dim * FP32
-
-
-def _blockwise_bytes(rows: int, context: int, heads: int, kv_heads: int, head_dim: int, width: int) -> int:
-    """The most that is alive in `_blockwise`, step by step; the names are those of its tensors."""
-    group = heads // kv_heads
-    score_rows = max(min(max(2 * rows, 8) * group, QUERY_ROWS), group)
-    q = kv_heads * score_rows * head_dim * FP32  # also `total`, a block's share of it, and the result
-    k = kv_heads * KV_BLOCK * head_dim * FP32
-    scores = kv_heads * score_rows * KV_BLOCK * FP32
-    small = score_rows * (KV_BLOCK + 6 * kv_heads * FP32)  # the mask, maxima and sums of rows
-    # Half precision is padded, and joined where past and new rows meet, before it is widened.
-    narrow = (k // FP32 * width) * ((width < FP32) + (rows < context))
-    return small + max(
-        3 * q + q // FP32 * width,  # queries padded, widened, scaled, put in order
-        2 * q + 2 * k + max(narrow, scores),
-        3 * q + k + scores,
-    )
+    # One fused call: a whole prompt, with its own output; or gathered keys and values of stacked sequences.
+    prompt = min(rows, context) * heads * head_dim * width + kernel_bytes(rows, context, heads, head_dim)
+    element = gathered + width if kv_dtype == "INT8" else width
+    of_one = 2 * context * kv_heads * head_dim * element
+    decode = max(of_one, min(STACK_BYTES * element // width, sequences * of_one))
+    return output + max(blockwise, prompt, decode)

@@ -32,23 +32,53 @@ def attention_flops(spec: ModelSpec, rows: int, context: int) -> int:
     return 4 * rows * context * spec.num_heads * spec.head_dim
 
 
+def attention_bytes(
+    spec: ModelSpec, rows: int, context: int, sequences: int, *, exact: bool, kv_dtype: str | None = None
+) -> int:
+    """The workspace of one layer's attention; see `attention_workspace_bytes`."""
+    return attention_workspace_bytes(
+        rows,
+        context,
+        spec.num_heads,
+        spec.head_dim,
+        spec.dtype,
+        exact,
+        kv_heads=spec.num_kv_heads,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+    )
+
+
 def activation_peak_bytes(
-    spec: ModelSpec, rows: int, logit_rows: int, context: int, *, exact: bool = True
+    spec: ModelSpec,
+    rows: int,
+    logit_rows: int,
+    context: int,
+    *,
+    exact: bool = True,
+    kv_dtype: str | None = None,
 ) -> int:
     """The most bytes of activations alive at once in a pass of one micro-batch; see `activation_bytes`."""
-    costs = activation_bytes(spec, rows, logit_rows, context, exact=exact)
+    costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
     return max(cost.peak for cost in costs.values())
 
 
 def activation_bytes(
-    spec: ModelSpec, rows: int, logit_rows: int, context: int, *, exact: bool = True
+    spec: ModelSpec,
+    rows: int,
+    logit_rows: int,
+    context: int,
+    *,
+    exact: bool = True,
+    kv_dtype: str | None = None,
 ) -> dict[str, OpBytes]:
     """Activation bytes per op kind, for `rows` new rows of which `logit_rows` want logits.
 
-    `context` is the length of the longest sequence at the end of the pass.  Embedding rows count until they are
+    `context` is the length of the longest sequence at the end of the pass; as many sequences are assumed as rows
+    that want logits.  Embedding rows count until they are
     added up; weights and the KV cache do not count.
     """
-    flow = _FlowBytes(spec, rows, logit_rows, context, exact)
+    flow = _FlowBytes(spec, rows, logit_rows, context, exact, kv_dtype)
     costs: dict[str, OpBytes] = {}
     # Two layers stand for all: the first makes the rotary tables and, where norms come behind, has one norm less.
     for op in spec.program:
@@ -67,6 +97,7 @@ class _FlowBytes:
     logit_rows: int
     context: int
     exact: bool
+    kv_dtype: str | None
     live: dict[str, int] = field(default_factory=dict)
     peak: int = 0
 
@@ -201,14 +232,8 @@ class _FlowBytes:
     def _attention(self) -> None:
         spec = self.spec
         self._touch(
-            attention_workspace_bytes(
-                self.rows,
-                self.context,
-                spec.num_heads,
-                spec.head_dim,
-                spec.dtype,
-                self.exact,
-                kv_heads=spec.num_kv_heads,
+            attention_bytes(
+                spec, self.rows, self.context, self.logit_rows, exact=self.exact, kv_dtype=self.kv_dtype
             )
         )
         self._become("input", self._size(spec.num_heads * spec.head_dim), "query", "key")

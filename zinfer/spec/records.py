@@ -8,6 +8,11 @@ from typing import Literal
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
+def kv_row_bytes(num_kv_heads: int, head_dim: int, dtype: str) -> int:
+    """Bytes of one token's keys and values in one layer; "INT8" has an fp32 scale per head."""
+    return 2 * num_kv_heads * (head_dim + 4 if dtype == "INT8" else head_dim * DTYPE_BYTES[dtype])
+
+
 @dataclass(frozen=True, slots=True)
 class WeightRef:
     """One weight (or a block of its rows) that an op reads.
@@ -131,4 +136,8 @@ class ModelSpec:
     @property
     def kv_bytes_per_token(self) -> int:
         """Key and value bytes of one token over all layers, in the model's dtype."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.kv_token_bytes(self.dtype)
+
+    def kv_token_bytes(self, dtype: str) -> int:
+        """The same in another format: `dtype` may be "INT8"."""
+        return self.num_layers * kv_row_bytes(self.num_kv_heads, self.head_dim, dtype)
