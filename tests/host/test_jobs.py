@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 from faulty_disk import ForgetfulDisk, PowerCutError, StepDisk, disk_full, io_error
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from job_engines import DEFAULTS, QuickLLM, run_job
 from tiny_models import write_tiny
 
+import zinfer
 import zinfer.jobs.run as run_module
 from zinfer import LLM
 from zinfer.errors import BudgetError, CheckpointError, MachineError, UsageError
@@ -111,6 +114,30 @@ def test_chats_are_refused_one_by_one_where_there_is_no_tokenizer(llm, tmp_path)
     assert [r["error"]["code"] for r in read(tmp_path / "out.jsonl")] == ["ZI-4601", "ZI-4601"]
 
 
+def test_conversations_go_through_the_checkpoints_template(tmp_path):
+    demo = Path(zinfer.__file__).parent / "assets" / "demo"
+    shutil.copytree(demo, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    talks = [[{"role": "user", "content": text}] for text in ("import os", "def f", "x")]
+    lines = [
+        {"custom_id": str(i), "url": "/v1/chat/completions", "body": {"messages": talk, "logprobs": True}}
+        for i, talk in enumerate(talks)
+    ]
+    lines.append({"custom_id": "bad", "url": "/v1/chat/completions", "body": {"messages": []}})
+    with LLM(tmp_path / "model", machine="sim-default", device="cpu", threads=1) as llm:
+        assert run_job(llm, write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl").faults == 1
+        found = {r["custom_id"]: r for r in read(tmp_path / "out.jsonl")}
+        for i, talk in enumerate(talks):
+            expected = llm.chat(talk, DEFAULTS).outputs[0]
+            (choice,) = found[str(i)]["response"]["body"]["choices"]
+            assert choice["message"] == {"role": "assistant", "content": expected.text}
+            tokens = choice["logprobs"]["content"]
+            assert "".join(token["token"] for token in tokens) == expected.text
+            assert all(token["logprob"] <= 0 for token in tokens)
+    assert found["bad"]["error"]["code"] == "ZI-1706"
+
+
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers(tmp_path):
     folder = write_tiny("llama", tmp_path / "model", max_position_embeddings=100_000)
     with LLM(folder, machine="sim-default", device="cpu", threads=1, memory={"host": "2MiB"}) as llm:
@@ -155,6 +182,13 @@ def test_fields_that_cannot_be_meant(body, code):
     assert isinstance(fault, Fault)
     assert (fault.error.code, fault.custom_id, fault.form) == (code, "a", "completions")
     assert fault.error.remedy
+
+
+def test_a_fault_says_as_much_of_its_line_as_could_be_read():
+    fault = read_line(1, b'{"custom_id": "a", "url": "/v1/embeddings", "body": {}}', DEFAULTS)
+    assert (fault.error.code, fault.custom_id, fault.form) == ("ZI-1702", "a", "completions")
+    fault = read_line(1, b'{"custom_id": 5, "prompt": "x"}', DEFAULTS)
+    assert (fault.error.code, fault.custom_id, fault.form) == ("ZI-1703", None, "plain")
 
 
 def test_fields_that_are_understood():

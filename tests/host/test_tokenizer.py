@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zinfer.errors import CheckpointError, UsageError
-from zinfer.tokenizer import Tokenizer, load_tokenizer
+from zinfer.tokenizer import Renderer, Tokenizer, load_tokenizer
 from zinfer.tokenizer import chat as chat_module
+from zinfer.tokenizer import renderer as renderer_module
 from zinfer.tokenizer import text as text_module
 
 CORPUS = [
@@ -360,6 +361,27 @@ def test_a_runaway_template_ends_in_a_refusal(monkeypatch, template):
     with pytest.raises(CheckpointError) as caught:
         render(template)
     assert caught.value.code == "ZI-4606"
+
+
+def test_one_process_renders_many_and_a_runaway_costs_only_itself(monkeypatch):
+    monkeypatch.setattr(chat_module, "DEADLINE_S", 0.2)
+    with Renderer() as renderer:
+        assert render("A{{ messages | length }}", renderer=renderer) == "A3"
+        first = renderer._process.pid
+        assert render("{{ messages[0].role }}", renderer=renderer) == CHAT[0]["role"]
+        assert renderer._process.pid == first
+        with pytest.raises(CheckpointError, match="did not end within"):
+            render(RUNAWAYS["loops"], renderer=renderer)
+        assert render("B", renderer=renderer) == "B"
+        assert renderer._process.pid != first
+        with pytest.raises(UsageError, match="ZI-1402"):
+            render("{{ raise_exception('no') }}", renderer=renderer)
+        monkeypatch.setattr(renderer_module, "_MOST_JOBS", 3)
+        pids = {render("C", renderer=renderer) and renderer._process.pid for _ in range(4)}
+        assert len(pids) == 2, "a process is replaced after so many"
+        last = renderer._process
+    assert last.poll() is not None
+    assert last.stdout.closed
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from zinfer.sampling.params import SamplingParams
 Form: TypeAlias = Literal["plain", "completions", "chat"]
 URLS: dict[str, Form] = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 MAX_ID_CHARS = 512
-_LINE_FIELDS = {"custom_id", "method", "url", "body"}
+_OPENAI_FIELDS = {"method", "url", "body"}
+_LINE_FIELDS = _OPENAI_FIELDS | {"custom_id"}
 # What changes nothing here: bookkeeping of the service that the lines were written for.
 _IGNORED = {"model", "user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"}
 # Understood at one value only: that at which it does nothing.
@@ -80,6 +81,14 @@ def key_of(line: int, digest: str, custom_id: str | None) -> str:
     return f"{line}:{digest}" if custom_id is None else f"id:{custom_id}"
 
 
+def custom_id_of(raw: bytes) -> str | None:
+    """The line's custom_id where it has one that can be meant.  Never raises."""
+    try:
+        return _custom_id(_object(raw))
+    except ZinferError:
+        return None
+
+
 def read_line(number: int, raw: bytes, defaults: SamplingParams) -> JobRequest | Fault:
     """Parse line `number` (from 1); what it leaves out is as in `defaults`.  Never raises.
 
@@ -90,8 +99,9 @@ def read_line(number: int, raw: bytes, defaults: SamplingParams) -> JobRequest |
     custom_id = None
     try:
         fields = _object(raw)
-        form = _form(fields)
+        form = "completions" if fields.keys() & _OPENAI_FIELDS else "plain"  # of a fault in what follows
         custom_id = _custom_id(fields)
+        form = _form(fields)
         request = (
             _plain(number, digest, custom_id, fields, defaults)
             if form == "plain"
@@ -117,7 +127,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _form(fields: Mapping[str, Any]) -> Form:
-    if not fields.keys() & {"url", "body", "method"}:
+    if not fields.keys() & _OPENAI_FIELDS:
         return "plain"
     url = fields.get("url")
     if not isinstance(url, str) or url not in URLS:

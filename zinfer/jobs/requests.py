@@ -1,6 +1,6 @@
 """The input of a job.  In: a file of lines.  Out: its Survey, and the lines again, one at a time.
 
-However long the file, memory holds one line and a few dozen bytes for each.
+However long the file, memory holds one line and less than a hundred bytes for each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 
 from zinfer.checkpoint.strict_json import MAX_JSON_BYTES
 from zinfer.errors import CheckpointError, UsageError
-from zinfer.jobs.line import Fault, JobRequest, read_line
+from zinfer.jobs.line import Fault, JobRequest, custom_id_of, read_line
 from zinfer.sampling.params import SamplingParams
 
 
@@ -50,12 +50,11 @@ def survey(path: Path) -> Survey:
     whole = xxh3_128()
     hashes, lines = bytearray(), array("Q")
     num_lines = num_requests = 0
-    plain = SamplingParams()
     for number, raw in read_lines(path):
         num_lines, num_requests = number, num_requests + 1
         whole.update(b"%d:%d:" % (number, len(raw)))
         whole.update(raw)
-        custom_id = read_line(number, raw, plain).custom_id
+        custom_id = custom_id_of(raw)
         if custom_id is not None:
             hashes += xxh3_128_digest(custom_id.encode("utf-8", "surrogatepass"))
             lines.append(number)

@@ -31,6 +31,7 @@ from zinfer.runtime.model import Model
 from zinfer.runtime.request import RequestOutput
 from zinfer.runtime.stats import Stats
 from zinfer.sampling.params import SamplingParams
+from zinfer.tokenizer import Renderer
 
 MAX_WAITING = 1024
 REPORT_EVERY_S = 0.5
@@ -212,22 +213,23 @@ class Job:
     def _generate(self, put: Callable[[Entry], None], output: JobOutput, found: Survey) -> None:
         """Run the passes: what is left of the input in, results out."""
         decode = _decoder(self._llm.model)
-        prompts = self._prompts(put, output, found)
-        outputs = self._llm.generate_iter(prompts)
-        try:
-            for finished in outputs:
-                request = self._flying.pop(finished.request_id)
-                if finished.error is not None:  # more cache than this budget could ever give
-                    put(fault_answer(request.fault(finished.error)))
-                    continue
-                put(answer(request, finished, begun_s=output.begun_s, model=self._model_name, decode=decode))
-                self._brake.check()
-        finally:
-            if isinstance(outputs, Generator):
-                outputs.close()  # gives its cache pages back now
+        with Renderer() as renderer:
+            outputs = self._llm.generate_iter(self._prompts(put, output, found, renderer))
+            try:
+                for finished in outputs:
+                    request = self._flying.pop(finished.request_id)
+                    if finished.error is not None:  # more cache than this budget could ever give
+                        put(fault_answer(request.fault(finished.error)))
+                        continue
+                    name = self._model_name
+                    put(answer(request, finished, begun_s=output.begun_s, model=name, decode=decode))
+                    self._brake.check()
+            finally:
+                if isinstance(outputs, Generator):
+                    outputs.close()  # gives its cache pages back now
 
     def _prompts(
-        self, put: Callable[[Entry], None], output: JobOutput, found: Survey
+        self, put: Callable[[Entry], None], output: JobOutput, found: Survey, renderer: Renderer
     ) -> Iterator[tuple[list[int], SamplingParams]]:
         """Requests whose result is not on disk yet, read as the engine asks for them; faults go straight out."""
         position = 0
@@ -236,7 +238,8 @@ class Job:
             if number >= len(output.done) or output.done[number]:
                 continue
             request = request_of(number, raw, self._defaults, found.repeated)
-            ids = ids_of(request, self._llm.model) if isinstance(request, JobRequest) else request
+            model = self._llm.model
+            ids = ids_of(request, model, renderer) if isinstance(request, JobRequest) else request
             if isinstance(ids, Fault):
                 put(fault_answer(ids))
                 continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from zinfer.tokenizer.renderer import Renderer
 from zinfer.tokenizer.stream import IncrementalDecoder
 from zinfer.tokenizer.text import Tokenizer, load_tokenizer
 
-__all__ = ["IncrementalDecoder", "Tokenizer", "load_tokenizer"]
+__all__ = ["IncrementalDecoder", "Renderer", "Tokenizer", "load_tokenizer"]

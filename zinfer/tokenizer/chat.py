@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from zinfer.errors import CheckpointError, UsageError
+from zinfer.tokenizer.renderer import DiedError, Renderer
 
 MAX_TEMPLATE_BYTES = 256 * 2**10
 MAX_OUTPUT_BYTES = 4 * 2**20
 DEADLINE_S = 1.0  # of computing, for the template alone
 MEMORY_BYTES = 2**30
-_CHILD = Path(__file__).with_name("render.py")
-_START_S = 60  # for a new interpreter on a machine that is very busy
 
 
 def find_templates(own_file: str | None, in_config: object, older: object) -> dict[str, str]:
@@ -38,8 +33,11 @@ def render_chat(
     chosen: str | None,
     messages: Sequence[Mapping[str, Any]],
     values: Mapping[str, Any],
+    renderer: Renderer | None = None,
 ) -> str:
     """Render `messages` with the chosen template in a process of its own, which has little time and memory.
+
+    `renderer` keeps that process for the conversations to come.
 
     A template is a program by a stranger: Jinja's sandbox keeps it from files and objects, only a process can be
     kept from eating time and memory.  Raises UsageError ZI-1401 (no template), ZI-1402 (the conversation is not
@@ -60,23 +58,10 @@ def render_chat(
     job = {"template": template, "values": {**values, "messages": chat}, "output_bytes": MAX_OUTPUT_BYTES}
     job |= {"deadline_s": DEADLINE_S, "memory_bytes": MEMORY_BYTES}
     try:
-        # -P: the folder of render.py must not shadow the standard library.
-        done = subprocess.run(
-            [sys.executable, "-P", str(_CHILD)],
-            input=json.dumps(job, default=_placeholder).encode(),
-            capture_output=True,
-            timeout=_START_S + DEADLINE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise _runaway(f"did not end within {DEADLINE_S:g} s") from None
-    if done.returncode == -signal.SIGPROF:
-        raise _runaway(f"did not end within {DEADLINE_S:g} s")
-    if done.returncode != 0:
-        raise _runaway(
-            f"died with exit code {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}"
-        )
-    answer = json.loads(done.stdout)
+        with ExitStack() as stack:
+            answer = (renderer or stack.enter_context(Renderer())).render(job, DEADLINE_S)
+    except DiedError as error:
+        raise _runaway(str(error)) from None
     match answer["kind"]:
         case "text":
             return str(answer["text"])
@@ -107,11 +92,6 @@ def _choose(templates: Mapping[str, str], chosen: str | None, has_tools: bool) -
             remedy="continue plain text with `zinfer generate -p TEXT`, or llm.chat(messages, chat_template=TEXT)",
         )
     return templates[name]
-
-
-def _placeholder(value: object) -> str:
-    """What JSON does not know (images, arrays) is only named; templates ask no more than whether it is there."""
-    return f"<{type(value).__name__}>"
 
 
 def _runaway(what: str) -> CheckpointError:

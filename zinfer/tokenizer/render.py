@@ -1,6 +1,6 @@
-"""The process that renders a chat template.  In: a job as JSON on stdin.  Out: an answer as JSON on stdout.
+"""The process that renders a chat template.  In: jobs, a line of JSON each.  Out: answers likewise.
 
-Started by chat.py, never imported.  Knows jinja2 and the standard library only.
+Started by renderer.py, never imported.  Knows jinja2 and the standard library only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -89,18 +90,16 @@ def render(job: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Read the job, give up time and memory, render, answer."""
-    raw = b""
-    while piece := os.read(0, 2**20):
-        raw += piece
-    job = json.loads(raw)
-    resource.setrlimit(resource.RLIMIT_AS, (job["memory_bytes"], job["memory_bytes"]))
-    # Counts seconds of computing and kills: a handler would wait for a long computation in C to end.
-    signal.setitimer(signal.ITIMER_PROF, job["deadline_s"])
-    answer = json.dumps(render(job)).encode()
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    while answer:
-        answer = answer[os.write(1, answer) :]
+    """Read jobs; for each give up time and memory, render, answer."""
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        resource.setrlimit(resource.RLIMIT_AS, (job["memory_bytes"], job["memory_bytes"]))
+        # Counts seconds of computing and kills: a handler would wait for a long computation in C to end.
+        signal.setitimer(signal.ITIMER_PROF, job["deadline_s"])
+        answer = json.dumps(render(job)).encode() + b"\n"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        while answer:
+            answer = answer[os.write(1, answer) :]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tokenizers
 
 from zinfer.errors import CheckpointError
 from zinfer.tokenizer.chat import find_templates, render_chat
+from zinfer.tokenizer.renderer import Renderer
 from zinfer.tokenizer.stream import IncrementalDecoder
 
 MAX_TOKENIZER_BYTES = 64 * 2**20  # the largest published one has 33 MB
@@ -80,12 +81,14 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        renderer: Renderer | None = None,
         **variables: Any,
     ) -> str:
         """Render a conversation to text, special tokens spelled out: encode it without adding more.
 
         `chat_template` is a template's name or its Jinja text; by default the checkpoint's own, or its "tool_use"
-        where tools are given.  Raises UsageError ZI-1401 to ZI-1403, CheckpointError ZI-4605 to ZI-4606.
+        where tools are given.  A `renderer` spares many conversations a process each.
+        Raises UsageError ZI-1401 to ZI-1403, CheckpointError ZI-4605 to ZI-4606.
         """
         values = {
             **self.special_tokens,
@@ -94,7 +97,7 @@ class Tokenizer:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        return render_chat(self.templates, chat_template, messages, values)
+        return render_chat(self.templates, chat_template, messages, values, renderer)
 
     def _is_silent(self, token_id: int) -> bool:
         return token_id in self._special_ids or self._core.id_to_token(token_id) is None
