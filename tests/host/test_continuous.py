@@ -40,7 +40,7 @@ def short_of(folder, **options):
 
 
 def outputs_of(folder, **options):
-    with LLM(folder, **FIXED, **options) as llm:
+    with LLM(folder, **FIXED | options) as llm:
         outputs = list(llm.generate_iter(jobs(), ordered=True))
         assert [output.request_id for output in outputs] == list(range(len(RAGGED)))
         return [output.outputs[0].token_ids for output in outputs], llm.stats, llm.plan
@@ -95,6 +95,22 @@ def test_micro_batches_change_nothing(tiny, alone, monkeypatch):
     assert plan.placement.slots > 0, "weights were streamed"
     assert any(len(rows) > 2 for rows in sizes), "passes held several micro-batches"
     assert max(max(rows) for rows in sizes) <= 5
+
+
+def test_parked_micro_batches_change_nothing(tiny, alone):
+    """Hidden states of waiting micro-batches lie in host memory below a device that is short of it."""
+    options = {"max_batch": 5, "max_rows": 24, "micro_rows": 5, "device": "sim", "park": "always"}
+    memory = {"device": "1200KiB", "host": "1GiB"}
+    found, stats, plan = outputs_of(tiny, memory=memory, **options)
+    assert found == alone
+    assert plan.schedule.parks and plan.reserve.host_activations > 0
+    assert plan.placement.slots > 0, "weights were streamed"
+    parked = [done for done in stats.passes if done.rows > 5]
+    assert parked and all(done.num_bytes["d2h"] > 0 for done in parked), "they went down"
+    assert all("d2h" not in done.num_bytes for done in stats.passes if done.rows <= 5)
+    unparked, _, other = outputs_of(tiny, memory=memory, **options | {"park": "never"})
+    assert unparked == alone
+    assert other.reserve.activations > plan.reserve.activations, "which is what it is for"
 
 
 def test_a_changed_draw_is_seen(tiny, alone, monkeypatch):

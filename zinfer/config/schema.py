@@ -35,6 +35,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.kv_tokens=auto",
     "runtime.watch_moments=false",
     "runtime.preempt=auto",
+    "runtime.park=auto",
     "runtime.watch_moments=false",
     "machine=sim-default",
 )
@@ -93,6 +94,9 @@ class Runtime(_Group):
     kv_tokens: Annotated[int, Field(ge=1)] | Auto = "auto"  # what the cache holds, all sequences together
     watch_moments: bool = (
         False  # in the first pass, what each moment needs beside weights; more than planned is met
+    )
+    park: Literal["auto", "always", "never"] = (
+        "auto"  # hidden states of waiting micro-batches below the device
     )
     preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 

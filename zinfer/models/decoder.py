@@ -6,7 +6,7 @@ F MLP width, E embedding width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,22 @@ class Flow:
         assert isinstance(value, Tensor), f"the flow has no {name}: ops were run out of order"
         setattr(self, name, None)
         return value
+
+    def move(self, carry: Callable[[Tensor], Tensor]) -> None:
+        """Carry everything that waits for the next op elsewhere; what is held under two names stays one tensor."""
+        moved: dict[int, Tensor] = {}
+
+        def once(x: Tensor) -> Tensor:
+            if id(x) not in moved:
+                moved[id(x)] = carry(x)
+            return moved[id(x)]
+
+        self.rows = {role: once(x) for role, x in self.rows.items()}
+        if self.rotary is not None:
+            self.rotary = (once(self.rotary[0]), once(self.rotary[1]))
+        for name in ("stream", "input", "output", "query", "key", "gate", "branch", "logits"):
+            if (x := getattr(self, name)) is not None:
+                setattr(self, name, once(x))
 
     def take_logits(self) -> Tensor:
         """The pass's result, fp32 [R, V]."""

@@ -69,7 +69,7 @@ def choose(
                 placement = place(table, budget, compute_tier=compute_tier, reserve=reserve, lookahead=count)
             except BudgetError:
                 continue
-            schedule = build_schedule(table, placement)
+            schedule = build_schedule(table, placement, parks=workload.parks)
             load = decode_load(workload)
             _, steady = simulate_load(spec, table, placement, schedule, machine, load, exact=exact)
             likely_s = steady.seconds * (_LONE_FETCH_LOSS if count == 1 else 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 from zinfer.config.machine import Compute, Machine
 from zinfer.plan.cost import OpCosts, PassLoad
 from zinfer.plan.records import Workload
-from zinfer.spec.records import ModelSpec, Op
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 
 _GROUPS = {"q": "attention", "k": "attention", "v": "attention", "qkv": "attention", "o": "attention"}
 _GROUPS |= {"gate": "mlp", "up": "mlp", "gate_up": "mlp", "down": "mlp"}
@@ -86,8 +86,17 @@ def compute_curve(
         costs = OpCosts(spec, engine, _mixed_load(workload, count), exact=exact, machine=machine)
         for key, op in example.items():
             seconds[group_of(op.kind)][at] += alike[key] * (costs.work(op) + costs.overhead_s)
+        seconds["ends"][at] += _parking_s(spec, machine, workload, count)
         seconds["ends"][at] += engine.token_overhead_s * min(count, workload.batch)
     return Curve(rows, {group: tuple(points) for group, points in seconds.items()})
+
+
+def _parking_s(spec: ModelSpec, machine: Machine | None, workload: Workload, rows: int) -> float:
+    """Hidden states of all rows go down and come up about once per layer."""
+    if machine is None or machine.h2d is None or not workload.parks or rows <= workload.rows_at_once:
+        return 0.0
+    nbytes = rows * spec.model_dim * DTYPE_BYTES[spec.dtype]
+    return spec.num_layers * (machine.h2d.seconds(nbytes) + (machine.d2h or machine.h2d).seconds(nbytes))
 
 
 def _row_counts(workload: Workload) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 from zinfer.units import round_up
 
 _FORMAT = 1
+_WAITING_SHARE = 0.02  # of a device: less than that is not worth the links' time
 _SPARE_ROWS = 2  # rows of a pass are planned for twice T*: the first passes may show that it lies higher
 
 
@@ -160,7 +161,7 @@ class Plan:
             raise UsageError(
                 "ZI-1011", f"{path} was made for another model", remedy="zinfer plan MODEL --save plan.json"
             )
-        return replace(plan, schedule=build_schedule(table, placement))
+        return replace(plan, schedule=build_schedule(table, placement, parks=plan.workload.parks))
 
 
 def make_plan(
@@ -330,9 +331,11 @@ class _Maker:
         objective = self.resolved.settings.runtime.objective
         found: list[Candidate] = []
         refused: BudgetError | None = None
-        for kv in kv_plans(self.spec, self.resolved, self.machine, settled):
+        for kv, parks in product(
+            kv_plans(self.spec, self.resolved, self.machine, settled), self._parks(settled)
+        ):
             try:
-                found.append(self._with_rows(replace(settled, kv=kv)))
+                found.append(self._with_rows(replace(settled, kv=kv, parks=parks)))
             except BudgetError as error:
                 refused = refused or error
             if found and not found[-1].choice.placement.slots:
@@ -341,6 +344,16 @@ class _Maker:
             assert refused is not None, "there is at least one place for a cache"
             raise refused
         return min(found, key=lambda candidate: cost_of(candidate, objective))
+
+    def _parks(self, settled: Workload) -> Sequence[bool]:
+        """Whether waiting micro-batches may go below the device: no, and also yes where they take much of it."""
+        park = self.resolved.settings.runtime.park
+        if self.tier is Tier.HOST or settled.num_micros == 1 or park == "never":
+            return (False,)
+        if park == "always":
+            return (True,)
+        waiting = self._reserve(settled).activations - self._reserve(replace(settled, parks=True)).activations
+        return (False, True) if waiting > self.budget.device * _WAITING_SHARE else (False,)
 
     def _with_rows(self, settled: Workload) -> Candidate:
         """Plan the workload; where far fewer rows are free than were asked for, the weights get their memory."""

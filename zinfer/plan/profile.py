@@ -77,10 +77,12 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
     waiting = max(cost.held for kind, cost in costs.items() if kind != "head")
     arranged = arranged_bytes(workload.prefill_rows, context, logit_rows)
-    activations = max(cost.peak for cost in costs.values()) + (workload.num_micros - 1) * waiting
+    activations = max(cost.peak for cost in costs.values())
+    parked = workload.num_micros * waiting if workload.parks else 0
+    activations += 0 if workload.parks else (workload.num_micros - 1) * waiting
     activations += arranged + ROW_STAGING_BYTES
     if kv.attend == "resident":
-        return Reserve(kv=kv_bytes(spec, workload), activations=activations)
+        return Reserve(kv_bytes(spec, workload), activations, host_activations=parked)
     if kv.attend == "device":
         activations += context * kv_row_bytes(spec.num_kv_heads, spec.head_dim, "F32")
     width = DTYPE_BYTES[spec.dtype]
@@ -89,5 +91,5 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     return Reserve(
         activations=activations,
         host_kv=kv_bytes(spec, workload),
-        host_activations=crossing + attending + arranged,
+        host_activations=crossing + attending + arranged + parked,
     )

@@ -51,10 +51,13 @@ class Schedule:
     """Steps of the first pass (which also loads what stays) and of every later one.
 
     The steady pass assumes that the leading streamed chunks are already on their way: look-ahead wraps around.
+    With `parks` a micro-batch comes up from host memory for each computation and goes down again behind it, where
+    there are several.
     """
 
     first: tuple[Step, ...]
     steady: tuple[Step, ...]
+    parks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class Workload:
     `max_len` is the most tokens that one sequence may reach (None: prompt_len + gen_len), `lengths` the totals of
     single requests where they are known, largest first; `num_requests` how many there are in all (None: a queue
     without end).  A pass carries at most `prefill_rows` rows, in micro-batches of `micro_rows` (None: all at once),
-    `logit_rows` of them with logits (None: one per sequence).  `cache_tokens` is what the KV cache holds, all
+    `logit_rows` of them with logits (None: one per sequence).  With `parks` what a waiting micro-batch holds lies in
+    host memory below the device.  `cache_tokens` is what the KV cache holds, all
     sequences together (None: each at its end).
     """
 
@@ -117,6 +121,7 @@ class Workload:
     logit_rows: int | None = None
     cache_tokens: int | None = None
     kv: KvPlan = KvPlan()
+    parks: bool = False
 
     @property
     def context(self) -> int:

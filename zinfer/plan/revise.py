@@ -77,7 +77,7 @@ def _again(
     reserve = reserve_for(spec, workload, exact=plan.exact)
     lookahead = plan.placement.lookahead or 1
     placement = place(plan.table, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
-    schedule = build_schedule(plan.table, placement)
+    schedule = build_schedule(plan.table, placement, parks=workload.parks)
     load = decode_load(workload)
     _, steady = simulate_load(spec, plan.table, placement, schedule, machine, load, exact=plan.exact)
     engine = engine_of(machine, tier)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from zinfer.chunks.table import PIECE_BYTES, ChunkId, ChunkTable
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step
@@ -10,7 +11,7 @@ from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Sch
 _AHEAD_BYTES = 8 * PIECE_BYTES  # what the first pass keeps on its way, at least: the disk's queue twice over
 
 
-def build_schedule(table: ChunkTable, placement: Placement) -> Schedule:
+def build_schedule(table: ChunkTable, placement: Placement, *, parks: bool = False) -> Schedule:
     """The overlapped schedule, or the serial one for lookahead 0.
 
     Steady pass: the slots already hold, or await, the first streamed chunks; each streamed chunk that has computed
@@ -18,7 +19,7 @@ def build_schedule(table: ChunkTable, placement: Placement) -> Schedule:
     their way.  Every streamed chunk is fetched once per pass.
     """
     if not placement.lookahead and placement.slots:
-        return serial_schedule(table, placement)
+        return replace(serial_schedule(table, placement), parks=parks)
     order, streamed = _orders(table, placement)
     slots = min(placement.slots, len(streamed))
     successor = {chunk: streamed[(at + slots) % len(streamed)] for at, chunk in enumerate(streamed)}
@@ -27,7 +28,7 @@ def build_schedule(table: ChunkTable, placement: Placement) -> Schedule:
         steady.append(Compute(chunk))
         if chunk in successor:
             steady += [Evict(chunk), Fetch(successor[chunk])]
-    return Schedule(tuple(_first(table, placement)), tuple(steady))
+    return Schedule(tuple(_first(table, placement)), tuple(steady), parks)
 
 
 def serial_schedule(table: ChunkTable, placement: Placement) -> Schedule:

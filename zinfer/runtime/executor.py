@@ -132,6 +132,7 @@ class Executor:
             lease = self.manager.lease(self.table.chunks[chunk].id)
         with lease as views:
             for micro in micros:
+                self._bring(micro, self.manager.transfer.to_device, micros)
                 for index in ops:
                     op = self.spec.program[index]
                     weights = {weight.role: views[weight.key] for weight in op.weights}
@@ -139,6 +140,13 @@ class Executor:
                     with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
                         run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)
                     self._group_s[group_of(op.kind)] += time.perf_counter() - begin_s
+                self._bring(micro, self.manager.transfer.to_host, micros)
+
+    def _bring(self, micro: Micro, carry: Callable[[Tensor], Tensor], micros: Sequence[Micro]) -> None:
+        """Where the schedule parks, a micro-batch that is not the only one is on the device for its turn only."""
+        if self.schedule.parks and len(micros) > 1:
+            with self.recorder.span("park", carry.__name__):
+                micro.flow.move(carry)
 
     def _fetch_rows(self, micros: Sequence[Micro]) -> None:
         for micro in micros:
@@ -146,3 +154,4 @@ class Executor:
                 ids_T = micro.batch.tokens_T if lookup.role == "tokens" else micro.batch.positions_T
                 with self.recorder.span("rows", lookup.name):
                     micro.flow.rows[lookup.role] = self.manager.rows(lookup.name, ids_T + lookup.offset)
+            self._bring(micro, self.manager.transfer.to_host, micros)
