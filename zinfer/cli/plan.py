@@ -125,7 +125,12 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
         err=True,
     )
     files = [file for file in source.files if file.is_file()]
-    return probe(files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec)), True
+    machine = probe(
+        files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec), modes=(settings.exact,)
+    )
+    if machine.skipped:
+        click.echo(f"note       no time was left for {'; '.join(machine.skipped)}: guessed", err=True)
+    return machine, True
 
 
 def num_gpus() -> int:

@@ -81,7 +81,7 @@ def probe(
     return measure(paths, product, small_model, dtypes=(dtype,), shapes=shapes, modes=modes, seconds=seconds)
 
 
-def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.2) -> Machine:
+def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.12) -> Machine:
     """The machine as it is now for these files: disks drift, and another one may hold them."""
     if not paths or not machine.measured or machine.fingerprint != fingerprint():
         return machine

@@ -168,7 +168,7 @@ def device_of(paths: Sequence[Path]) -> str:
 
 
 def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
-    """The lower quartile of as many runs as begin within `seconds`, at least one.
+    """The lowest decile of as many runs as begin within `seconds`, at least one.
 
     What other processes take away comes and goes; a profile says what the machine does when it does nothing else.
     """
@@ -179,12 +179,12 @@ def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
         run()
         now_s = time.perf_counter()
         times.append(now_s - before_s)
-    return lower_quartile(times)
+    return low_decile(times)
 
 
-def lower_quartile(times: Sequence[float]) -> float:
-    """A quarter of the times are shorter."""
-    return sorted(times)[len(times) // 4]
+def low_decile(times: Sequence[float]) -> float:
+    """A tenth of the times are shorter."""
+    return sorted(times)[len(times) // 10]
 
 
 def ranges(paths: Sequence[Path], nbytes: int) -> list[Read]:
