@@ -14,7 +14,6 @@ from typing import Any
 
 from calls import Bench, Call, median_s, num_wrong, parser, run, start
 from conditions import checkpoint_bytes
-from contest import doctor
 from harness import Record, summary
 
 POINTS = (  # percent of the checkpoint, sequences, prompt length
@@ -35,11 +34,10 @@ GRID_BUDGET, GRID_REQUESTS, GRID_PROMPT, GRID_OUTPUT = 40, 32, 32, 12
 GRID = tuple((batch, rows) for batch in (8, 16, 32) for rows in (64, 1024))
 
 
-def point(bench: Bench, percent: int, sequences: int, prompt: int, doctor_s: float) -> dict[str, Any]:
+def point(bench: Bench, percent: int, sequences: int, prompt: int) -> dict[str, Any]:
     """One point: predict, write, run."""
     conditions = bench.conditions
     conditions.budget_bytes = round(checkpoint_bytes(conditions.model) * percent / 100)
-    doctor(conditions.model, conditions.work, doctor_s)  # just before: a shared disk drifts
     name = f"grid-{percent}-{sequences}-{prompt}"
     call = Call(bench.known.prompts(sequences, prompt, prompt), OUTPUT)
     seen = run(bench, name, [call], {"max_batch": sequences})
@@ -60,6 +58,7 @@ def point(bench: Bench, percent: int, sequences: int, prompt: int, doctor_s: flo
         "job_s": call.seconds,
         "job_over_predicted": call.seconds / forecast["job_s"],
         "binding": forecast["binding"],
+        "planned_read_bytes_per_s": foretold["plan"]["machine"]["disk_read"]["bytes_per_s"],
         "disk_rates": seen.disk_rates,
         "num_wrong": num_wrong(bench.known, [call]),
     }
@@ -123,7 +122,7 @@ def main() -> None:
     bench = start(options)
     points, jobs, said = [], [], []
     for where in (POINTS[:2] if options.quick else POINTS) if "points" in options.parts else ():
-        points.append(point(bench, *where, 3.0 if options.quick else 5.0))
+        points.append(point(bench, *where))
         print(line(points[-1]), flush=True)
     good = [row for row in points if not row["error"]]
     if points:

@@ -42,7 +42,7 @@ def store(bench: Bench, weights: str) -> Path:
             "--weights",
             weights,
         ]
-        child = run_child(command, bench.conditions.work / f"shard-{weights}.log", timeout_s=600)
+        child = run_child(command, bench.conditions.work / f"shard-{weights}.log", timeout_s=1200)
         if child.returncode:
             raise RuntimeError(f"the {weights} store cannot be made: {child.why}")
     return folder
