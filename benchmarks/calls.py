@@ -67,7 +67,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(made)
     made.add_argument("--budget", type=float, default=40.0, help="host memory, percent of the checkpoint")
-    made.add_argument("--timeout", type=float, default=500.0, help="seconds after which a run is ended")
+    made.add_argument("--timeout", type=float, default=700.0, help="seconds after which a run is ended")
     made.add_argument("--doctor", type=float, default=15.0, help="seconds to measure the machine for")
     made.add_argument("--quick", action="store_true", help="a few passes of everything: does it run?")
     return made

@@ -10,6 +10,7 @@ passes; their whole job is extrapolated from it by the number of passes, and lab
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import fmean, median
 from typing import Any
 
@@ -90,6 +91,19 @@ def peer(bench: Bench, engine: Engine, requests: list[Ragged], window: int) -> d
     }
 
 
+def peers(bench: Bench, wanted: list[str], requests: list[Ragged], window: int) -> Iterator[dict[str, Any]]:
+    """A row of each wanted peer; one that cannot convert the model has no figure."""
+    work = bench.options.work / "known"  # what peers convert belongs to this checkpoint
+    chosen = [engine for engine in engines(work, len(bench.known.next_of)) if engine.name in PEERS]
+    chosen = [engine for engine in chosen if engine.name in wanted]
+    broken = prepare(bench.conditions.model, work, chosen)
+    for engine in chosen:
+        if engine.script in broken:
+            yield {"engine": engine.name, "error": broken[engine.script], "comparable": True, "num_wrong": 0}
+        else:
+            yield peer(bench, engine, requests, window)
+
+
 def row_of(name: str, seen: Seen) -> dict[str, Any]:
     """What every row has."""
     return {
@@ -158,16 +172,12 @@ def main() -> None:
             print(line(row), flush=True)
             if name not in rows or row.get("tokens_per_s", 0) > rows[name].get("tokens_per_s", 0):
                 rows[name] = row
-    known_work = options.work / "known"  # what peers convert belongs to this checkpoint
-    peers = [engine for engine in engines(known_work, len(bench.known.next_of)) if engine.name in PEERS]
-    peers = [engine for engine in peers if engine.name in wanted]
-    broken = prepare(bench.conditions.model, known_work, peers)
-    for engine in peers:
-        if engine.script in broken:
-            print(f"{engine.name:12} no figure: {broken[engine.script]}")
-            continue
-        rows[engine.name] = peer(bench, engine, requests, 4 if options.quick else WINDOW)
-        print(line(rows[engine.name]), flush=True)
+    try:
+        for row in peers(bench, wanted, requests, 4 if options.quick else WINDOW):
+            rows[row["engine"]] = row
+            print(line(row), flush=True)
+    except SystemExit as ended:  # what there is so far is worth a record
+        print(ended)
     ratios, said = verdicts(rows, allowed)
     print("\n".join(said))
     best = rows.get("continuous", {})
