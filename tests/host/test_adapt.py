@@ -49,7 +49,7 @@ def run_and_change(llm, changes):
 @pytest.mark.parametrize("device", ["cpu", "sim"])
 def test_budgets_change_while_requests_run(tiny, expected, device):
     tier = "host" if device == "cpu" else "device"
-    options = {"max_batch": 3, "context": 40, "max_rows": 8, "lookahead": 1}
+    options = {"max_batch": 3, "context": 40, "max_rows": 8, "lookahead": 1, "kv": "device"}
     with LLM(tiny, **FIXED, device=device, memory={tier: "1GiB"}, **options) as llm:
         reserve, weights = sizes(llm)
         table, resident = llm.plan.table, []

@@ -29,6 +29,13 @@ def tiny(tmp_path_factory):
     return write_tiny("qwen3", tmp_path_factory.mktemp("api") / "model")
 
 
+def short_of(folder, **options):
+    """A host budget under which about a third of the weights has to stream."""
+    with LLM(folder, **options, memory={"host": "1GiB"}) as model:
+        plan = model.fit([1, 2, 3], SamplingParams(max_tokens=12))
+        return plan.reserve.total + sum(chunk.nbytes for chunk in plan.table.streamable) * 2 // 3
+
+
 def test_results_come_in_input_order(llm):
     prompts = ["import os", "def f(x):\n    return", "class A"]
     together = llm.generate(prompts, GREEDY)
@@ -158,7 +165,7 @@ def test_closing_leaves_nothing_behind(tiny):
 def test_a_read_error_in_a_pass_is_reported_and_survived(tiny, monkeypatch):
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     options = {"machine": "sim-default", "device": "cpu", "threads": 1, "max_rows": 8, "max_batch": 1}
-    with LLM(tiny, **options, memory={"host": "640KiB"}) as model:
+    with LLM(tiny, **options, memory={"host": short_of(tiny, **options)}) as model:
         expected = model.generate([1, 2, 3], params)[0].outputs[0].token_ids
         assert model.plan.placement.slots > 0
         real, calls = os.preadv, []
@@ -183,8 +190,8 @@ def test_buffered_and_direct_reads_give_the_same(tiny):
         "device": "cpu",
         "threads": 1,
         "max_rows": 8,
-        "memory": {"host": "640KiB"},
     }
+    options["memory"] = {"host": short_of(tiny, **options)}
     found = []
     for read_mode in ("direct", "buffered"):
         with LLM(tiny, **options, read_mode=read_mode) as model:
