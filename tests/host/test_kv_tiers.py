@@ -12,7 +12,7 @@ from zinfer.chunks.pack import assemble
 from zinfer.config.profiles import SIM_DEFAULT, load_machine
 from zinfer.errors import BudgetError
 from zinfer.kvcache import planes
-from zinfer.kvcache.cache import PagedKv
+from zinfer.kvcache.cache import PagedKv, PagedView
 from zinfer.kvcache.pages import kv_cache_bytes
 from zinfer.kvcache.planes import Int8Planes, make_planes
 from zinfer.layers.packed import Span
@@ -109,18 +109,23 @@ def test_the_cache_stays_on_a_device_that_has_room(tiny):
         assert (near.attend, far.tier) == ("resident", Tier.HOST)
 
 
-def test_pages_that_come_up_come_once_per_layer_and_pass(tiny, tmp_path):
-    """A prompt's many pieces of rows share what came up; without the sharing each piece would fetch it again."""
-    options = {"device": "sim", "machine": machine_file(tmp_path, "device"), "kv": "host", "max_rows": 300}
-    with LLM(tiny, **{**FIXED, **options}) as llm:
-        llm.logits([7] * 200)
-        (one,) = llm.stats.passes
-        spec, plan = llm.model.spec, llm.plan
-        weights = sum(plan.table.chunks[chunk.id].nbytes for chunk in plan.table.streamable)
-        assert plan.workload.kv.attend == "device"
-        up = one.num_bytes["h2d"] - weights
-        once = spec.num_layers * 2 * 256 * spec.num_kv_heads * spec.head_dim * 2
-        assert 0 < up <= 3 * once, "cut to a few sizes at most"
+def test_pages_that_come_up_are_kept_for_the_other_pieces_of_their_sequence(tmp_path, monkeypatch):
+    folder = write_tiny("llama", tmp_path / "model", num_attention_heads=8, num_key_value_heads=1)
+    options = {"device": "sim", "machine": machine_file(tmp_path, "device"), "kv": "host", "max_rows": 900}
+
+    def blocks_up():
+        """Whole blocks of a layer that came up, on average."""
+        with LLM(folder, **{**FIXED, **options}) as llm:
+            llm.logits([7] * 250)
+            (one,) = llm.stats.passes
+            spec = llm.model.spec
+            assert llm.plan.workload.kv.attend == "device"
+            weights = sum(chunk.nbytes for chunk in llm.plan.table.streamable)
+            return (one.num_bytes["h2d"] - weights) / (256 * spec.kv_token_bytes("BF16"))
+
+    assert 1 <= blocks_up() <= 3, "a block, cut to a few sizes"
+    monkeypatch.setattr(PagedView, "read", PagedView._read)
+    assert blocks_up() > 6, "sixteen pieces of rows"
 
 
 def rows_of(count, kv_heads=2, dim=16):

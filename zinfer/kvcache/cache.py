@@ -194,8 +194,23 @@ class Place:
     """Slots of S sequences' tokens, `size` of each: one slice where a lone sequence's are neighbours."""
 
     slots: slice | Tensor
-    num_sequences: int
+    spans: tuple[Span, ...]
     size: int
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.spans)
+
+    @property
+    def sequence(self) -> int | None:
+        """The lone sequence; None where there are several."""
+        return self.spans[0].sequence if len(self.spans) == 1 else None
+
+    @property
+    def key(self) -> tuple[Span, int]:
+        """What a lone sequence's place is known by."""
+        return self.spans[0], self.size
 
 
 class PagedView:
@@ -229,13 +244,15 @@ class PagedView:
             for slots in table.slots(start, start + count)
         ]
         self._slots_T = _index(staged, self._device)
+        self._risen: dict[tuple[Span, int], tuple[Tensor, Tensor]] = {}
+        self._risen_for: tuple[int, int] | None = None  # layer and sequence
         self._places: dict[Span, Place] = {}  # of lone sequences, which many pieces of rows ask for
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer."""
         with torch.no_grad():
-            rows_2TKD = torch.stack((k_TKD.detach(), v_TKD.detach()))
-            self._planes.write(layer, self._slots_T, self._road.rows_down(rows_2TKD))
+            for kind, rows_TKD in enumerate((k_TKD, v_TKD)):
+                self._planes.write(layer, kind, self._slots_T, self._road.rows_down(rows_TKD.detach()))
 
     def bring(self, q_THD: Tensor) -> Tensor:
         """Queries to where the pages are read: themselves, or a copy over the link."""
@@ -255,7 +272,19 @@ class PagedView:
         return place
 
     def read(self, layer: int, place: Place) -> tuple[Tensor, Tensor]:
-        """(k, v) [S, size, K, D]: views where the place is a slice of plain resident pages, else gathered."""
+        """(k, v) [S, size, K, D]: views where the place is a slice of plain resident pages, else gathered.
+
+        What came up to a device is kept for the other pieces of its sequence in this layer.
+        """
+        if self._road.attend != "device" or place.sequence is None:
+            return self._read(layer, place)
+        if self._risen_for != (layer, place.sequence):
+            self._risen_for, self._risen = (layer, place.sequence), {}
+        if place.key not in self._risen:
+            self._risen[place.key] = self._read(layer, place)
+        return self._risen[place.key]
+
+    def _read(self, layer: int, place: Place) -> tuple[Tensor, Tensor]:
         parts = [self._road.rows_up(part) for part in self._planes.parts(layer, place.slots)]
         both = self._planes.decode(parts)
         k, v = both.view(2, place.num_sequences, place.size, *both.shape[2:]).unbind()
@@ -290,7 +319,7 @@ class PagedView:
     def _locate(self, spans: Sequence[Span], size: int) -> Place:
         found = [self._tables[span.sequence].slots(span.start, span.stop) for span in spans]
         if len(found) == 1 and len(found[0]) == 1 and len(found[0][0]) == size:
-            return Place(slice(found[0][0].start, found[0][0].stop), 1, size)
+            return Place(slice(found[0][0].start, found[0][0].stop), tuple(spans), size)
         slots_Sn = np.empty((len(spans), size), np.int64)
         for row_n, runs in zip(slots_Sn, found, strict=True):
             at = 0
@@ -298,7 +327,7 @@ class PagedView:
                 row_n[at : at + len(run)] = np.arange(run.start, run.stop)
                 at += len(run)
             row_n[at:] = row_n[at - 1]
-        return Place(torch.from_numpy(slots_Sn).view(-1).to(self._device), len(spans), size)
+        return Place(torch.from_numpy(slots_Sn).view(-1).to(self._device), tuple(spans), size)
 
 
 def _index(runs: Sequence[range], device: torch.device) -> Tensor:

@@ -25,8 +25,8 @@ class Planes(ABC):
     tensors: tuple[Tensor, ...]
 
     @abstractmethod
-    def encode(self, rows_2TKD: Tensor) -> Sequence[Tensor]:
-        """Rows as the planes hold them."""
+    def encode(self, rows_TKD: Tensor) -> Sequence[Tensor]:
+        """Rows, of keys or of values, as the planes hold them."""
 
     @abstractmethod
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
@@ -37,10 +37,10 @@ class Planes(ABC):
         """All planes together."""
         return sum(plane.nbytes for plane in self.tensors)
 
-    def write(self, layer: int, slots_T: Tensor, rows_2TKD: Tensor) -> None:
-        """Put rows into slots of one layer."""
-        for plane, part in zip(self.tensors, self.encode(rows_2TKD), strict=True):
-            plane[layer].index_copy_(1, slots_T, part)
+    def write(self, layer: int, kind: int, slots_T: Tensor, rows_TKD: Tensor) -> None:
+        """Put keys (kind 0) or values (1) into slots of one layer."""
+        for plane, part in zip(self.tensors, self.encode(rows_TKD), strict=True):
+            plane[layer, kind].index_copy_(0, slots_T, part)
 
     def parts(self, layer: int, slots: slice | Tensor) -> list[Tensor]:
         """What `decode` takes, of so many slots: views for a slice, else gathered."""
@@ -60,8 +60,8 @@ class PlainPlanes(Planes):
     def __init__(self, slab: Tensor) -> None:
         self.tensors = (slab,)
 
-    def encode(self, rows_2TKD: Tensor) -> Sequence[Tensor]:
-        return (rows_2TKD,)
+    def encode(self, rows_TKD: Tensor) -> Sequence[Tensor]:
+        return (rows_TKD,)
 
     def decode(self, parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
@@ -73,8 +73,8 @@ class Int8Planes(Planes):
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.tensors = (codes, scales)
 
-    def encode(self, rows_2TKD: Tensor) -> Sequence[Tensor]:
-        rows = rows_2TKD.float()
+    def encode(self, rows_TKD: Tensor) -> Sequence[Tensor]:
+        rows = rows_TKD.float()
         scales = rows.abs().amax(-1) / _LEVELS
         codes = rows / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
         return codes.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scales

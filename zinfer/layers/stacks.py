@@ -128,7 +128,7 @@ def exact_stacks(
         keys.append(range(blocks[-1] * KV_BLOCK, blocks[-1] * KV_BLOCK + last_keys))
         for at in range(0, len(pieces), at_once):
             stacks.append(_stack(batch, kv, pieces[at : at + at_once], size, keys))
-    return stacks
+    return sorted(stacks, key=lambda stack: int(stack.rows_N[0]))  # pieces of one sequence read the same keys
 
 
 def decode_stacks(
