@@ -27,6 +27,21 @@ def kv_plans(spec: ModelSpec, resolved: Resolved, machine: Machine, workload: Wo
     return plans
 
 
+def kv_reasons(resolved: Resolved, kv: KvPlan) -> dict[str, str]:
+    """Why the cache lives where it does, where the settings left that open or could not be followed."""
+    wanted = resolved.settings.runtime.kv
+    if resolved.device == "cpu":
+        return (
+            {} if wanted == "auto" else {"runtime.kv": "not used: on cpu the cache lies beside the weights"}
+        )
+    if wanted != "auto":
+        return {}
+    if kv.attend == "resident":
+        return {"runtime.kv": "auto: the device has room for it, or keeping it elsewhere would be slower"}
+    side = "the host attends it there" if kv.attend == "host" else "its pages come up for every use"
+    return {"runtime.kv": f"auto: below the device, so that weights have its room; {side}"}
+
+
 def cheaper_side(
     spec: ModelSpec, machine: Machine, workload: Workload, dtype: str | None, *, exact: bool
 ) -> KvPlan:

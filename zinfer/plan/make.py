@@ -18,7 +18,7 @@ from zinfer.errors import BudgetError, UsageError
 from zinfer.plan.choose import choose
 from zinfer.plan.curve import Curve, compute_curve
 from zinfer.plan.forecast import engine_of, forecast
-from zinfer.plan.kv import kv_plans
+from zinfer.plan.kv import kv_plans, kv_reasons
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost, link_seconds
 from zinfer.plan.place import Reserve, tier_uses
 from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, reserve_for
@@ -295,6 +295,7 @@ class _Maker:
             reasons["runtime.lookahead"] = (
                 f"auto: {choice.placement.lookahead}, the fastest on the virtual clock"
             )
+        reasons |= kv_reasons(self.resolved, candidate.workload.kv)
         return Plan(
             architecture=self.spec.architecture,
             num_parameters=self.spec.num_parameters,
