@@ -56,7 +56,7 @@ def attend(
     for stack in work.decodes:
         _fused_stack(found_THD, near_THD, layer, kv, stack, scale)
     for stack in work.blockwise:
-        _blockwise(found_THD, near_THD, layer, kv, stack, scale)
+        _blockwise(found_THD, near_THD, layer, kv, stack, shapes.kv_heads, scale)
     if found_THD is out_THD:
         return out_THD
     found_THD = kv.take_back(found_THD)
@@ -129,21 +129,21 @@ def _fused_stack(out_THD: Tensor, q_THD: Tensor, layer: int, kv: KvView, stack: 
     out_THD.index_copy_(0, stack.target, out.reshape(-1, *q_THD.shape[1:]))
 
 
-def _blockwise(out_THD: Tensor, q_THD: Tensor, layer: int, kv: KvView, stack: Stack, scale: float) -> None:
+def _blockwise(
+    out_THD: Tensor, q_THD: Tensor, layer: int, kv: KvView, stack: Stack, kv_heads: int, scale: float
+) -> None:
     """Online softmax over blocks of keys, in fp32, for a stack of pieces.
 
     The shape of every product is one of an agreeing group and blocks that a row does not see change none of its
     bits: that is what makes rows independent of how they are fed.
     """
     found: Partial | None = None
-    q_BQD: Tensor | None = None
+    q_BQD = _queries(q_THD.index_select(0, stack.rows_N), stack.num_pieces, kv_heads, scale)
     for block in stack.blocks:
-        k_SnKD, v_SnKD = kv.read(layer, block.place)
-        if q_BQD is None:
-            q_BQD = _queries(q_THD.index_select(0, stack.rows_N), stack.num_pieces, k_SnKD.shape[2], scale)
-        k_BnD, v_BnD = _by_head(k_SnKD), _by_head(v_SnKD)
+        k_BnD, v_BnD = map(_by_head, kv.read(layer, block.place))  # what was gathered is free again
         part = partial(q_BQD, k_BnD, v_BnD, block.hidden_SRn)
         found = part if found is None else found.merge(part)
+        del k_BnD, v_BnD, part  # before the next block comes
     assert found is not None, "a row sees at least itself"
     rows_NHD = _rows(found.result(), stack.num_pieces, q_THD)
     out_THD.index_copy_(0, stack.target, rows_NHD if stack.kept is None else rows_NHD[stack.kept])

@@ -123,7 +123,7 @@ def exact_stacks(
     stacks = []
     for (size, blocks, last_keys), pieces in groups.items():
         at_once = shapes.at_once(size, KV_BLOCK if len(blocks) > 1 else last_keys)
-        at_once = min(at_once, 2 * batch.num_sequences)  # what the bound on the workspace counts with
+        at_once = min(at_once, batch.num_sequences)  # what the bound on the workspace counts with
         keys = [range(b * KV_BLOCK, (b + 1) * KV_BLOCK) for b in blocks[:-1]]
         keys.append(range(blocks[-1] * KV_BLOCK, blocks[-1] * KV_BLOCK + last_keys))
         for at in range(0, len(pieces), at_once):

@@ -12,9 +12,13 @@ STACK_BYTES = (
 FP32 = 4
 
 
-def piece_bytes(kv_heads: int, head_dim: int, keys: int, query_rows: int) -> int:
-    """fp32 keys and values of one sequence's block, scores, queries, and sums while two of them are merged."""
-    return FP32 * kv_heads * (2 * keys * head_dim + query_rows * keys + 6 * query_rows * head_dim)
+def piece_bytes(kv_heads: int, head_dim: int, keys: int, query_rows: int, element_bytes: int = 0) -> int:
+    """One sequence's block in `partial` and `merge`: fp32 keys and values; beside them first what was gathered from
+    pages (`element_bytes` each), then scores, queries and sums, or two sums being merged."""
+    both = 2 * keys * head_dim
+    rows = query_rows * head_dim
+    summing = FP32 * max(query_rows * keys + 3 * rows, 7 * rows)
+    return kv_heads * (FP32 * both + max(element_bytes * both + FP32 * rows, summing))
 
 
 def stacked_pieces(kv_heads: int, head_dim: int, keys: int, query_rows: int) -> int:
@@ -62,13 +66,15 @@ def attention_workspace_bytes(
     output = rows * heads * head_dim * width
     alone = max(min(max(2 * rows, 8) * group, QUERY_ROWS), group)
     stacked = max(min(alone, QUERY_ROWS // 2), group)
+    gathered = 1 + FP32 if kv_dtype == "INT8" else width  # bytes of an element as it comes from its pages
     blockwise = max(
-        piece_bytes(kv_heads, head_dim, KV_BLOCK, alone),
-        min(STACK_BYTES, 2 * sequences * piece_bytes(kv_heads, head_dim, KV_BLOCK, stacked)),
+        piece_bytes(kv_heads, head_dim, KV_BLOCK, alone, gathered),
+        min(
+            STACK_BYTES * (FP32 + gathered) // FP32,
+            sequences * piece_bytes(kv_heads, head_dim, KV_BLOCK, stacked, gathered),
+        ),
     )
-    # Keys and values as they are gathered from their pages, and the result in its own dtype.
-    gathered = 1 + FP32 if kv_dtype == "INT8" else width  # bytes of an element as it is gathered and widened
-    blockwise += blockwise * gathered // FP32
+    blockwise += alone * heads * head_dim // group * width  # queries as they are, or results in their dtype
     if exact:
         return output + blockwise
     # One fused call: a whole prompt, with its own output; or gathered keys and values of stacked sequences.
