@@ -58,7 +58,7 @@ class Progress:
             self._what = what
             self._begin_s, self._next_s, self._first = now_s, now_s + FIRST_S, done
         if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.set_postfix_str(note, refresh=bool(note))
             self._bar.update(done - self._bar.n)
         elif now_s >= self._next_s:
             self._next_s = now_s + LINE_EVERY_S

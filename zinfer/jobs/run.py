@@ -11,7 +11,7 @@ import errno
 import shlex
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -189,6 +189,8 @@ class Job:
             self._brake_unless_done(running)
             await asyncio.wait([running])
             reports.cancel()
+        with suppress(asyncio.CancelledError):
+            await reports  # raises what drawing did
         self._report(self._progress(output, found))
         await running  # raises what a pass did
 
