@@ -14,7 +14,7 @@ from zinfer.jobs.run import Brake, Job
 from zinfer.runtime.request import CompletionOutput, RequestOutput
 from zinfer.sampling.params import SamplingParams
 
-DEMO = {"machine": "sim-default", "device": "cpu", "threads": 1, "max_batch": 4, "memory": {"host": "6MiB"}}
+DEMO = {"machine": "sim-default", "device": "cpu", "threads": 1, "max_batch": 4, "memory": {"host": "8MiB"}}
 DEFAULTS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 

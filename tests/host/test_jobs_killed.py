@@ -96,7 +96,7 @@ def test_a_killed_job_goes_on_and_ends_as_if_it_had_not_been(job, tmp_path):
 def test_sigterm_ends_with_130_and_the_same_command_goes_on(job, tmp_path):
     source, expected, _ = job
     target = tmp_path / "out.jsonl"
-    argv = ["run-batch", "-i", str(source), "-o", str(target), "--device", "cpu", "--host-mem", "6MiB"]
+    argv = ["run-batch", "-i", str(source), "-o", str(target), "--device", "cpu", "--host-mem", "8MiB"]
     argv += ["--max-tokens", "6", "--ignore-eos", "--machine", "sim-default", "--set", "runtime.threads=1"]
     process = processes().Process(target=run_cli, args=(argv,))
     process.start()

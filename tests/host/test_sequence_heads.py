@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import zinfer
 from zinfer import LLM
-from zinfer.errors import CheckpointError, UsageError
+from zinfer.errors import BudgetError, CheckpointError, UsageError
 from zinfer.spec.families import CLASSIFIERS
 from zinfer.spec.read import read_spec
 
@@ -94,12 +94,27 @@ def test_mutations_are_noticed(case):
     assert (ours(folder, shift=1) - theirs).abs().max() > 10 * LIMIT
 
 
+def smallest_budget(folder):
+    """What the refusals say would do."""
+    budget = "1KiB"
+    while True:
+        try:
+            with LLM(folder, **ENGINE, memory={"host": budget}) as llm:
+                llm.classify([prompt.tolist() for prompt in PROMPTS])
+                return budget
+        except BudgetError as error:
+            budget = error.remedy.removeprefix("--host-mem ")
+
+
 def test_the_engine_streams_and_labels_as_a_pipeline_does(case):
     """The whole way: small budget, several passes, softmax and names."""
     folder, _, theirs = case
-    with LLM(folder, **ENGINE, memory={"host": "700KiB"}) as llm:
+    with LLM(folder, **ENGINE, memory={"host": smallest_budget(folder)}) as llm:
         found = llm.classify([prompt.tolist() for prompt in PROMPTS], top_k=None)
+        assert llm.plan.placement.slots > 0, "weights were streamed"
         assert len(llm.stats.passes) > 1
+    with LLM(folder, **ENGINE) as llm:
+        assert llm.classify([prompt.tolist() for prompt in PROMPTS], top_k=None) == found, "bit for bit"
         assert max(done.sequences for done in llm.stats.passes) > 1, "texts shared passes"
         best = llm.classify(PROMPTS[0].tolist())
         with pytest.raises(UsageError, match="ZI-1115"):
