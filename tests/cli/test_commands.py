@@ -242,3 +242,17 @@ def test_plan_answers_without_weights_or_torch(tmp_path, capsys):
     assert record["alternatives"]
     assert run(["plan", str(config)]) == 0
     assert "bound by" in capsys.readouterr().out
+
+
+def test_doctor_says_when_others_were_working():
+    from zinfer.cli.doctor import others_share, warnings_for
+    from zinfer.config.limits import memory_limits
+    from zinfer.config.profiles import load_machine
+
+    assert others_share((0.0, 0.0, 0.0), (10.0, 6.0, 2.0)) == 0.4
+    assert others_share((1.0, 1.0, 1.0), (1.0, 1.0, 2.0)) == 0.0
+    machine = load_machine("sim-default").model_copy(update={"skipped": ("BF16, 512 rows",)})
+    told = "\n".join(warnings_for(machine, memory_limits(), is_small=False, others=0.4))
+    assert "40%" in told
+    assert "BF16, 512 rows" in told
+    assert "other processes" not in "\n".join(warnings_for(machine, memory_limits(), is_small=False))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import psutil
 
 from zinfer.cli.plan import DEMO, open_for_planning
 from zinfer.cli.progress import Progress
@@ -15,6 +16,8 @@ from zinfer.config.machine import Compute, Machine
 from zinfer.config.profiles import save_machine
 from zinfer.plan.profile import matrix_shapes
 from zinfer.units import Bytes, rate_text, seconds_text
+
+_MUCH = 0.1  # of the processors' time: a product that waits for a core of its team takes many times as long
 
 
 @click.command()
@@ -34,13 +37,15 @@ def doctor(model: Path | None, seconds: float, no_save: bool, as_json: bool) -> 
     spec, source = open_for_planning(model or DEMO)
     shapes = matrix_shapes(spec) if model else SHAPES
     limits = memory_limits()
+    before_s = _processor_seconds()
     with Progress("s", quiet=as_json) as progress:
         progress(0, round(seconds), "measuring disk and products")
         machine = measure(source.files, linear, SmallModel, shapes=shapes, seconds=seconds)
+    others = others_share(before_s, _processor_seconds())
     if not as_json:
         for line in describe_machine(machine, limits):
             click.echo(line)
-        for line in warnings_for(machine, limits, is_small=model is None):
+        for line in warnings_for(machine, limits, is_small=model is None, others=others):
             click.echo(f"warning    {line}")
     if not no_save:
         path = save_machine(machine)
@@ -70,8 +75,24 @@ def describe_machine(machine: Machine, limits: MemoryLimits) -> Iterator[str]:
     yield from _describe_compute("device", machine.device)
 
 
-def warnings_for(machine: Machine, limits: MemoryLimits, *, is_small: bool) -> Iterator[str]:
+def _processor_seconds() -> tuple[float, float, float]:
+    """Seconds so far of all processors: all, at work, at work for this process."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    return sum(times[:8]), sum(times[:8]) - times.idle - getattr(times, "iowait", 0.0), own.user + own.system
+
+
+def others_share(before_s: tuple[float, float, float], after_s: tuple[float, float, float]) -> float:
+    """The share of all processors' time that other processes took between the two."""
+    total, busy, own = (after - before for before, after in zip(before_s, after_s, strict=True))
+    return max(busy - own, 0.0) / total if total > 0 else 0.0
+
+
+def warnings_for(
+    machine: Machine, limits: MemoryLimits, *, is_small: bool, others: float = 0.0
+) -> Iterator[str]:
     """What a user should know before trusting a plan made from this."""
+    if others > _MUCH:
+        yield f"other processes took {others:.0%} of the processors meanwhile: measure again when they are idle"
     if is_small:
         yield "the disk was measured on the small bundled model: zinfer doctor MODEL reads the files that count"
     if machine.skipped:
