@@ -79,3 +79,12 @@ def write_tiny(family, folder, dtype="bfloat16", **changes):
     words = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     write_checkpoint(read_spec(config, None), config, folder, seed=7, dtype=words[dtype])
     return folder
+
+
+def streaming_bytes(folder, prompt, params, **options):
+    """A host budget in which about half of the weights stream, whatever the activations need."""
+    from zinfer import LLM
+
+    with LLM(folder, **options, memory={"host": "1GiB"}) as llm:
+        plan = llm.fit([prompt], params)
+        return plan.uses[0].total - sum(chunk.nbytes for chunk in plan.table.streamable) // 2
