@@ -73,8 +73,11 @@ def begin_flow(spec, tensors, batch):
 
 
 def op_weights(op, tensors):
-    """Role -> view, as a lease would give them."""
-    return {weight.role: tensors[weight.name][weight.start : weight.stop] for weight in op.weights}
+    """Role -> view, as a lease would give them; parts of a quantised matrix whole."""
+    return {
+        part.role: tensors[part.name] if part.dtype else tensors[part.name][part.start : part.stop]
+        for part in op.reads
+    }
 
 
 def run_pass(spec, tensors, kv, pieces, *, sequences=None, lengths=None, logit_rows=None, exact=True):

@@ -5,10 +5,12 @@ import torch
 from fakes import DenseKv, op_weights
 from published import gpt2, llama, neox, opt, phi3, qwen3
 
+from zinfer.kernels.quant import native_layout
 from zinfer.layers.packed import Packed
 from zinfer.models.decoder import Flow, run_op
 from zinfer.runtime.live_bytes import LiveBytes
 from zinfer.spec.cost import activation_bytes, activation_peak_bytes
+from zinfer.spec.quant import FORMATS, quantised
 from zinfer.spec.read import read_spec
 
 ROWS = 272
@@ -87,6 +89,21 @@ def test_activation_bytes_are_what_is_alive(name, dtype, exact):
     assert activation_peak_bytes(spec, ROWS, num_logits, ROWS, exact=exact) == max(
         cost.peak for cost in stated.values()
     )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_quantised_products_stay_within_what_is_stated(name, weights, exact):
+    spec = quantised(read_spec(CONFIGS[name] | {"torch_dtype": "bfloat16"}), weights, native_layout())
+    parts = {part.name: part for op in spec.program for part in op.reads}
+    dtypes = {"": torch.bfloat16, "BF16": torch.bfloat16, "U8": torch.uint8}
+    tensors = {name: torch.ones(part.shape, dtype=dtypes[part.dtype]) for name, part in parts.items()}
+    measure(spec, tensors, 3, exact)  # choices and the slot are made at the first use
+    stated = activation_bytes(spec, ROWS, 3, ROWS, exact=exact)
+    for kind, (peak, held) in measure(spec, tensors, 3, exact).items():
+        assert stated[kind].held == pytest.approx(held, rel=0.05, abs=4096), kind
+        assert peak <= stated[kind].peak, kind
 
 
 def test_live_bytes_count_storages_once_and_until_they_die():

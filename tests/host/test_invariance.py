@@ -8,8 +8,11 @@ from zinfer import LLM, SamplingParams
 from zinfer.api import DEMO
 from zinfer.chunks.pack import assemble
 from zinfer.chunks.store import shard
+from zinfer.kernels.quant import native_layout
+from zinfer.kernels.quantise import Quantiser
 from zinfer.plan.place import smallest_budget
 from zinfer.plan.records import Tier
+from zinfer.spec.quant import FORMATS
 
 PROMPTS = [[5, 9, 200, 31, 7, 44], [17], [3, 3, 8, 120, 77, 45, 90, 14, 2, 60, 333]]
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -72,6 +75,19 @@ def test_every_placement_gives_the_same_bits(family, tmp_path):
             other = run(source, **options)
             assert other[3] > 0, f"nothing was streamed with {options}"
             assert_same(reference, other)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_placement_of_a_quantised_store_gives_the_same_bits(family, weights, tmp_path):
+    store = tmp_path / "store"
+    shard(write_tiny(family, tmp_path / "model"), store, encoder=Quantiser(weights, native_layout()))
+    reference = run(store, device="cpu", memory={"host": "1GiB"})
+    assert reference[3] == 0, "the reference must be resident"
+    for options in list(placements(store))[1::2]:
+        other = run(store, **options)
+        assert other[3] > 0, f"nothing was streamed with {options}"
+        assert_same(reference, other)
 
 
 def test_the_bundled_model(tmp_path):

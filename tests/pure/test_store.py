@@ -22,7 +22,7 @@ from zinfer.chunks.journal import Journal
 from zinfer.chunks.layout import lay_out
 from zinfer.chunks.pack import layer_sizes
 from zinfer.chunks.source import checkpoint_source
-from zinfer.chunks.store import check_sources, load_store, shard, store_source, verify_store, write_store
+from zinfer.chunks.store import check_sources, load_store, open_store, shard, verify_store, write_store
 from zinfer.chunks.table import PAGE
 from zinfer.errors import (
     BudgetError,
@@ -116,7 +116,7 @@ def test_what_goes_in_comes_out(tmp_path, spec, shard_bytes):
     assert store.is_store
     assert store.dtypes.items() <= index.dtypes.items()
     assert store.side_files["tokenizer.json"].read_bytes() == b'{"model": {}}'
-    assert [unit.op for unit in store_source(store, spec).units if unit.op is not None] == [
+    assert [unit.op for unit in open_store(store, spec)[1].units if unit.op is not None] == [
         op.index for op in spec.program if op.weights
     ]
 
@@ -125,7 +125,7 @@ def test_what_goes_in_comes_out(tmp_path, spec, shard_bytes):
 def test_a_store_needs_no_larger_slots_than_the_published_files(tmp_path, spec):
     index = model(tmp_path / "model", spec)
     write(index, tmp_path / "out", spec=spec)
-    store = store_source(CheckpointIndex.open(tmp_path / "out"), spec)
+    _, store = open_store(CheckpointIndex.open(tmp_path / "out"), spec)
     published = checkpoint_source(spec.program, spec.lookups, index)
     for held, found in zip(layer_sizes(store), layer_sizes(published), strict=True):
         assert all(one <= other for one, other in zip(held, found, strict=True))
@@ -420,9 +420,7 @@ def test_provenance(index, tmp_path):
 def test_6003_a_program_that_cuts_otherwise(index, tmp_path):
     write(index, tmp_path / "out")
     store = CheckpointIndex.open(tmp_path / "out")
-    assert (
-        refused(IntegrityError, store_source, store, tiny_spec(width=40, mlp=64, blocks=3)).code == "ZI-6003"
-    )
+    assert refused(IntegrityError, open_store, store, tiny_spec(width=40, mlp=64, blocks=3)).code == "ZI-6003"
 
 
 def test_6004_and_6005_files_that_are_not_those(index, tmp_path):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from zinfer.chunks.source import Place, Source, Unit, settle
+from zinfer.chunks.source import Place, Source, Unit, settle, stored_unit
 from zinfer.chunks.table import PAGE, RowTable
+from zinfer.spec.records import Op
 from zinfer.units import GIB, round_up
 
 LAYOUT_ID = "rows-v1"  # slices of rows, as the program cuts them, one page-aligned extent per op
@@ -37,19 +38,28 @@ class Layout:
     row_tables: dict[str, RowTable]
 
 
-def lay_out(source: Source, shard_bytes: int = SHARD_BYTES, max_shard_bytes: int = MAX_SHARD_BYTES) -> Layout:
-    """Decide every byte's place in the store; depends on the published shapes alone.
+def lay_out(
+    source: Source,
+    shard_bytes: int = SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    program: Sequence[Op] = (),
+) -> Layout:
+    """Decide every byte's place in the store; depends on the published shapes, and on what `program` stores, alone.
 
     A tied table is read both by rows and as the head's blocks.  Its rows lie end to end across the blocks where a
     block fills its pages; where not, the table is stored once more, whole.
     """
     units = source.units
-    shards, settled = _fill_shards(units, source, shard_bytes, max_shard_bytes)
+    shards, settled = _fill_shards(_stored(units, program), source, shard_bytes, max_shard_bytes)
     if scattered := [name for name in source.row_tables if _settled_table(name, source, settled) is None]:
         units = (*(_whole(source.row_tables[name]) for name in scattered), *units)
-        shards, settled = _fill_shards(units, source, shard_bytes, max_shard_bytes)
+        shards, settled = _fill_shards(_stored(units, program), source, shard_bytes, max_shard_bytes)
     tables = {name: _settled_table(name, source, settled) for name in source.row_tables}
     return Layout(shards, units, settled, {name: table for name, table in tables.items() if table})
+
+
+def _stored(units: Sequence[Unit], program: Sequence[Op]) -> tuple[Unit, ...]:
+    return tuple(stored_unit(unit, program) if program else unit for unit in units)
 
 
 def _fill_shards(

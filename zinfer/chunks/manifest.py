@@ -19,6 +19,7 @@ from zinfer.chunks.layout import LAYOUT_ID, Layout, extent_bytes, extent_start
 from zinfer.chunks.source import Place, Source, Unit
 from zinfer.chunks.table import ALIGN, PAGE, PIECE_BYTES, RowTable
 from zinfer.errors import IntegrityError
+from zinfer.spec.quant import FORMATS, GROUP, PANELS, PARTS, PUBLISHED, part_of
 
 VERSION = 1
 
@@ -88,13 +89,30 @@ class RowsRecord(_Record):
     digests: Annotated[str, Field(pattern="^([0-9a-f]{16})*$")]  # one after another
 
 
+class QualityRecord(_Record):
+    """How far a quantised matrix is from the published one: relative RMS error, of the whole and of the worst group."""
+
+    name: str
+    rms: Annotated[float, Field(ge=0)]
+    worst: Annotated[float, Field(ge=0)]
+
+
+class QuantRecord(_Record):
+    """How the matrices are quantised: how many weights share a scale, which kernel reads the layout, what it cost."""
+
+    group: Count
+    layout: str
+    quality: tuple[QualityRecord, ...]
+
+
 class Manifest(_Record):
     """Everything that is needed to use and to check a store; written last, it makes the store complete."""
 
     format: Literal["zinfer-store"] = "zinfer-store"
     version: int = VERSION
     layout: str = LAYOUT_ID
-    weights: str = "published"  # the format of the numbers: as published, not quantised
+    weights: str = PUBLISHED  # the format of the matrices, or one of FORMATS
+    quantised: QuantRecord | None = None  # None: as published
     config_sha256: Sha256
     dtypes: dict[str, str]  # of the published tensors
     sources: tuple[FileRecord, ...]
@@ -152,7 +170,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest and the files' names, sizes and config; no weight is read.
 
     Raises IntegrityError: ZI-6001 unfinished, ZI-6002 a manifest that cannot be, ZI-6003 another version,
-    ZI-6004 a file missing or of another size, ZI-6005 another config.json.
+    ZI-6004 a file missing or of another size, ZI-6005 another config.json, ZI-6006 quantised for an unknown kernel.
     """
     opened = open_folder(folder)
     refuse_unfinished(opened)
@@ -172,12 +190,27 @@ def read_manifest(folder: Path) -> Manifest:
         raise refusal("ZI-6002", folder, f"{STORE_FILE}: {where}: {first['msg']}") from None
     except ValueError as error:
         raise refusal("ZI-6002", folder, f"{STORE_FILE}: {error}") from None
-    if (manifest.layout, manifest.weights) != (LAYOUT_ID, "published"):
-        found = f"has the layout {manifest.layout!r} with weights {manifest.weights!r}"
-        raise refusal("ZI-6003", folder, f"{found}; this zinfer reads {LAYOUT_ID!r} with 'published'")
+    _check_format(manifest, folder)
     _check_extents(manifest, folder)
     _check_files(manifest, opened)
     return manifest
+
+
+def _check_format(manifest: Manifest, folder: Path) -> None:
+    quantised = manifest.quantised
+    known = FORMATS if quantised else (PUBLISHED,)
+    if manifest.layout != LAYOUT_ID or manifest.weights not in known:
+        found = f"has the layout {manifest.layout!r} with weights {manifest.weights!r}"
+        raise refusal("ZI-6003", folder, f"{found}; this zinfer reads {LAYOUT_ID!r} with {', '.join(known)}")
+    if quantised and (quantised.group != GROUP or quantised.layout not in PANELS):
+        found = f"its {manifest.weights} weights are in groups of {quantised.group} for {quantised.layout!r}"
+        reads = f"this zinfer reads groups of {GROUP} for {', '.join(PANELS)}"
+        fresh = shlex.quote(f"{folder}-new")
+        raise IntegrityError(
+            "ZI-6006",
+            f"{folder}: {found}; {reads}",
+            remedy=f"zinfer shard MODEL --out {fresh} --weights {manifest.weights}   # MODEL: the published folder",
+        )
 
 
 def source_of(manifest: Manifest, folder: Path) -> Source:
@@ -246,10 +279,13 @@ def _check_extents(manifest: Manifest, folder: Path) -> None:
         demand(is_filled, f"slices of extent {number} overlap or do not fill it")
         for piece in extent.slices:
             demand(piece.offset % ALIGN == 0, f"{piece.name!r} is not aligned")
-            demand(piece.dtype == manifest.dtypes.get(piece.name), f"{piece.name!r} has two dtypes")
-            demand(
-                piece.shape[:1] == (piece.stop - piece.start,), f"{piece.name!r} has other rows than shape"
-            )
+            role = part_of(piece.name) if manifest.quantised else ""
+            dtype = PARTS[role] if role else manifest.dtypes.get(piece.name)
+            demand(piece.dtype == dtype, f"{piece.name!r} has two dtypes")
+            # Scales lie as the kernel reads them: the outputs in the second place, by panels.
+            count = piece.shape[1:2] if role == "scales" else piece.shape[:1]
+            unit = PANELS[manifest.quantised.layout] if manifest.quantised and role == "scales" else 1
+            demand(count == ((piece.stop - piece.start) * unit,), f"{piece.name!r} has other rows than shape")
             demand(
                 _nbytes(piece.shape, piece.dtype) == piece.nbytes,
                 f"{piece.name!r} has another size than shape",

@@ -94,17 +94,25 @@ def imagined_source(program: Sequence[Op], lookups: Sequence[RowLookup], dtype: 
     """One file as a store would have it, to plan from a lone config.json; nothing can be read from it."""
 
     def nowhere(weight: WeightRef) -> Place:
-        nbytes = weight.numel * DTYPE_BITS[dtype] // 8
-        return Place(*weight.key, weight.shape, dtype, 0, 0, nbytes)
+        return _unwritten(weight, dtype)
 
     units, end, num_rows = [], 0, {lookup.name: lookup.num_rows for lookup in lookups}
     for unit in _units(program, lookups, nowhere):
-        units.append(settle(unit, 0, end, num_rows))
+        units.append(settle(stored_unit(unit, program), 0, end, num_rows))
         end = round_up(units[-1].places[-1].end, PAGE)
     first = {place.name: place.offset for unit in reversed(units) for place in reversed(unit.places)}
     whole = [nowhere(_whole(lookup)) for lookup in lookups]
     tables = {place.name: row_table(replace(place, offset=first[place.name])) for place in whole}
     return Source((Path("model.safetensors"),), (end,), tuple(units), tables)
+
+
+def stored_unit(unit: Unit, program: Sequence[Op]) -> Unit:
+    """What a store holds for a published unit: parts of quantised matrices have no file yet."""
+    if unit.op is None or not program[unit.op].stored:
+        return unit
+    published = {place.key: place for place in unit.places}
+    parts = (published.get(part.key) or _unwritten(part, "") for part in program[unit.op].stored)
+    return replace(unit, places=tuple(parts))
 
 
 def settle(unit: Unit, file: int, at: int, num_rows: Mapping[str, int]) -> Unit:
@@ -129,6 +137,11 @@ def row_table(place: Place) -> RowTable:
     return RowTable(
         place.name, place.file, place.offset, place.nbytes // rows, rows, tuple(row_shape), place.dtype
     )
+
+
+def _unwritten(weight: WeightRef, dtype: str) -> Place:
+    dtype = weight.dtype or dtype
+    return Place(*weight.key, weight.shape, dtype, 0, 0, weight.numel * DTYPE_BITS[dtype] // 8)
 
 
 def _units(

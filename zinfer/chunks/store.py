@@ -18,6 +18,8 @@ from zinfer.checkpoint.check import check_weights
 from zinfer.checkpoint.index import CONFIG_FILE, JOURNAL_FILE, STORE_FILE, CheckpointIndex
 from zinfer.checkpoint.read import read_blocks, sha256_file
 from zinfer.chunks.disk import Disk
+from zinfer.chunks.encode import Encoder
+from zinfer.chunks.encoding import Encoding
 from zinfer.chunks.journal import Journal, occupied
 from zinfer.chunks.layout import SHARD_BYTES, Layout, lay_out
 from zinfer.chunks.manifest import Manifest, extents_of, read_manifest, refusal, source_of
@@ -26,6 +28,7 @@ from zinfer.chunks.source import Source, checkpoint_source
 from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.chunks.writer import Progress, StoreWriter, disk_full
 from zinfer.errors import CheckpointError, MachineError, UsageError, ZinferError
+from zinfer.spec.quant import PUBLISHED, quantised
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec, Op, RowLookup
 from zinfer.units import MIB
@@ -39,17 +42,21 @@ def silent(_done: int, _total: int, _what: str) -> None:
     """Progress that nobody watches."""
 
 
-def store_source(index: CheckpointIndex, spec: ModelSpec) -> Source:
-    """A finished store as something to pack, after a check that it holds just what the spec's ops read.
+def open_store(index: CheckpointIndex, spec: ModelSpec) -> tuple[ModelSpec, Source]:
+    """A finished store as something to pack, and the spec with what it holds: quantised where it is.
 
-    Raises IntegrityError ZI-6001 to ZI-6005 as `read_manifest`, ZI-6003 where the program cuts otherwise.
+    A store has one format (`spec.weights`); another format is another store.  Raises IntegrityError ZI-6001 to
+    ZI-6006 as `read_manifest`, ZI-6003 where the program cuts otherwise.
     """
-    source = source_of(read_manifest(index.folder), index.folder)
-    wanted = [(op.index, {weight.key for weight in op.weights}) for op in spec.program if op.weights]
+    manifest = read_manifest(index.folder)
+    if manifest.quantised is not None:
+        spec = quantised(spec, manifest.weights, manifest.quantised.layout)
+    source = source_of(manifest, index.folder)
+    wanted = [(op.index, {part.key for part in op.reads}) for op in spec.program if op.reads]
     held = [(u.op, {place.key for place in u.places}) for u in source.units if u.op is not None]
     if wanted != held:
         raise refusal("ZI-6003", index.folder, "was cut into other ops than this zinfer computes")
-    return source
+    return spec, source
 
 
 def load_store(folder: str | Path, limit: int = DEFAULT_LIMIT) -> ChunkTable:
@@ -62,9 +69,17 @@ def load_store(folder: str | Path, limit: int = DEFAULT_LIMIT) -> ChunkTable:
 
 
 def shard(
-    model: str | Path, out: str | Path, *, progress: Progress = silent, disk: Disk | None = None
+    model: str | Path,
+    out: str | Path,
+    *,
+    encoder: Encoder | None = None,
+    progress: Progress = silent,
+    disk: Disk | None = None,
 ) -> None:
-    """`zinfer shard`: check the model folder, then `write_store`.  Raises what its parts raise, each with a code."""
+    """`zinfer shard`: check the model folder, then `write_store`, quantised where an encoder is given.
+
+    Raises what its parts raise, each with a code.
+    """
     index = CheckpointIndex.open(model)
     if not index.weights:
         raise CheckpointError(
@@ -74,7 +89,9 @@ def shard(
         )
     spec = read_spec(index.config, index.generation_config, index.dtypes)
     check_weights(index, spec)
-    write_store(spec.program, spec.lookups, index, out, progress=progress, disk=disk)
+    if encoder is not None:
+        spec = quantised(spec, encoder.weights, encoder.layout)
+    write_store(spec.program, spec.lookups, index, out, progress=progress, disk=disk, encoder=encoder)
 
 
 def write_store(
@@ -85,12 +102,14 @@ def write_store(
     *,
     progress: Progress = silent,
     disk: Disk | None = None,
+    encoder: Encoder | None = None,
     shard_bytes: int = SHARD_BYTES,
     sync_bytes: int = SYNC_BYTES,
 ) -> None:
     """Write the checkpoint behind `index` as a store to the folder `out`, or go on with one that was interrupted.
 
-    Needs one block of memory, whatever the model's size.  What the journal has is not written again.
+    Where the program's ops have `stored` parts the `encoder` makes them.  Needs the memory of one block, quantising
+    that of a few ops, whatever the model's size.  What the journal has is not written again.
     Raises UsageError ZI-3001 to ZI-3003 (`out` holds something else, is the model's own folder, is being written),
     BudgetError ZI-3101 (disk full, found before or while writing), MachineError ZI-3102 (the disk fails).
     """
@@ -100,19 +119,20 @@ def write_store(
             "ZI-3002", f"{out} is the model's own folder", remedy=f"--out {shlex.quote(f'{out}-zinfer')}"
         )
     source = checkpoint_source(program, lookups, index)
-    layout = lay_out(source, shard_bytes)
+    layout = lay_out(source, shard_bytes, program=program)
+    encoding = Encoding(encoder, program) if encoder else None
     writer = None
     try:
         out.mkdir(parents=True, exist_ok=True)
         disk.sync_folder(out.parent)
         names = os.listdir(out)
         if STORE_FILE in names:
-            _accept_finished(read_manifest(out), layout, index, out, disk)
+            _accept_finished(read_manifest(out), layout, index, out, disk, encoder)
             return
         if names and JOURNAL_FILE not in names:
             raise occupied(out, "is not empty, and what it holds is no store")
         with closing(Journal(out / JOURNAL_FILE, _identity(layout, index), disk)) as journal:
-            writer = StoreWriter(layout, source, index, out, journal, disk, progress, sync_bytes)
+            writer = StoreWriter(layout, source, index, out, journal, disk, progress, sync_bytes, encoding)
             writer.run()
     except OSError as error:
         if error.errno in DISK_FULL:
@@ -208,13 +228,19 @@ def _identity(layout: Layout, index: CheckpointIndex) -> str:
 
 
 def _accept_finished(
-    manifest: Manifest, layout: Layout, index: CheckpointIndex, out: Path, disk: Disk
+    manifest: Manifest,
+    layout: Layout,
+    index: CheckpointIndex,
+    out: Path,
+    disk: Disk,
+    encoder: Encoder | None,
 ) -> None:
     """The store is there already, or the folder holds another one."""
     held = [extent.model_copy(update={"blocks": ()}) for extent in manifest.extents]
     sizes = sorted((record.name, record.nbytes) for record in manifest.sources)
     is_same = (
-        held == list(extents_of(layout, [[]] * len(layout.settled)))
+        manifest.weights == (encoder.weights if encoder else PUBLISHED)
+        and held == list(extents_of(layout, [[]] * len(layout.settled)))
         and sizes == sorted(zip(index.file_names, index.file_sizes, strict=True))
         and manifest.config_sha256 == sha256_file(index.side_files[CONFIG_FILE])
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 
 from xxhash import xxh3_64_digest, xxh3_64_hexdigest
@@ -17,14 +18,18 @@ from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 from zinfer.checkpoint.index import CONFIG_FILE, JOURNAL_FILE, STORE_FILE, CheckpointIndex
 from zinfer.checkpoint.read import opened, read_blocks, read_into, read_range, regular_size, sha256_file
 from zinfer.chunks.disk import Disk
+from zinfer.chunks.encode import Misfit
+from zinfer.chunks.encoding import Encoding, quantised_name
 from zinfer.chunks.journal import Journal, Record
 from zinfer.chunks.layout import Layout, ShardPlan, extent_bytes, extent_start
 from zinfer.chunks.manifest import FileRecord, Manifest, ShardRecord, extents_of, rows_of
 from zinfer.chunks.source import Source
 from zinfer.chunks.table import PIECE_BYTES
 from zinfer.errors import BudgetError
+from zinfer.spec.quant import PUBLISHED, part_of
 from zinfer.units import Bytes
 
+Key = tuple[str, int, int]
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
 
@@ -42,7 +47,8 @@ def disk_full(out: Path, needed: int, free: int) -> BudgetError:
 class StoreWriter:
     """One run of `write_store`: brings what is missing to the disk, in the order that the module promises.
 
-    `blocks[i]` are the hashes of extent i's blocks, for the extents that are known to be on the disk.
+    `blocks[i]` are the hashes of extent i's blocks, for the extents that are known to be on the disk, `misfits[i]` how
+    far its quantised matrix is from the published one.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class StoreWriter:
         disk: Disk,
         progress: Progress,
         sync_bytes: int,
+        encoding: Encoding | None = None,
     ) -> None:
         self.layout = layout
         self.source = source
@@ -64,14 +71,18 @@ class StoreWriter:
         self.disk = disk
         self.progress = progress
         self.sync_bytes = sync_bytes
+        self.encoding = encoding
         self.buffer = memoryview(bytearray(PIECE_BYTES))
         self.done = 0
         self.total = sum(plan.nbytes for plan in layout.shards) + sum(index.file_sizes)
         self.blocks: list[list[str]] = []
+        self.misfits: dict[int, Misfit] = {}
         self.hashes: dict[str, str] = {}
         for record in journal.records:
             if "extent" in record:
                 self.blocks[record["extent"] :] = [record["blocks"]]
+                if "misfit" in record:
+                    self.misfits[record["extent"]] = Misfit(*record["misfit"])
             else:
                 self.hashes[record["source"]] = record["sha256"]
 
@@ -149,7 +160,10 @@ class StoreWriter:
         pending: list[Record] = []
         unsynced = 0
         for number in numbers:
-            pending.append({"extent": number, "blocks": self._write_extent(fd, number, what)})
+            record: Record = {"extent": number, "blocks": self._write_extent(fd, number, what)}
+            if number in self.misfits:
+                record["misfit"] = list(astuple(self.misfits[number]))
+            pending.append(record)
             unsynced += extent_bytes(self.layout.settled[number])
             if unsynced >= self.sync_bytes or number == numbers[-1]:
                 self.disk.sync(fd)
@@ -158,20 +172,33 @@ class StoreWriter:
                 pending, unsynced = [], 0
 
     def _write_extent(self, fd: int, number: int, what: str) -> list[str]:
-        """Copy one op's weights; returns the hash of each block."""
+        """Copy one op's weights, or quantise them; returns the hash of each block."""
         settled = self.layout.settled[number]
+        parts = self._encoded(number)
         begin, nbytes = extent_start(settled), extent_bytes(settled)
         hashes = []
         for at in range(begin, begin + nbytes, PIECE_BYTES):
             view = self.buffer[: min(PIECE_BYTES, begin + nbytes - at)]
-            self._fill(view, at, number)
+            self._fill(view, at, number, parts)
             hashes.append(xxh3_64_hexdigest(view))
             self.disk.write_all(fd, view, at)
             self._advance(len(view), what)
         return hashes
 
-    def _fill(self, view: memoryview, at: int, number: int) -> None:
-        """What belongs at `at` of the shard: published bytes, zeros between them."""
+    def _encoded(self, number: int) -> dict[Key, memoryview]:
+        """The parts of an extent that are not published bytes."""
+        if self.encoding is None:
+            return {}
+        published, settled = self.layout.published[number], self.layout.settled[number]
+        encoded = self.encoding.encode(published, settled, self.source.files)
+        if encoded is None:
+            return {}
+        self.misfits[number] = encoded.misfit
+        roles = {part_of(place.name): place.key for place in settled.places}
+        return {roles[role]: memoryview(part) for role, part in encoded.parts.items()}
+
+    def _fill(self, view: memoryview, at: int, number: int, parts: Mapping[Key, memoryview]) -> None:
+        """What belongs at `at` of the shard: quantised parts, published bytes, zeros between them."""
         published = {place.key: place for place in self.layout.published[number].places}
         filled = 0
         for place in self.layout.settled[number].places:
@@ -179,10 +206,14 @@ class StoreWriter:
             if start >= stop:
                 continue
             view[filled:start] = bytes(start - filled)
-            origin = published[place.key]
-            path = self.source.files[origin.file]
-            with opened(path) as fd:
-                read_into(fd, view[start:stop], origin.offset + at + start - place.offset, path)
+            skip = at + start - place.offset
+            if place.key in parts:
+                view[start:stop] = parts[place.key][skip : skip + stop - start]
+            else:
+                origin = published[place.key]
+                path = self.source.files[origin.file]
+                with opened(path) as fd:
+                    read_into(fd, view[start:stop], origin.offset + skip, path)
             filled = stop
         view[filled:] = bytes(len(view) - filled)
 
@@ -233,13 +264,23 @@ class StoreWriter:
         ]
         return Manifest(
             config_sha256=next(record.sha256 for record in files if record.name == CONFIG_FILE),
-            dtypes={place.name: place.dtype for unit in self.layout.settled for place in unit.places},
+            dtypes={place.name: place.dtype for unit in self.layout.published for place in unit.places},
+            weights=self.encoding.encoder.weights if self.encoding else PUBLISHED,
+            quantised=self.encoding.record(self._quality()) if self.encoding else None,
             sources=tuple(sources),
             files=tuple(files),
             shards=tuple(shards),
             rows=rows_of(self.layout, self._row_digests()),
             extents=extents_of(self.layout, self.blocks),
         )
+
+    def _quality(self) -> dict[str, Misfit]:
+        """By published matrix: its blocks together."""
+        quality: dict[str, Misfit] = {}
+        for number, misfit in sorted(self.misfits.items()):
+            name = quantised_name(self.layout.settled[number])
+            quality[name] = quality[name] + misfit if name in quality else misfit
+        return quality
 
     def _row_digests(self) -> dict[str, bytes]:
         """Every row's hash, from the published table: what was written is not believed because it is there."""

@@ -11,7 +11,7 @@ import click
 from zinfer.checkpoint.check import check_weights
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.source import Source, checkpoint_source, imagined_source
-from zinfer.chunks.store import store_source
+from zinfer.chunks.store import open_store
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Machine
@@ -90,7 +90,7 @@ def open_for_planning(path: Path) -> tuple[ModelSpec, Source]:
     index = CheckpointIndex.open(path)
     spec = read_spec(index.config, index.generation_config, index.dtypes)
     if index.is_store:
-        return spec, store_source(index, spec)
+        return open_store(index, spec)
     if not index.has_weights:
         return spec, imagined_source(spec.program, spec.lookups, spec.dtype)
     check_weights(index, spec)

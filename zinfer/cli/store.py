@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from zinfer.checkpoint.describe import describe
 from zinfer.checkpoint.index import CheckpointIndex
+from zinfer.chunks.encode import Encoder
+from zinfer.chunks.manifest import read_manifest
+from zinfer.chunks.quality import Quality, check_quality
 from zinfer.chunks.store import check_sources, verify_store
 from zinfer.chunks.store import shard as write_shards
 from zinfer.cli.progress import Progress
 from zinfer.errors import IntegrityError
+from zinfer.spec.quant import FORMATS, PANELS, PUBLISHED, RMS_LIMITS
 from zinfer.spec.read import read_spec
 from zinfer.units import Bytes, rate_text, seconds_text
 
@@ -21,15 +26,32 @@ from zinfer.units import Bytes, rate_text, seconds_text
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the store to write.")
-def shard(model: Path, out: Path) -> None:
-    """Write MODEL as a store: aligned for direct reads, checksummed, resumable.
+@click.option(
+    "--weights",
+    type=click.Choice([PUBLISHED, *FORMATS]),
+    default=PUBLISHED,
+    show_default=True,
+    help="The format of the matrices; norms and embeddings stay as published.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["auto", *PANELS]),
+    default="auto",
+    show_default=True,
+    help="The kernel that reads quantised weights; auto: this machine's.",
+)
+def shard(model: Path, out: Path, weights: str, layout: str) -> None:
+    """Write MODEL as a store: aligned for direct reads, checksummed, resumable, quantised where --weights says so.
 
     Interrupted at any moment, the same command goes on where it stopped.
     """
     begin_s = time.perf_counter()
+    encoder = None if weights == PUBLISHED else encoder_for(weights, layout)
     with Progress() as progress:
-        write_shards(model, out, progress=progress)
+        write_shards(model, out, encoder=encoder, progress=progress)
     nbytes, spent_s = _folder_bytes(out), time.perf_counter() - begin_s
+    for line in quality_lines(out):
+        click.echo(line)
     click.echo(
         f"done       {out}: {Bytes(nbytes)} in {seconds_text(spent_s)} ({rate_text(nbytes / spent_s)})"
     )
@@ -39,7 +61,9 @@ def shard(model: Path, out: Path) -> None:
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option(
-    "--source", type=click.Path(path_type=Path), help="Also check that this is the folder it was made from."
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Also check that this is the folder it was made from, and how close quantised matrices are.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def verify(store: Path, source: Path | None, as_json: bool) -> None:
@@ -48,9 +72,15 @@ def verify(store: Path, source: Path | None, as_json: bool) -> None:
         mismatches = list(verify_store(store, progress))
         if source is not None:
             mismatches += check_sources(store, source, progress)
+        quality = _checked_quality(store, source, progress)
     if as_json:
         rows = [{"file": m.file, "offset": m.offset, "bytes": m.nbytes, "found": m.found} for m in mismatches]
-        click.echo(json.dumps({"store": str(store), "bytes": _folder_bytes(store), "mismatches": rows}))
+        told = {"store": str(store), "bytes": _folder_bytes(store), "mismatches": rows}
+        matrices = [
+            {"name": q.name, "rms": q.found.rms, "worst_group": q.found.worst, "written": q.written}
+            for q in quality
+        ]
+        click.echo(json.dumps(told | ({"quality": matrices} if quality else {})))
     for mismatch in mismatches:
         click.echo(
             f"damaged    {mismatch.file} at {mismatch.offset}, {mismatch.nbytes} bytes: {mismatch.found} "
@@ -63,7 +93,21 @@ def verify(store: Path, source: Path | None, as_json: bool) -> None:
             f"{len(mismatches)} of the blocks of {store} are not what its manifest promises",
             remedy=f"rm -r {store} && zinfer shard MODEL --out {store}",
         )
+    if differing := [matrix for matrix in quality if not matrix.is_same]:
+        first = differing[0]
+        raise IntegrityError(
+            "ZI-6011",
+            f"{len(differing)} matrices of {store} are not what was written: {first.name} has a relative RMS error of "
+            f"{first.found.rms:.6f} instead of {first.written:.6f}",
+            remedy=f"rm -r {store} && zinfer shard MODEL --out {store} --weights FORMAT",
+        )
     if not as_json:
+        if quality:
+            worst = max(quality, key=lambda matrix: matrix.found.rms)
+            click.echo(
+                f"quality    {len(quality)} matrices against {source}: relative RMS error at most "
+                f"{worst.found.rms:.4f} ({worst.name}, limit {worst.limit})"
+            )
         click.echo(
             f"verified   {store}: {Bytes(_folder_bytes(store))}, every block is what its checksum says"
         )
@@ -89,6 +133,38 @@ def inspect(model: Path, tensors: bool, as_json: bool) -> None:
         )
     for row in rows:
         click.echo(f"  {row['name']:<60} {row['dtype']:<5} {row['shape']}")
+
+
+def _checked_quality(store: Path, source: Path | None, progress: Progress) -> tuple[Quality, ...]:
+    """The quality report of a quantised store whose source is at hand, from the bytes that it holds now."""
+    manifest = read_manifest(store)
+    if manifest.quantised is None or source is None:
+        return ()
+    return check_quality(store, source, encoder_for(manifest.weights, manifest.quantised.layout), progress)
+
+
+def encoder_for(weights: str, layout: str) -> Encoder:
+    """Who quantises, for this machine's kernel or for a named one."""
+    from zinfer.kernels.quant import native_layout
+    from zinfer.kernels.quantise import Quantiser
+
+    return Quantiser(weights, native_layout() if layout == "auto" else layout)
+
+
+def quality_lines(store: Path) -> Iterator[str]:
+    """The quality report of a quantised store: what rounding cost, matrix by matrix where it is above the limit."""
+    manifest = read_manifest(store)
+    if manifest.quantised is None or not manifest.quantised.quality:
+        return
+    rows = sorted(manifest.quantised.quality, key=lambda row: row.rms)
+    limit = RMS_LIMITS[manifest.weights]
+    yield (
+        f"quality    relative RMS error of {len(rows)} matrices: {rows[0].rms:.4f} to {rows[-1].rms:.4f}, "
+        f"worst {rows[-1].name} (limit {limit})"
+    )
+    for row in rows:
+        if row.rms > limit:
+            yield f"warning    {row.name}: {row.rms:.4f} is above {limit}; --weights int8 or published keeps more"
 
 
 def _folder_bytes(folder: Path) -> int:

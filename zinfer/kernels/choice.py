@@ -7,7 +7,8 @@ with row counts of one agreeing group only, so that a row's bits depend on the r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -87,3 +88,14 @@ def fastest(
     first = next(iter(candidates))
     name = min(best, key=best.__getitem__)
     return name if best[name] < _WORTH * best[first] else first
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Timings of one thread rank kernels as those of all do, and need no second core to be free."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

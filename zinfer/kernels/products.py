@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zinfer.kernels.choice import agreeing_sizes, cover, fastest, pad_rows
+from zinfer.kernels.choice import agreeing_sizes, cover, fastest, one_thread, pad_rows
 from zinfer.kernels.remembered import remembered
 from zinfer.spec.cost import EXACT_ROWS, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
-_SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
+SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
 _SAMPLE_ROWS = 5
 _TIMED_BYTES = 16 * 2**20  # of a weight: measured in a few milliseconds
 _COLD_BYTES = 64 * 2**20  # weights that are timed in turn: a pass finds none of its weights in a cache
@@ -62,7 +62,7 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
     """
     for op in spec.program:
         weights = {weight.role: weight for weight in op.weights}
-        if "matrix" in weights:
+        if "matrix" in weights and not op.stored:
             outputs, inputs = weights["matrix"].shape[:: -1 if spec.transposed else 1]
             case = (_DTYPES[spec.dtype], device, outputs, inputs, spec.transposed, "bias" in weights)
             if exact:
@@ -87,14 +87,14 @@ def row_sizes(
     """
 
     def find() -> list[int]:
-        x_PI, weight_OI = _cancelling(outputs, inputs, dtype, device)
+        x_PI, weight_OI = cancelling(outputs, inputs, dtype, device)
         weight_OI = _laid_out(weight_OI, transposed)
         bias = torch.full((outputs,), 2.0**-20, dtype=dtype, device=device) if has_bias else None
         with torch.no_grad():
-            return list(agreeing_sizes(lambda x: F.linear(x, weight_OI, bias), x_PI, _SIZES))
+            return list(agreeing_sizes(lambda x: F.linear(x, weight_OI, bias), x_PI, SIZES))
 
     def is_answer(sizes: object) -> bool:
-        return isinstance(sizes, list) and bool(sizes) and set(sizes) <= set(_SIZES)
+        return isinstance(sizes, list) and bool(sizes) and set(sizes) <= set(SIZES)
 
     case = (dtype, device, outputs, inputs, transposed, has_bias, num_threads)
     return tuple(remembered(f"row sizes {case}", is_answer, find))
@@ -119,7 +119,7 @@ def row_kernel(
         pool = _noise((count, outputs, inputs), dtype, device)
         turns = cycle([_laid_out(weight_OI, transposed) for weight_OI in pool])
         x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
-        with torch.no_grad(), _one_thread():
+        with torch.no_grad(), one_thread():
             return fastest({name: partial(_run_next, run, x, turns, bias) for name, run in KERNELS.items()})
 
     case = (dtype, device, outputs, inputs, transposed, has_bias)
@@ -158,17 +158,6 @@ KERNELS: dict[str, Product] = {
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Timings of one thread rank kernels as those of all do, and need no second core to be free."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-@contextmanager
 def _onednn_off() -> Iterator[None]:
     """As torch.backends.mkldnn.flags(enabled=False), which also touches TF32 settings and warns about them."""
     was_on = torch._C._get_mkldnn_enabled()
@@ -184,7 +173,7 @@ def _laid_out(weight_OI: Tensor, transposed: bool) -> Tensor:
     return weight_OI.t().contiguous().t() if transposed else weight_OI
 
 
-def _cancelling(outputs: int, inputs: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def cancelling(outputs: int, inputs: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """x and weight whose products cancel in pairs far apart: what is left is rounding, other for every order.
 
     With ordinary numbers two orders of adding mostly round to the same bfloat16, and a test would miss them.

@@ -15,7 +15,7 @@ from zinfer.memory.tier import Place, TierMemory
 from zinfer.plan.records import Tier
 
 WeightKey: TypeAlias = tuple[str, int, int]
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 
 
 class Views:

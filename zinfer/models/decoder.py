@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from zinfer.kernels.panels import is_quantised, quant_weight
 from zinfer.kernels.products import linear
+from zinfer.kernels.quant import quant_linear
 from zinfer.layers.attention import attend
 from zinfer.layers.mlp import activate
 from zinfer.layers.norm import layer_norm, rms_norm
 from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.rotary import rotary_tables, rotate
 from zinfer.spec.program import matrix_shape
+from zinfer.spec.quant import PARTS
 from zinfer.spec.records import ModelSpec, Op
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -89,7 +92,7 @@ def run_op(
     """
     dtype = DTYPES[spec.dtype]
     # A copy is made only where a checkpoint mixes dtypes.
-    weights = {role: weight.to(dtype) for role, weight in weights.items()}
+    weights = {role: part if role in PARTS else part.to(dtype) for role, part in weights.items()}
     if flow.input is None:
         flow.input = _enter(op, spec, flow, weights, batch)
     if op.matrix:
@@ -125,11 +128,13 @@ def _product(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor],
     """One block of the op's matrix, put in its place in the whole output; logits widen to fp32."""
     x, matrix = flow.input, op.matrix
     assert x is not None and matrix is not None, "a product needs an input and a matrix"
-    is_transposed = spec.transposed and 0 <= op.layer < spec.num_layers
-    if x.shape[0]:
-        piece = linear(x, weights["matrix"], weights.get("bias"), exact=exact, transposed=is_transposed)
+    outputs = matrix.shape[1 if op.transposed else 0]
+    if not x.shape[0]:
+        piece = x.new_empty(0, outputs)
+    elif is_quantised(weights):
+        piece = quant_linear(x, quant_weight(weights, outputs), weights.get("bias"), exact=exact)
     else:
-        piece = x.new_empty(0, matrix.stop - matrix.start)
+        piece = linear(x, weights["matrix"], weights.get("bias"), exact=exact, transposed=op.transposed)
     if op.kind == "head":
         piece = piece.float()
     if op.blocks == 1:

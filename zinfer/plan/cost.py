@@ -9,7 +9,8 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Compute, Machine
 from zinfer.plan.records import KvPlan
 from zinfer.spec.cost import attention_flops
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, kv_row_bytes
+from zinfer.spec.quant import PUBLISHED, RATE_NAMES, WEIGHT_BYTES, op_bytes
+from zinfer.spec.records import ModelSpec, Op, kv_row_bytes
 from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
@@ -83,16 +84,15 @@ class OpCosts:
         self._machine = machine
         cost = compute.step_cost(exact=exact)
         self.overhead_s = cost.op_overhead_s
-        self._per_byte = seconds_per_byte(compute, spec.dtype, load.rows, exact=exact)
-        head_rows = min(load.sequences, load.rows)
-        self._per_head_byte = seconds_per_byte(compute, spec.dtype, head_rows, exact=exact)
+        self._per_byte = _rates(compute, spec, load.rows, exact=exact)
+        self._per_head_byte = _rates(compute, spec, min(load.sequences, load.rows), exact=exact)
         self._attention_rate = attention_rate(compute, load, exact=exact)
 
     def work(self, op: Op) -> float:
         """Product, and attention behind the op that completes keys and values."""
         spec = self._spec
-        nbytes = op.weight_numel * DTYPE_BYTES[spec.dtype]
-        work = nbytes * (self._per_head_byte if op.kind == "head" else self._per_byte)
+        per_byte = self._per_head_byte if op.kind == "head" else self._per_byte
+        work = op_bytes(spec, op) * per_byte[bool(op.stored)]
         if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
             keys = visible_keys(spec, op.layer, self._load)
             if self._load.kv.attend != "resident" and self._machine is not None:
@@ -149,3 +149,25 @@ def seconds_per_byte(compute: Compute, dtype: str, rows: int, *, exact: bool) ->
     if exact:
         rows = round_up(rows, 4) if dtype == "F32" else max(rows, 2)
     return compute.seconds_per_byte(dtype, rows)
+
+
+def _rates(compute: Compute, spec: ModelSpec, rows: int, *, exact: bool) -> tuple[float, float]:
+    """Seconds per byte of published weights, and of stored bytes of quantised ones."""
+    published = seconds_per_byte(compute, spec.dtype, rows, exact=exact)
+    if spec.weights == PUBLISHED:
+        return published, published
+    return published, quantised_seconds_per_byte(compute, spec.weights, rows, exact=exact)
+
+
+def quantised_seconds_per_byte(compute: Compute, weights: str, rows: int, *, exact: bool) -> float:
+    """Seconds per stored byte at so many rows.
+
+    Where the machine's quantised products were not measured: weights are unpacked, at the rate at which memory is
+    read for one row, and multiplied in bf16.
+    """
+    name = RATE_NAMES[weights]
+    if name in compute.products:
+        return seconds_per_byte(compute, name, rows, exact=exact)
+    nbytes = WEIGHT_BYTES[weights]
+    unpack = (nbytes + 2) * compute.seconds_per_byte("BF16", 1)
+    return (unpack + 2 * seconds_per_byte(compute, "BF16", rows, exact=exact)) / nbytes

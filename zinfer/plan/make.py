@@ -25,7 +25,8 @@ from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, reserve_for
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.settle import asked_workload, shrunk_workload
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec
+from zinfer.spec.quant import op_bytes
+from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
 
 _FORMAT = 1
@@ -242,7 +243,7 @@ class _Maker:
             reserve = self._reserve(settled)
             if others or kv.attend != "resident":  # the cache need not lie where the weights do
                 reserve = replace(reserve, kv=0)
-            weight_bytes = sum(op.weight_numel for op in self.spec.program) * DTYPE_BYTES[self.spec.dtype]
+            weight_bytes = sum(op_bytes(self.spec, op) for op in self.spec.program)
             return least_cost(
                 settled,
                 reserve,

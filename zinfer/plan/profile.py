@@ -8,6 +8,7 @@ from zinfer.plan.place import Reserve
 from zinfer.plan.records import Workload
 from zinfer.spec.attention_cost import arranged_bytes
 from zinfer.spec.cost import activation_bytes, attention_bytes
+from zinfer.spec.quant import op_bytes, workspace_bytes
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
 from zinfer.units import KIB, round_up
 
@@ -31,15 +32,15 @@ class Profile:
 def profile(spec: ModelSpec) -> Profile:
     """Sum up the program; nothing is read and nothing is allocated."""
     width = DTYPE_BYTES[spec.dtype]
-    op_bytes = [op.weight_numel * width for op in spec.program]
+    sizes = [op_bytes(spec, op) for op in spec.program]
     return Profile(
         num_parameters=spec.num_parameters,
-        num_ops=len(op_bytes),
-        pass_bytes=sum(op_bytes),
-        largest_op_bytes=max(op_bytes),
+        num_ops=len(sizes),
+        pass_bytes=sum(sizes),
+        largest_op_bytes=max(sizes),
         row_table_bytes=sum(lookup.num_rows * lookup.width * width for lookup in spec.lookups),
         kv_bytes_per_token=spec.kv_bytes_per_token,
-        flops_per_row=2 * sum(op_bytes) // width,
+        flops_per_row=2 * sum(op.weight_numel for op in spec.program),
     )
 
 
@@ -80,7 +81,7 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     activations = max(cost.peak for cost in costs.values())
     parked = workload.num_micros * waiting if workload.parks else 0
     activations += 0 if workload.parks else (workload.num_micros - 1) * waiting
-    activations += arranged + ROW_STAGING_BYTES
+    activations += arranged + ROW_STAGING_BYTES + workspace_bytes(spec)
     if kv.attend == "resident":
         return Reserve(kv_bytes(spec, workload), activations, host_activations=parked)
     if kv.attend == "device":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from zinfer.kernels.products import prepare
+from zinfer.kernels import products, quant
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.kvcache.spill import spill_folder
@@ -152,7 +152,8 @@ def open_engine(
     torch.set_num_threads(model.resolved.threads)
     give_freed_memory_back()
     device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
-    prepare(model.spec, device_type, exact=plan.exact)
+    for prepare in (products.prepare, quant.prepare):
+        prepare(model.spec, device_type, exact=plan.exact)
     prepare_attention(model.spec, device_type)
     manager = open_manager(
         plan.table,

@@ -135,7 +135,7 @@ class Executor:
                 self._bring(micro, self.manager.transfer.to_device, micros)
                 for index in ops:
                     op = self.spec.program[index]
-                    weights = {weight.role: views[weight.key] for weight in op.weights}
+                    weights = {part.role: views[part.key] for part in op.reads}
                     begin_s = time.perf_counter()
                     with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
                         run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)

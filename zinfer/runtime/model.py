@@ -13,7 +13,7 @@ import torch
 from zinfer.checkpoint.check import check_weights
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.source import Source, checkpoint_source
-from zinfer.chunks.store import store_source
+from zinfer.chunks.store import open_store
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Machine
 from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
@@ -134,7 +134,7 @@ def open_model(folder: Path, settings: Settings) -> Model:
             "ZI-4021", f"{folder} holds no weights to run", remedy=f"zinfer plan {folder} needs none"
         )
     if index.is_store:
-        source = store_source(index, spec)
+        spec, source = open_store(index, spec)
     else:
         check_weights(index, spec)
         source = checkpoint_source(spec.program, spec.lookups, index)

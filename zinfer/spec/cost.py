@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from zinfer.spec.attention_cost import FP32, attention_workspace_bytes
 from zinfer.spec.program import matrix_shape
+from zinfer.spec.quant import GROUP
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 
 EXACT_ROWS = 256  # most rows of one exact product; more go piece by piece
@@ -20,6 +21,14 @@ class OpBytes:
 
     peak: int
     held: int
+
+
+def quantised_product_bytes(rows: int, op: Op) -> int:
+    """Beside input and output: the input in bf16, once more with its groups' sums behind it, one more output."""
+    if op.matrix is None or not op.stored:
+        return 0
+    outputs, inputs = op.matrix.shape[:: -1 if op.transposed else 1]
+    return DTYPE_BYTES["BF16"] * rows * (2 * inputs + inputs // GROUP + outputs)
 
 
 def op_flops(op: Op, rows: int) -> int:
@@ -164,6 +173,7 @@ class _FlowBytes:
             self.live["output"] = num_out * wide
         most = EXACT_ROWS if self.exact else MOST_ROWS
         piece = block * width * most // self.rows if self.rows > most else 0
+        piece += quantised_product_bytes(self.rows, op)
         self._touch(block * width + max(piece, block * wide if wide > width else 0))
         self.live["output"] = num_out * wide
 

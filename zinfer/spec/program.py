@@ -129,7 +129,14 @@ def _blocks(
             name = f"{names.stems[head_norm].format(layer)}.weight"
             weights.append(WeightRef(head_norm, name, 0, spec.head_dim, (spec.head_dim,)))
         yield Op(
-            index + block, kind, layer, tuple(weights), block, len(cuts), norm is not None and block == 0
+            index + block,
+            kind,
+            layer,
+            tuple(weights),
+            block,
+            len(cuts),
+            normed=norm is not None and block == 0,
+            transposed=matrix is not None,
         )
 
 

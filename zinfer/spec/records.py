@@ -18,7 +18,8 @@ class WeightRef:
     """One weight (or a block of its rows) that an op reads.
 
     `role` is what the op calls it ("matrix", "bias", "norm", "norm_bias", "q_norm", "k_norm"), `name` the
-    published tensor name, [start, stop) the rows of the published tensor, `shape` the slice's shape.
+    published tensor name, [start, stop) the rows of the published tensor, `shape` the slice's shape.  Of a part of a
+    quantised matrix (`zinfer.spec.quant`) they are the stored tensor's, and [start, stop) counts panels.
     """
 
     role: str
@@ -26,6 +27,7 @@ class WeightRef:
     start: int
     stop: int
     shape: tuple[int, ...]
+    dtype: str = ""  # of a stored part; nothing: as published
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -57,6 +59,13 @@ class Op:
     block: int = 0
     blocks: int = 1
     normed: bool = False  # its input is normalised first (in block 0), with weights or without
+    transposed: bool = False  # its matrix is published as [in, out]
+    stored: tuple[WeightRef, ...] = ()  # what a quantised store holds in place of `weights`
+
+    @property
+    def reads(self) -> tuple[WeightRef, ...]:
+        """What a pass reads for this op."""
+        return self.stored or self.weights
 
     @property
     def matrix(self) -> WeightRef | None:
@@ -132,6 +141,7 @@ class ModelSpec:
     program: tuple[Op, ...] = field(default=(), repr=False)
     lookups: tuple[RowLookup, ...] = ()
     num_parameters: int = 0
+    weights: str = "published"  # the format of the matrices where they are stored: or "int8" | "int4"
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -1,0 +1,68 @@
+"""Quantise while a store is written.  In: published units and an Encoder.  Out: their parts, what the manifest says.
+
+Where the source is a quantised store itself its parts are laid out anew for another kernel; no number changes.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from zinfer.checkpoint.read import opened, read_into
+from zinfer.chunks.encode import Encoded, Encoder, Misfit
+from zinfer.chunks.manifest import QualityRecord, QuantRecord
+from zinfer.chunks.source import Place, Unit
+from zinfer.errors import CheckpointError
+from zinfer.spec.quant import GROUP, part_of
+from zinfer.spec.records import Op
+
+
+class Encoding:
+    """One run's quantisation: which units, by whom."""
+
+    def __init__(self, encoder: Encoder, program: Sequence[Op]) -> None:
+        self.encoder = encoder
+        self.program = program
+
+    def encode(self, published: Unit, settled: Unit, files: Sequence[Path]) -> Encoded | None:
+        """The parts of a unit, None where all of it is copied.  Raises CheckpointError ZI-4155: not a finite number."""
+        if not any(part_of(place.name) for place in settled.places):
+            return None
+        assert published.op is not None, "a row table is never quantised"
+        op = self.program[published.op]
+        kept = {place.key for place in settled.places}
+        (matrix,) = (place for place in published.places if place.key not in kept)
+        encoded = self.encoder.encode(
+            read_place(matrix, files), matrix.dtype, matrix.shape, is_transposed=op.transposed
+        )
+        if not math.isfinite(encoded.misfit.error):
+            folder = files[matrix.file].parent
+            raise CheckpointError(
+                "ZI-4155",
+                f"{matrix.name!r} holds infinities or no numbers at all: it cannot be quantised",
+                remedy=f"zinfer shard {shlex.quote(str(folder))} --out DIR   # as published",
+            )
+        return encoded
+
+    def record(self, quality: Mapping[str, Misfit]) -> QuantRecord:
+        """What the manifest says of the format and of what it cost."""
+        rows = tuple(
+            QualityRecord(name=name, rms=misfit.rms, worst=misfit.worst) for name, misfit in quality.items()
+        )
+        return QuantRecord(group=GROUP, layout=self.encoder.layout, quality=rows)
+
+
+def quantised_name(unit: Unit) -> str:
+    """The published name of the unit's quantised matrix."""
+    names = (place.name for place in unit.places if part_of(place.name))
+    return next(names).rpartition(".")[0]
+
+
+def read_place(place: Place, files: Sequence[Path]) -> bytearray:
+    """A place's bytes: one op's matrix at most."""
+    raw = bytearray(place.nbytes)
+    with opened(files[place.file]) as fd:
+        read_into(fd, memoryview(raw), place.offset, files[place.file])
+    return raw

@@ -1,0 +1,96 @@
+"""Quantised weights as integers.  In: a ModelSpec and a format.  Out: the same model, with what its store holds.
+
+A matrix is cut along its inputs into groups of GROUP weights that share a scale and a zero.  The tensors that a store
+holds in its place, for P panels of `panel` outputs:
+
+    NAME.nibbles  U8    [P, inputs, panel / 2]      byte i of a row: output i in the low half, i + panel / 2 in the high
+    NAME.low      U8    the same, int8 only: the low four bits, while `nibbles` has the high ones
+    NAME.scales   BF16  [inputs / GROUP, P * panel, 2]      scale and zero
+
+    int4:  w = scale * (nibble - 8) + zero
+    int8:  w = scale * (16 * (nibble - 8) + low - 8) + 17 * zero
+
+so that int8 is two int4 products with one set of scales: 16 x times the nibbles, and x times the low ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, WeightRef
+from zinfer.units import MIB
+
+GROUP = 64
+PUBLISHED = "published"
+FORMATS = ("int8", "int4")
+PANELS = {
+    "panels-64": 64,
+    "panels-32": 32,
+}  # layout id -> outputs per panel: what AVX-512 and AVX2 kernels read
+PARTS = {"nibbles": "U8", "low": "U8", "scales": "BF16"}  # role -> dtype
+STORED_BYTES = DTYPE_BYTES | {"U8": 1}
+SLOT_BYTES = 4 * MIB  # of bf16 into which a piece of a matrix is unpacked; one panel at least
+RMS_LIMITS = {"int8": 0.006, "int4": 0.11}  # relative RMS error of a matrix that looks trained, at most
+WEIGHT_BYTES = {"int8": 8.5 / 8, "int4": 4.5 / 8}  # scale and zero of a group are 32 bits
+RATE_NAMES = {"int8": "I8", "int4": "I4"}  # under which a machine's profile has their products
+
+Format = Literal["published", "int8", "int4"]
+
+
+def quantised(spec: ModelSpec, weights: str, layout: str) -> ModelSpec:
+    """The spec of the same model with its matrices stored in the format `weights` (one of FORMATS).
+
+    Embedding tables, a head tied to one, norms, biases, routers and matrices whose inputs are no multiple of GROUP
+    stay as published.
+    """
+    tables = {lookup.name for lookup in spec.lookups}
+    program = tuple(_stored(op, tables, weights, PANELS[layout]) for op in spec.program)
+    return replace(spec, weights=weights, program=program)
+
+
+def op_bytes(spec: ModelSpec, op: Op) -> int:
+    """Bytes of all that the op reads, as stored."""
+    return sum(part.numel * STORED_BYTES[part.dtype or spec.dtype] for part in op.reads)
+
+
+def slot_outputs(inputs: int, panel: int) -> int:
+    """Outputs of the piece of a matrix that is unpacked at a time: it follows from the shape alone."""
+    return max(SLOT_BYTES // (2 * inputs * panel), 1) * panel
+
+
+def workspace_bytes(spec: ModelSpec) -> int:
+    """The slot for unpacked weights and zeros, and the integers on their way into it; 0 where nothing is quantised."""
+    parts = [part for op in spec.program for part in op.stored if part.role == "nibbles"]
+    pieces = [part.shape[1] * slot_outputs(part.shape[1], 2 * part.shape[2]) for part in parts]
+    return max((2 * numel + 2 * numel // GROUP + numel for numel in pieces), default=0)
+
+
+def part_of(name: str) -> str:
+    """The role that a stored tensor's name ends in, or nothing where it is a published tensor."""
+    suffix = name.rpartition(".")[2]
+    return suffix if suffix in PARTS else ""
+
+
+def _stored(op: Op, tables: set[str], weights: str, panel: int) -> Op:
+    matrix = op.matrix
+    if matrix is None or op.kind == "router" or matrix.name in tables:
+        return op
+    outputs, inputs = matrix.shape[:: -1 if op.transposed else 1]
+    first = 0 if op.transposed else matrix.start // panel
+    if inputs % GROUP or (not op.transposed and matrix.start % panel):
+        return op
+    panels = -(-outputs // panel)
+    shapes = {
+        "nibbles": (panels, inputs, panel // 2),
+        "low": (panels, inputs, panel // 2),
+        "scales": (inputs // GROUP, panels * panel, 2),
+    }
+    if weights == "int4":
+        del shapes["low"]
+    parts = tuple(
+        WeightRef(role, f"{matrix.name}.{role}", first, first + panels, shape, PARTS[role])
+        for role, shape in shapes.items()
+    )
+    kept = tuple(weight for weight in op.weights if weight.role != "matrix")
+    return replace(op, stored=(*parts, *kept))
