@@ -7,17 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import CONFIGS
 
 from zinfer.chunks.table import PAGE, PIECE_BYTES
-from zinfer.config.machine import Compute, Machine, Overlap
+from zinfer.config.machine import Compute, Machine, Overlap, ProductRate
 from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
+from zinfer.kernels.quant import any_linear
 from zinfer.memory import measure as measuring
 from zinfer.memory import measure_links
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_beside import measure_overlap
 from zinfer.memory.measure_links import measure_disk, ranges
+from zinfer.plan.cost import OpCosts, PassLoad, quantised_seconds_per_byte
+from zinfer.runtime.quant_rates import makers
 from zinfer.runtime.small_model import SmallModel
+from zinfer.spec.quant import op_bytes, quantised
+from zinfer.spec.read import read_spec
 
 MIB = 2**20
 SHAPES = ((256, 64), (64, 256), (64, 64))
@@ -181,3 +187,33 @@ def test_a_small_pass_can_be_repeated_at_any_length():
     small.run(1, 64, exact=True)
     assert small.num_ops == 2 * 7 + 2
     assert small.attention_flops(1, 100) == 2 * 4 * 100 * 32 * 128
+
+
+def test_quantised_formats_are_measured_by_their_own_bytes(files):
+    machine = probe(
+        files,
+        any_linear,
+        SmallModel,
+        dtype="BF16",
+        shapes=SHAPES,
+        formats=makers(["int4", "published"]),
+        seconds=5.0,
+    )
+    assert set(machine.host.products) == {"BF16", "BF16 exact", "I4", "I4 exact"}
+    spec = quantised(read_spec(CONFIGS["llama"] | {"torch_dtype": "bfloat16"}), "int4", "panels-64")
+    measured = quantised_seconds_per_byte(machine.host, "int4", 1, exact=True)
+    assert measured == machine.host.seconds_per_byte("I4 exact", 1)
+    op = next(op for op in spec.program if op.stored)
+    costs = OpCosts(spec, machine.host, PassLoad(1, 1, 16), exact=True)
+    assert costs.work(op) == pytest.approx(measured * op_bytes(spec, op))
+
+
+def test_a_declared_machine_unpacks():
+    bf16 = Compute(
+        products={"BF16": (ProductRate(rows=1, seconds_per_gb=0.1), ProductRate(rows=100, seconds_per_gb=1))},
+        attention_flops_per_s=1e9,
+        op_overhead_s=0,
+    )
+    few, many = (quantised_seconds_per_byte(bf16, "int4", rows, exact=False) for rows in (1, 100))
+    assert few * 0.5625 == pytest.approx((2.5625 * 0.1 + 2 * 0.1) / 1e9)
+    assert many * 0.5625 == pytest.approx((2.5625 * 0.1 + 2 * 1.0) / 1e9)

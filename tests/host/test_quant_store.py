@@ -16,7 +16,7 @@ from zinfer.chunks.manifest import read_manifest
 from zinfer.chunks.quality import check_quality
 from zinfer.chunks.store import open_store, shard, silent, verify_store
 from zinfer.chunks.table import PIECE_BYTES
-from zinfer.errors import BudgetError, CheckpointError, IntegrityError
+from zinfer.errors import BudgetError, CheckpointError, IntegrityError, UsageError
 from zinfer.kernels.panels import dequantise, quant_weight
 from zinfer.kernels.quantise import Quantiser
 from zinfer.spec.quant import FORMATS, PANELS, op_bytes
@@ -180,3 +180,27 @@ def test_text_is_the_same_in_every_layout(weights, tmp_path):
         with LLM(tmp_path / layout, **RUN, memory={"host": "1GiB"}) as llm:
             texts.append(llm.generate("import ", params)[0].outputs[0].text)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_store_is_laid_out_anew_for_another_kernel(weights, tmp_path):
+    """Not rounded again: what comes out is what the published model gives for that kernel, byte for byte."""
+    folder = write_tiny("llama", tmp_path / "model")
+    for layout in PANELS:
+        shard(folder, tmp_path / layout, encoder=Quantiser(weights, layout))
+    for layout, other in [("panels-64", "panels-32"), ("panels-32", "panels-64")]:
+        again = tmp_path / f"{layout}-again"
+        shard(tmp_path / other, again, encoder=Quantiser(weights, layout))
+        assert contents(again) == contents(tmp_path / layout)
+        shard(tmp_path / other, again, encoder=Quantiser(weights, layout))  # it is there already
+    plain = tmp_path / "plain"
+    shard(folder, plain)
+    shard(plain, tmp_path / "late", encoder=Quantiser(weights, "panels-64"))
+    assert contents(tmp_path / "late") == contents(tmp_path / "panels-64")
+
+
+def test_3004_what_was_rounded_is_not_rounded_again(tmp_path):
+    shard(write_tiny("llama", tmp_path / "model"), tmp_path / "store", encoder=Quantiser("int8", "panels-64"))
+    with pytest.raises(UsageError) as caught:
+        shard(tmp_path / "store", tmp_path / "other", encoder=Quantiser("int4", "panels-64"))
+    assert caught.value.code == "ZI-3004"

@@ -31,10 +31,10 @@ class Misfit:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The stored parts of one op's matrix by role, and how far they are from it."""
+    """The stored parts of one op's matrix by role, and how far they are from it; None: only laid out anew."""
 
     parts: Mapping[str, bytes]
-    misfit: Misfit
+    misfit: Misfit | None
 
 
 class Encoder(Protocol):

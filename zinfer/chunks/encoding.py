@@ -22,9 +22,12 @@ from zinfer.spec.records import Op
 class Encoding:
     """One run's quantisation: which units, by whom."""
 
-    def __init__(self, encoder: Encoder, program: Sequence[Op]) -> None:
+    def __init__(
+        self, encoder: Encoder, program: Sequence[Op], quality: tuple[QualityRecord, ...] = ()
+    ) -> None:
         self.encoder = encoder
         self.program = program
+        self.quality = quality  # what was written down when the source, itself quantised, was made
 
     def encode(self, published: Unit, settled: Unit, files: Sequence[Path]) -> Encoded | None:
         """The parts of a unit, None where all of it is copied.  Raises CheckpointError ZI-4155: not a finite number."""
@@ -32,12 +35,14 @@ class Encoding:
             return None
         assert published.op is not None, "a row table is never quantised"
         op = self.program[published.op]
+        if any(part_of(place.name) for place in published.places):
+            return self._laid_out_anew(op, published, files)
         kept = {place.key for place in settled.places}
         (matrix,) = (place for place in published.places if place.key not in kept)
         encoded = self.encoder.encode(
             read_place(matrix, files), matrix.dtype, matrix.shape, is_transposed=op.transposed
         )
-        if not math.isfinite(encoded.misfit.error):
+        if encoded.misfit is None or not math.isfinite(encoded.misfit.error):
             folder = files[matrix.file].parent
             raise CheckpointError(
                 "ZI-4155",
@@ -46,9 +51,14 @@ class Encoding:
             )
         return encoded
 
+    def _laid_out_anew(self, op: Op, stored: Unit, files: Sequence[Path]) -> Encoded:
+        assert op.matrix is not None, "parts without a matrix"
+        parts, shapes = stored_parts(stored, files)
+        return Encoded(self.encoder.repack(parts, shapes, op.matrix.shape[1 if op.transposed else 0]), None)
+
     def record(self, quality: Mapping[str, Misfit]) -> QuantRecord:
         """What the manifest says of the format and of what it cost."""
-        rows = tuple(
+        rows = self.quality or tuple(
             QualityRecord(name=name, rms=misfit.rms, worst=misfit.worst) for name, misfit in quality.items()
         )
         return QuantRecord(group=GROUP, layout=self.encoder.layout, quality=rows)
@@ -58,6 +68,15 @@ def quantised_name(unit: Unit) -> str:
     """The published name of the unit's quantised matrix."""
     names = (place.name for place in unit.places if part_of(place.name))
     return next(names).rpartition(".")[0]
+
+
+def stored_parts(
+    unit: Unit, files: Sequence[Path]
+) -> tuple[dict[str, bytearray], Mapping[str, tuple[int, ...]]]:
+    """The parts of a unit's quantised matrix by role, and their shapes."""
+    places = {part_of(place.name): place for place in unit.places if part_of(place.name)}
+    parts = {role: read_place(place, files) for role, place in places.items()}
+    return parts, {role: place.shape for role, place in places.items()}
 
 
 def read_place(place: Place, files: Sequence[Path]) -> bytearray:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.encode import Encoder, Misfit
-from zinfer.chunks.encoding import quantised_name, read_place
+from zinfer.chunks.encoding import quantised_name, read_place, stored_parts
 from zinfer.chunks.manifest import read_manifest, source_of
 from zinfer.chunks.source import Source, Unit, checkpoint_source
 from zinfer.chunks.writer import Progress
@@ -76,12 +75,3 @@ def _misfit(unit: Unit, store: Source, published: Unit, origin: Source, op: Op, 
     (matrix,) = (place for place in published.places if place.key not in kept)
     raw = read_place(matrix, origin.files)
     return encoder.compare(parts, shapes, raw, matrix.dtype, matrix.shape, is_transposed=op.transposed)
-
-
-def stored_parts(
-    unit: Unit, files: Sequence[Path]
-) -> tuple[dict[str, bytearray], Mapping[str, tuple[int, ...]]]:
-    """The parts of a unit's quantised matrix by role, and their shapes."""
-    places = {part_of(place.name): place for place in unit.places if part_of(place.name)}
-    parts = {role: read_place(place, files) for role, place in places.items()}
-    return parts, {role: place.shape for role, place in places.items()}

@@ -110,8 +110,10 @@ def stored_unit(unit: Unit, program: Sequence[Op]) -> Unit:
     """What a store holds for a published unit: parts of quantised matrices have no file yet."""
     if unit.op is None or not program[unit.op].stored:
         return unit
-    published = {place.key: place for place in unit.places}
-    parts = (published.get(part.key) or _unwritten(part, "") for part in program[unit.op].stored)
+    published = {(place.key, place.shape): place for place in unit.places}
+    parts = (
+        published.get((part.key, part.shape)) or _unwritten(part, "") for part in program[unit.op].stored
+    )
     return replace(unit, places=tuple(parts))
 
 

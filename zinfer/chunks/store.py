@@ -78,20 +78,31 @@ def shard(
 ) -> None:
     """`zinfer shard`: check the model folder, then `write_store`, quantised where an encoder is given.
 
-    Raises what its parts raise, each with a code.
+    A store that is quantised in the encoder's format is laid out anew for its kernel, not rounded again.  Raises what
+    its parts raise, each with a code.
     """
     index = CheckpointIndex.open(model)
-    if not index.weights:
+    origin = read_manifest(index.folder) if index.is_store else None
+    if not (index.weights or (origin and encoder)):
         raise CheckpointError(
             "ZI-4020",
             f"{model} is {'a zinfer store already' if index.is_store else 'only a config.json'}: nothing to shard",
             remedy=f"zinfer inspect {shlex.quote(str(model))}",
         )
+    if origin and encoder and origin.weights not in (PUBLISHED, encoder.weights):
+        raise UsageError(
+            "ZI-3004",
+            f"{model} holds {origin.weights} weights: rounding them again to {encoder.weights} would cost twice",
+            remedy=f"zinfer shard PUBLISHED --out {shlex.quote(str(out))} --weights {encoder.weights}",
+        )
     spec = read_spec(index.config, index.generation_config, index.dtypes)
-    check_weights(index, spec)
+    if origin is None:
+        check_weights(index, spec)
     if encoder is not None:
         spec = quantised(spec, encoder.weights, encoder.layout)
-    write_store(spec.program, spec.lookups, index, out, progress=progress, disk=disk, encoder=encoder)
+    write_store(
+        spec.program, spec.lookups, index, out, progress=progress, disk=disk, encoder=encoder, origin=origin
+    )
 
 
 def write_store(
@@ -103,12 +114,14 @@ def write_store(
     progress: Progress = silent,
     disk: Disk | None = None,
     encoder: Encoder | None = None,
+    origin: Manifest | None = None,
     shard_bytes: int = SHARD_BYTES,
     sync_bytes: int = SYNC_BYTES,
 ) -> None:
     """Write the checkpoint behind `index` as a store to the folder `out`, or go on with one that was interrupted.
 
-    Where the program's ops have `stored` parts the `encoder` makes them.  Needs the memory of one block, quantising
+    Where the program's ops have `stored` parts the `encoder` makes them.  `origin`: the manifest, where `index` is a
+    store itself.  Needs the memory of one block, quantising
     that of a few ops, whatever the model's size.  What the journal has is not written again.
     Raises UsageError ZI-3001 to ZI-3003 (`out` holds something else, is the model's own folder, is being written),
     BudgetError ZI-3101 (disk full, found before or while writing), MachineError ZI-3102 (the disk fails).
@@ -118,21 +131,24 @@ def write_store(
         raise UsageError(
             "ZI-3002", f"{out} is the model's own folder", remedy=f"--out {shlex.quote(f'{out}-zinfer')}"
         )
-    source = checkpoint_source(program, lookups, index)
+    source = source_of(origin, index.folder) if origin else checkpoint_source(program, lookups, index)
     layout = lay_out(source, shard_bytes, program=program)
-    encoding = Encoding(encoder, program) if encoder else None
+    quality = origin.quantised.quality if origin and origin.quantised else ()
+    encoding = Encoding(encoder, program, quality) if encoder else None
     writer = None
     try:
         out.mkdir(parents=True, exist_ok=True)
         disk.sync_folder(out.parent)
         names = os.listdir(out)
         if STORE_FILE in names:
-            _accept_finished(read_manifest(out), layout, index, out, disk, encoder)
+            _accept_finished(read_manifest(out), layout, index, out, disk, encoder, origin)
             return
         if names and JOURNAL_FILE not in names:
             raise occupied(out, "is not empty, and what it holds is no store")
         with closing(Journal(out / JOURNAL_FILE, _identity(layout, index), disk)) as journal:
-            writer = StoreWriter(layout, source, index, out, journal, disk, progress, sync_bytes, encoding)
+            writer = StoreWriter(
+                layout, source, index, out, journal, disk, progress, sync_bytes, encoding, origin
+            )
             writer.run()
     except OSError as error:
         if error.errno in DISK_FULL:
@@ -234,14 +250,18 @@ def _accept_finished(
     out: Path,
     disk: Disk,
     encoder: Encoder | None,
+    origin: Manifest | None,
 ) -> None:
     """The store is there already, or the folder holds another one."""
     held = [extent.model_copy(update={"blocks": ()}) for extent in manifest.extents]
     sizes = sorted((record.name, record.nbytes) for record in manifest.sources)
+    published = list(zip(index.file_names, index.file_sizes, strict=True))
+    if origin is not None:
+        published = [(record.name, record.nbytes) for record in origin.sources]
     is_same = (
         manifest.weights == (encoder.weights if encoder else PUBLISHED)
         and held == list(extents_of(layout, [[]] * len(layout.settled)))
-        and sizes == sorted(zip(index.file_names, index.file_sizes, strict=True))
+        and sizes == sorted(published)
         and manifest.config_sha256 == sha256_file(index.side_files[CONFIG_FILE])
     )
     if not is_same:

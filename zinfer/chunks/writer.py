@@ -62,6 +62,7 @@ class StoreWriter:
         progress: Progress,
         sync_bytes: int,
         encoding: Encoding | None = None,
+        origin: Manifest | None = None,
     ) -> None:
         self.layout = layout
         self.source = source
@@ -72,9 +73,11 @@ class StoreWriter:
         self.progress = progress
         self.sync_bytes = sync_bytes
         self.encoding = encoding
+        self.origin = origin  # of the store that is the source
         self.buffer = memoryview(bytearray(PIECE_BYTES))
         self.done = 0
-        self.total = sum(plan.nbytes for plan in layout.shards) + sum(index.file_sizes)
+        self.total = sum(plan.nbytes for plan in layout.shards)
+        self.total += 0 if origin else sum(index.file_sizes)
         self.blocks: list[list[str]] = []
         self.misfits: dict[int, Misfit] = {}
         self.hashes: dict[str, str] = {}
@@ -105,7 +108,8 @@ class StoreWriter:
             self._write_shard(plan)
         files = [self._copy(name, path) for name, path in self.index.side_files.items()]
         published = zip(self.index.file_names, self.index.files, strict=True)
-        sources = [self._hash(name, path) for name, path in published]
+        hashed = (self._hash(name, path) for name, path in published)
+        sources = list(self.origin.sources if self.origin else hashed)
         self.disk.sync_folder(self.out)
         manifest = self._manifest(files, sources)
         self._write_file(STORE_FILE, [f"{manifest.model_dump_json()}\n".encode()])
@@ -193,7 +197,8 @@ class StoreWriter:
         encoded = self.encoding.encode(published, settled, self.source.files)
         if encoded is None:
             return {}
-        self.misfits[number] = encoded.misfit
+        if encoded.misfit is not None:
+            self.misfits[number] = encoded.misfit
         roles = {part_of(place.name): place.key for place in settled.places}
         return {roles[role]: memoryview(part) for role, part in encoded.parts.items()}
 
@@ -264,7 +269,9 @@ class StoreWriter:
         ]
         return Manifest(
             config_sha256=next(record.sha256 for record in files if record.name == CONFIG_FILE),
-            dtypes={place.name: place.dtype for unit in self.layout.published for place in unit.places},
+            dtypes=self.origin.dtypes
+            if self.origin
+            else {place.name: place.dtype for unit in self.layout.published for place in unit.places},
             weights=self.encoding.encoder.weights if self.encoding else PUBLISHED,
             quantised=self.encoding.record(self._quality()) if self.encoding else None,
             sources=tuple(sources),

@@ -30,8 +30,9 @@ def doctor(model: Path | None, seconds: float, no_save: bool, as_json: bool) -> 
 
     Nothing of the machine's settings is changed.
     """
-    from zinfer.kernels.products import linear
+    from zinfer.kernels.quant import any_linear
     from zinfer.memory.measure import SHAPES, measure
+    from zinfer.runtime.quant_rates import makers
     from zinfer.runtime.small_model import SmallModel
 
     spec, source = open_for_planning(model or DEMO)
@@ -40,7 +41,9 @@ def doctor(model: Path | None, seconds: float, no_save: bool, as_json: bool) -> 
     before_s = _processor_seconds()
     with Progress("s", quiet=as_json) as progress:
         progress(0, round(seconds), "measuring disk and products")
-        machine = measure(source.files, linear, SmallModel, shapes=shapes, seconds=seconds)
+        machine = measure(
+            source.files, any_linear, SmallModel, shapes=shapes, formats=makers(), seconds=seconds
+        )
     others = others_share(before_s, _processor_seconds())
     if not as_json:
         for line in describe_machine(machine, limits):

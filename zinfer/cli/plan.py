@@ -115,8 +115,9 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
     if machine is not None:
         return machine, True
     try:
-        from zinfer.kernels.products import linear
+        from zinfer.kernels.quant import any_linear
         from zinfer.memory.measure import probe
+        from zinfer.runtime.quant_rates import makers
         from zinfer.runtime.small_model import SmallModel
     except ModuleNotFoundError:  # a laptop without torch: plans need none
         return load_machine(SIM_DEFAULT), False
@@ -126,7 +127,13 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
     )
     files = [file for file in source.files if file.is_file()]
     machine = probe(
-        files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec), modes=(settings.exact,)
+        files,
+        any_linear,
+        SmallModel,
+        dtype=spec.dtype,
+        shapes=matrix_shapes(spec),
+        modes=(settings.exact,),
+        formats=makers([spec.weights]),
     )
     if machine.skipped:
         click.echo(f"note       no time was left for {'; '.join(machine.skipped)}: guessed", err=True)

@@ -6,20 +6,22 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from zinfer.checkpoint.describe import describe
-from zinfer.checkpoint.index import CheckpointIndex
+from zinfer.checkpoint.index import STORE_FILE, CheckpointIndex
 from zinfer.chunks.encode import Encoder
-from zinfer.chunks.manifest import read_manifest
+from zinfer.chunks.manifest import Manifest, read_manifest
 from zinfer.chunks.quality import Quality, check_quality
 from zinfer.chunks.store import check_sources, verify_store
 from zinfer.chunks.store import shard as write_shards
 from zinfer.cli.progress import Progress
 from zinfer.errors import IntegrityError
-from zinfer.spec.quant import FORMATS, PANELS, PUBLISHED, RMS_LIMITS
+from zinfer.spec.quant import FORMATS, PANELS, PUBLISHED, RMS_LIMITS, STORED_BYTES, quantised
 from zinfer.spec.read import read_spec
+from zinfer.spec.records import ModelSpec
 from zinfer.units import Bytes, rate_text, seconds_text
 
 
@@ -29,9 +31,7 @@ from zinfer.units import Bytes, rate_text, seconds_text
 @click.option(
     "--weights",
     type=click.Choice([PUBLISHED, *FORMATS]),
-    default=PUBLISHED,
-    show_default=True,
-    help="The format of the matrices; norms and embeddings stay as published.",
+    help="The format of the matrices; norms and embeddings stay as published.  A store keeps its own.",
 )
 @click.option(
     "--layout",
@@ -40,12 +40,13 @@ from zinfer.units import Bytes, rate_text, seconds_text
     show_default=True,
     help="The kernel that reads quantised weights; auto: this machine's.",
 )
-def shard(model: Path, out: Path, weights: str, layout: str) -> None:
+def shard(model: Path, out: Path, weights: str | None, layout: str) -> None:
     """Write MODEL as a store: aligned for direct reads, checksummed, resumable, quantised where --weights says so.
 
     Interrupted at any moment, the same command goes on where it stopped.
     """
     begin_s = time.perf_counter()
+    weights = weights or stored_weights(model)
     encoder = None if weights == PUBLISHED else encoder_for(weights, layout)
     with Progress() as progress:
         write_shards(model, out, encoder=encoder, progress=progress)
@@ -122,6 +123,8 @@ def inspect(model: Path, tensors: bool, as_json: bool) -> None:
     index = CheckpointIndex.open(model)
     spec = read_spec(index.config, index.generation_config, index.dtypes)
     described = describe(index, spec, tensors=tensors)
+    if index.is_store:
+        described |= described_weights(read_manifest(model), spec)
     if as_json:
         click.echo(json.dumps(described))
         return
@@ -141,6 +144,28 @@ def _checked_quality(store: Path, source: Path | None, progress: Progress) -> tu
     if manifest.quantised is None or source is None:
         return ()
     return check_quality(store, source, encoder_for(manifest.weights, manifest.quantised.layout), progress)
+
+
+def described_weights(manifest: Manifest, spec: ModelSpec) -> dict[str, Any]:
+    """What `inspect` adds for a store: the one format that it holds, and bits per weight, scales included."""
+    if manifest.quantised is None:
+        return {"weights": manifest.weights}
+    ops = [op for op in quantised(spec, manifest.weights, manifest.quantised.layout).program if op.stored]
+    parts = (part for op in ops for part in op.stored if part.dtype)
+    nbytes = sum(part.numel * STORED_BYTES[part.dtype] for part in parts)
+    numel = sum(op.matrix.numel for op in ops if op.matrix)
+    return {
+        "weights": manifest.weights,
+        "bits_per_weight": round(8 * nbytes / numel, 3) if numel else None,
+        "group": manifest.quantised.group,
+        "kernel_layout": manifest.quantised.layout,
+        "rms_error": max((row.rms for row in manifest.quantised.quality), default=0.0),
+    }
+
+
+def stored_weights(model: Path) -> str:
+    """The format that a store holds; of anything else: as published."""
+    return read_manifest(model).weights if (model / STORE_FILE).is_file() else PUBLISHED
 
 
 def encoder_for(weights: str, layout: str) -> Encoder:

@@ -30,6 +30,15 @@ class QuantWeight:
         return self.nibbles.shape[1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.outputs, self.inputs
+
+    def new_ones(self, *shape: int) -> Tensor:
+        """Activations to try it with."""
+        return torch.ones(shape, dtype=torch.bfloat16, device=self.nibbles.device)
+
+    @property
     def panel(self) -> int:
         """Outputs per panel."""
         return 2 * self.nibbles.shape[2]
@@ -44,6 +53,11 @@ class QuantWeight:
         """All parts together."""
         low = 0 if self.low is None else self.low.nbytes
         return self.nibbles.nbytes + low + self.scales.nbytes
+
+    def to(self, device: torch.device) -> QuantWeight:
+        """The same on a device."""
+        low = None if self.low is None else self.low.to(device)
+        return QuantWeight(self.nibbles.to(device), self.scales.to(device), low, self.outputs)
 
     def rows(self, start: int, stop: int) -> QuantWeight:
         """Outputs [start, stop), both at panels' borders (or at the end); views."""

@@ -19,6 +19,7 @@ from zinfer.kernels.choice import agreeing_sizes, cover, fastest, one_thread, pa
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.kernels.products import SIZES, cancelling, linear, row_sizes
 from zinfer.kernels.remembered import remembered
+from zinfer.log import logger
 from zinfer.spec.quant import GROUP, PANELS, slot_outputs
 from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
@@ -47,8 +48,17 @@ def quant_linear(x_TI: Tensor, weight: QuantWeight, bias: Tensor | None = None, 
     return y if bias is None else y + bias
 
 
+def any_linear(x_TI: Tensor, weight: Tensor | QuantWeight, *, exact: bool) -> Tensor:
+    """The product of whichever form the weight has."""
+    if isinstance(weight, QuantWeight):
+        return quant_linear(x_TI, weight, exact=exact)
+    return linear(x_TI, weight, exact=exact)
+
+
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
     """Make all choices for quantised products now, as `products.prepare` does for the others."""
+    if reason := _unread_layout(spec, device):
+        logger.warning(reason)
     for op in spec.program:
         nibbles = next((part for part in op.stored if part.role == "nibbles"), None)
         if nibbles is None or op.matrix is None:
@@ -65,6 +75,15 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
                 row_sizes(torch.bfloat16, device, width, inputs + inputs // GROUP, True, False, threads)
         elif has_kernel(panel, device):
             packed_rows(spec.weights, panel, outputs, inputs, threads)
+
+
+def _unread_layout(spec: ModelSpec, device: str) -> str:
+    """What to say where this processor has a kernel, but for another layout than the store's."""
+    halves = {part.shape[2] for op in spec.program for part in op.stored if part.role == "nibbles"}
+    native = native_layout()
+    if device != "cpu" or not has_kernel(PANELS[native], device) or halves <= {PANELS[native] // 2}:
+        return ""
+    return f"the store is for another processor's kernel: zinfer shard STORE --out DIR lays it out for {native!r}"
 
 
 def packed(x_TI: Tensor, weight: QuantWeight) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -39,7 +40,17 @@ _FEW_TOKENS, _MANY_TOKENS, _PREFILL_ROWS = 64, 1536, 512
 class Product(Protocol):
     """A product as layers call it: x [T, I] times weight [O, I] gives [T, O]."""
 
-    def __call__(self, x_TI: Tensor, weight: Tensor, *, exact: bool) -> Tensor: ...
+    def __call__(self, x_TI: Tensor, weight: Any, *, exact: bool) -> Tensor: ...
+
+
+class Weight(Protocol):
+    """What is multiplied with: a tensor, or a weight of another format that the product knows."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def new_ones(self, *shape: int) -> Tensor: ...
 
 
 class SmallPasses(Protocol):
@@ -61,6 +72,7 @@ class SmallPasses(Protocol):
 
 Shape = tuple[int, int]  # [out, in] of a matrix
 SHAPES: tuple[Shape, ...] = ((8192, 2048), (4096, 4096), (2048, 8192))  # of layers, where no model is named
+MakeWeight = Callable[[Shape, torch.device], Weight]  # made-up numbers in one format
 SmallModels = Callable[[torch.device], SmallPasses]
 
 
@@ -72,13 +84,23 @@ def probe(
     dtype: str = "BF16",
     shapes: Sequence[Shape] = SHAPES,
     modes: Sequence[bool] = (False, True),
+    formats: Mapping[str, MakeWeight] = MappingProxyType({}),
     seconds: float = 1.7,
 ) -> Machine:
     """What a plan for these files needs, within `seconds` by the clock: where `zinfer doctor` has saved nothing.
 
     `modes` are the values of `exact` that are wanted.  What there is no time for is named in `Machine.skipped`.
     """
-    return measure(paths, product, small_model, dtypes=(dtype,), shapes=shapes, modes=modes, seconds=seconds)
+    return measure(
+        paths,
+        product,
+        small_model,
+        dtypes=(dtype,),
+        shapes=shapes,
+        modes=modes,
+        formats=formats,
+        seconds=seconds,
+    )
 
 
 def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.12) -> Machine:
@@ -96,13 +118,14 @@ def measure(
     dtypes: Sequence[str] = tuple(DTYPES),
     shapes: Sequence[Shape] = SHAPES,
     modes: Sequence[bool] = (False, True),
+    formats: Mapping[str, MakeWeight] = MappingProxyType({}),
     seconds: float = 20.0,
 ) -> Machine:
     """This machine as the planner sees it, in about `seconds`: a quarter for the disk, the rest for computation.
 
     `paths` are the weight files that will be read; without any the disk's rate is a cautious guess.  `product` is
     what layers multiply with, with matrices of `shapes` (kernels differ by shape); `small_model` makes passes that
-    show what an op costs beside its weights.
+    show what an op costs beside its weights; `formats` makes weights that are not plain tensors ("I8", "I4").
     """
     clock = Clock(seconds)
     limits = memory_limits()
@@ -119,12 +142,13 @@ def measure(
         limits.available // 4,
         Clock(host_s, clock.skipped),
         modes,
+        formats,
     )
     if chunk_s is not None:
         host = host.model_copy(update={"chunk_overhead_s": chunk_s})
     overlap = Overlap()
     if clock.allows("reads beside products"):
-        pool = _pool(DTYPES[dtypes[0]], torch.device("cpu"), shapes, 0)
+        pool = _pool(_dense(DTYPES[dtypes[0]]), torch.device("cpu"), shapes, 0)
         with torch.no_grad():
             overlap = measure_overlap(
                 paths, partial(_round, product, pool, 1, modes[0]), min(seconds / 10, clock.left_s)
@@ -140,7 +164,7 @@ def measure(
         **disk,
     )
     if has_gpu:
-        machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, clock)
+        machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, formats, clock)
     return machine.model_copy(update={"skipped": tuple(clock.skipped)})
 
 
@@ -173,6 +197,7 @@ def measure_compute(
     free_bytes: int,
     clock: Clock,
     modes: Sequence[bool] = (False, True),
+    formats: Mapping[str, MakeWeight] = MappingProxyType({}),
 ) -> Compute:
     """Products of cold weights at decode and prefill shapes, attention, and the fixed cost of an op.
 
@@ -183,15 +208,16 @@ def measure_compute(
 
     def share_s() -> float:
         """What is left, for each series that is left; making matrices and exact mode's tests take their part."""
-        series = len(modes) * (len(dtypes) + 0.5) - len(products) - len(steps) / 2
+        series = len(modes) * (len(makers) + 0.5) - len(products) - len(steps) / 2
         return clock.left_s / max(series, 0.5)
 
+    makers = {**formats, **{dtype: _dense(DTYPES[dtype]) for dtype in dtypes}}
     with torch.no_grad():
-        for dtype in dtypes:
+        for dtype, make in makers.items():
             nbytes = min(_POOL_BYTES, free_bytes, int(_POOL_BYTES_PER_S * clock.left_s))
             names = [(dtype + EXACT if exact else dtype, exact) for exact in modes]
             names = [pair for at, pair in enumerate(names) if not products or clock.allows(pair[0])]
-            pool = _pool(DTYPES[dtype], device, shapes, nbytes) if names else []
+            pool = _pool(make, device, shapes, nbytes) if names else []
             for name, exact in names:
                 # Exact mode tests itself when it meets a shape.
                 if all(
@@ -212,7 +238,7 @@ def measure_compute(
 
 def _meets(
     product: Product,
-    weight: Tensor,
+    weight: Weight,
     exact: bool,
     clock: Clock,
     products: Mapping[str, tuple[ProductRate, ...]],
@@ -232,13 +258,16 @@ def _with_gpu(
     dtypes: Sequence[str],
     shapes: Sequence[Shape],
     modes: Sequence[bool],
+    formats: Mapping[str, MakeWeight],
     clock: Clock,
 ) -> Machine:
     """Links and products of the current CUDA device."""
     device = torch.device("cuda", torch.cuda.current_device())
     copies = measure_copies(device, memory_limits().available, clock.left_s)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    compute = measure_compute(product, small_model, device, dtypes, shapes, free_bytes // 4, clock, modes)
+    compute = measure_compute(
+        product, small_model, device, dtypes, shapes, free_bytes // 4, clock, modes, formats
+    )
     return machine.model_copy(
         update={
             "device_bytes": total_bytes,
@@ -259,33 +288,42 @@ def _disk_fields(paths: Sequence[Path], seconds: float) -> dict[str, Any]:
     }
 
 
-def _pool(dtype: torch.dtype, device: torch.device, shapes: Sequence[Shape], nbytes: int) -> list[Tensor]:
-    """Weights of the shapes in turn, `nbytes` in all or more; ordinary numbers, for denormal ones are slow."""
+def _dense(dtype: torch.dtype) -> MakeWeight:
+    """Ordinary numbers, for denormal ones are slow; a short piece is repeated."""
     noise = torch.randn(65_537, generator=torch.Generator().manual_seed(0)).to(dtype)
-    pool: list[Tensor] = []
+
+    def make(shape: Shape, device: torch.device) -> Tensor:
+        size = shape[0] * shape[1]
+        return noise.repeat(-(-size // noise.numel()))[:size].view(shape).to(device)
+
+    return make
+
+
+def _pool(make: MakeWeight, device: torch.device, shapes: Sequence[Shape], nbytes: int) -> list[Weight]:
+    """Weights of the shapes in turn, `nbytes` in all or more."""
+    pool: list[Weight] = []
     made = 0
     for shape in islice(cycle(shapes), _MAX_POOL):
         # Whole turns of all shapes: each round of the timing has then the same bytes.
         if made >= nbytes and pool and len(pool) % len(shapes) == 0:
             break
-        size = shape[0] * shape[1]
-        pool.append(noise.repeat(-(-size // noise.numel()))[:size].view(shape).to(device))
-        made += size * dtype.itemsize
+        pool.append(make(shape, device))
+        made += pool[-1].nbytes
     return pool
 
 
-def _round(product: Product, weights: Iterable[Tensor], rows: int, exact: bool) -> None:
+def _round(product: Product, weights: Iterable[Weight], rows: int, exact: bool) -> None:
     """One product with each weight; blocks until they are done."""
     outputs = [product(weight.new_ones(rows, weight.shape[1]), weight, exact=exact) for weight in weights]
     outputs[-1][0, 0].item()  # waits for a device
 
 
 def _product_rates(
-    product: Product, pool: Sequence[Tensor], num_shapes: int, exact: bool, clock: Clock, name: str
+    product: Product, pool: Sequence[Weight], num_shapes: int, exact: bool, clock: Clock, name: str
 ) -> tuple[ProductRate, ...]:
     """Seconds per 10**9 bytes of weights, the pool taken in turn; points for which there is no time are left out."""
     rates: list[ProductRate] = []
-    round_bytes = sum(weight.numel() * weight.dtype.itemsize for weight in pool[:num_shapes])
+    round_bytes = sum(weight.nbytes for weight in pool[:num_shapes])
     turns = cycle(pool)
     share_s, longest = clock.left_s / len(ROWS), (1, 0.0)  # rows and seconds
 

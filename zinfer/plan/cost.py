@@ -10,7 +10,7 @@ from zinfer.config.machine import Compute, Machine
 from zinfer.plan.records import KvPlan
 from zinfer.spec.cost import attention_flops
 from zinfer.spec.quant import PUBLISHED, RATE_NAMES, WEIGHT_BYTES, op_bytes
-from zinfer.spec.records import ModelSpec, Op, kv_row_bytes
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, kv_row_bytes
 from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention

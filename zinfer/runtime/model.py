@@ -20,7 +20,7 @@ from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
 from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings, parse_settings
 from zinfer.errors import CheckpointError, UsageError
-from zinfer.kernels.products import linear
+from zinfer.kernels.quant import any_linear
 from zinfer.log import logger
 from zinfer.plan.make import Plan, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
@@ -174,6 +174,7 @@ def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> t
     if settings.device == "sim":
         return load_machine(SIM_DEFAULT), True
     from zinfer.memory.measure import probe
+    from zinfer.runtime.quant_rates import makers
     from zinfer.runtime.small_model import SmallModel
 
     machine = saved_machine()
@@ -181,7 +182,13 @@ def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> t
         return machine, True
     logger.warning("no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)")
     machine = probe(
-        files, linear, SmallModel, dtype=spec.dtype, shapes=matrix_shapes(spec), modes=(settings.exact,)
+        files,
+        any_linear,
+        SmallModel,
+        dtype=spec.dtype,
+        shapes=matrix_shapes(spec),
+        modes=(settings.exact,),
+        formats=makers([spec.weights]),
     )
     if machine.skipped:
         logger.warning("the probe had no time for %s: guessed (zinfer doctor)", "; ".join(machine.skipped))

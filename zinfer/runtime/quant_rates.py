@@ -1,0 +1,25 @@
+"""Quantised weights to be timed.  In: format names.  Out: what `measure` makes its products' rates from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from zinfer.kernels.panels import QuantWeight
+from zinfer.kernels.quant import made_up, native_layout
+from zinfer.memory.measure import MakeWeight, Shape
+from zinfer.spec.quant import FORMATS, GROUP, PANELS, RATE_NAMES
+
+
+def makers(formats: Iterable[str] = FORMATS) -> dict[str, MakeWeight]:
+    """By the name under which a profile has the format ("I8", "I4"); what is not quantised is left out."""
+
+    def maker(weights: str) -> MakeWeight:
+        def make(shape: Shape, device: torch.device) -> QuantWeight:
+            inputs = max(shape[1] // GROUP, 1) * GROUP
+            return made_up(weights, PANELS[native_layout()], shape[0], inputs).to(device)
+
+        return make
+
+    return {RATE_NAMES[weights]: maker(weights) for weights in formats if weights in RATE_NAMES}
