@@ -8,7 +8,7 @@ import zinfer.runtime.score as score_module
 from zinfer import LLM, SamplingParams
 from zinfer.errors import UsageError
 
-STREAMED = {"machine": "sim-default", "device": "cpu", "threads": 1, "memory": {"host": "6MiB"}}
+STREAMED = {"machine": "sim-default", "device": "cpu", "threads": 1, "memory": {"host": "8MiB"}}
 PAIRS = [
     ("import os\nimport ", "sys\nimport re\n"),
     ("def main():\n", "    return 0\n"),
