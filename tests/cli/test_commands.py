@@ -200,6 +200,30 @@ def test_a_bug_is_reported_without_a_traceback(monkeypatch, model, capsys):
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_a_quantised_store_from_shard_to_text(model, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert run(["shard", str(model), "--out", str(store), "--weights", "int4"]) == 0
+    assert "relative RMS error of" in capsys.readouterr().out
+    assert run(["inspect", str(store), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["weights"] == "int4"
+    assert 4.5 < described["bits_per_weight"] < 6  # 32 outputs fill half a panel
+    assert run(["verify", str(store), "--source", str(model), "--json"]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    assert all(row["rms"] == pytest.approx(row["written"]) for row in quality)
+    assert run(["generate", str(store), "--prompt-ids", "5,9,200", "--max-tokens", "2", "--json"]) == 0
+    manifest = json.loads((store / "zinfer.json").read_bytes())
+    manifest["quantised"]["quality"][0]["rms"] *= 1.001
+    (store / "zinfer.json").write_text(json.dumps(manifest))
+    exit_code, code, _, _ = refused(capsys, ["verify", store, "--source", model])
+    assert (exit_code, code) == (6, "ZI-6011")
+    again = tmp_path / "again"
+    assert run(["shard", str(store), "--out", str(again), "--layout", "panels-32"]) == 0
+    capsys.readouterr()
+    assert run(["inspect", str(again)]) == 0
+    assert "panels-32" in capsys.readouterr().out
+
+
 def test_shard_verify_and_find_a_flipped_bit(model, tmp_path, capsys):
     store = tmp_path / "store"
     assert run(["shard", str(model), "--out", str(store)]) == 0
