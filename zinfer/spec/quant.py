@@ -62,7 +62,9 @@ def slot_outputs(inputs: int, panel: int) -> int:
 def workspace_bytes(spec: ModelSpec) -> int:
     """The slot for unpacked weights and zeros, and the integers on their way into it; 0 where nothing is quantised."""
     parts = [part for op in spec.program for part in op.stored if part.role == "nibbles"]
-    pieces = [part.shape[1] * slot_outputs(part.shape[1], 2 * part.shape[2]) for part in parts]
+    pieces = []
+    for panels, inputs, half in (part.shape for part in parts):
+        pieces.append(inputs * min(slot_outputs(inputs, 2 * half), panels * 2 * half))
     return max((2 * numel + 2 * numel // GROUP + numel for numel in pieces), default=0)
 
 
