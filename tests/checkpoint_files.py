@@ -82,4 +82,6 @@ def tiny_spec(layers=2, width=24, mlp=40, vocab=50, blocks=2, tied=False, head_b
         op("head", layers, *norms, head, block=block, count=head_blocks)
         norms = []
     lookups = (RowLookup("tokens", "embed", vocab, width), RowLookup("positions", "positions", 9, width))
-    return SimpleNamespace(program=tuple(program), lookups=lookups, tied_head=tied, transposed=False)
+    return SimpleNamespace(
+        program=tuple(program), lookups=lookups, tied_head=tied, transposed=False, unread=()
+    )

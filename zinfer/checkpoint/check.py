@@ -16,6 +16,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 HARMLESS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|masked_bias|__pad__\.\d+)$"
     r"|(^|\.)(h\.\d+\.attn|layers\.\d+\.attention)\.bias$"
+    r"|(^|\.)embeddings\.(position_ids|token_type_ids)$"
 )
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 LISTED = 8
@@ -65,6 +66,8 @@ class Needs(Protocol):
     def tied_head(self) -> bool: ...
     @property
     def transposed(self) -> bool: ...
+    @property
+    def unread(self) -> Sequence[str]: ...
 
 
 def published_shapes(spec: Needs) -> dict[str, tuple[int, ...]]:
@@ -108,7 +111,8 @@ def check_weights(index: CheckpointIndex, spec: Needs) -> None:
 
 
 def _is_harmless(name: str, spec: Needs) -> bool:
-    return bool(HARMLESS.search(name)) or (spec.tied_head and bool(HEADS.search(name)))
+    is_unread = any(f".{stem}" in f".{name}" for stem in spec.unread)
+    return bool(HARMLESS.search(name)) or is_unread or (spec.tied_head and bool(HEADS.search(name)))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -33,14 +33,25 @@ class ModelFolder:
 
         Raises CheckpointError ZI-4010 (no plain name), ZI-4011 (a link that leaves), ZI-4012 (not regular).
         """
+        self._refuse_path(name)
+        return self._inside(name) if name in self.names else None
+
+    def nested(self, folder: str, name: str) -> Path | None:
+        """As `file`, for a file in a folder directly inside this one."""
+        self._refuse_path(folder)
+        self._refuse_path(name)
+        is_there = folder in self.names and os.path.lexists(self.real / folder / name)
+        return self._inside(f"{folder}/{name}") if is_there else None
+
+    def _refuse_path(self, name: str) -> None:
         if not is_plain_name(name):
             raise CheckpointError(
                 "ZI-4010",
                 f"{self.path}: {shown(name)} is no plain name of a file in this folder, so it was not opened",
                 remedy="do not use this checkpoint; fetch the model from its publisher again",
             )
-        if name not in self.names:
-            return None
+
+    def _inside(self, name: str) -> Path:
         target = Path(os.path.realpath(self.real / name))
         roots = [self.real] if self.blobs is None else [self.real, self.blobs]
         if not any(target.is_relative_to(root) for root in roots):

@@ -10,6 +10,7 @@ from typing import Any
 from zinfer.checkpoint.folder import ModelFolder, open_folder, quoted, refuse_adapter, refuse_without_weights
 from zinfer.checkpoint.header import LENGTH_BYTES, MAX_TENSORS, WeightEntry, header_bytes, parse_header
 from zinfer.checkpoint.read import opened, read_into, read_range, regular_size
+from zinfer.checkpoint.sentence import MODULES_FILE, POOLING_FILE, SENTENCE_FILE, nested_pooling
 from zinfer.checkpoint.strict_json import MAX_JSON_BYTES, DuplicateKeyError, parse_object, shown
 from zinfer.errors import CheckpointError, IntegrityError
 
@@ -30,6 +31,9 @@ SIDE_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    MODULES_FILE,
+    SENTENCE_FILE,
+    POOLING_FILE,
 )
 MAX_SHARDS = 10_000
 MAX_ALL_HEADERS_BYTES = 32 * 2**20  # over all shards; 160 shards with 91 000 tensors take 12 MB
@@ -94,6 +98,8 @@ class CheckpointIndex:
         weights = {} if is_store else _weights(folder, shards, weight_map)
         dtypes = {name: entry.dtype for name, entry in weights.items()}
         found = {name: target for name in SIDE_FILES if (target := folder.file(name))}
+        if pooling := nested_pooling(folder, found):
+            found[POOLING_FILE] = pooling
         has_defaults = "generation_config.json" in found
         return cls(
             folder=path,

@@ -27,6 +27,7 @@ def _quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
+    "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
     "quick_gelu": _quick_gelu,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,9 @@ class Packed:
     given (bool [n, n], row i sees column j) it replaces that causal rule, and positions may repeat.
     `logit_rows` are the rows whose logits are wanted, ascending.  `lengths[s]` is the sequence's known length, the
     part of a prompt that later passes bring included: rope kinds that switch on length must not depend on how a
-    prompt is cut into pieces.  None: past and new rows.  `memo` keeps what layers work out once for all of them.
+    prompt is cut into pieces.  None: past and new rows.  `segments_T` are token types, which only encoders have; an
+    encoder's sequence is a whole text, without past, and each of its rows sees all of them.  `memo` keeps what layers
+    work out once for all of them.
     """
 
     tokens_T: Tensor
@@ -29,12 +31,23 @@ class Packed:
     logit_rows: Tensor
     ancestors: tuple[Tensor | None, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    segments_T: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def num_rows(self) -> int:
         """T."""
         return self.bounds[-1]
+
+    def ids(self, role: str) -> Tensor:
+        """[T] row numbers of the embedding table with that RowLookup role; without token types all are 0."""
+        if role == "segments":
+            return torch.zeros_like(self.tokens_T) if self.segments_T is None else self.segments_T
+        return self.tokens_T if role == "tokens" else self.positions_T
+
+    def without_segments(self) -> Packed:
+        """The same rows, all of token type 0."""
+        return replace(self, segments_T=None)
 
     @property
     def num_sequences(self) -> int:

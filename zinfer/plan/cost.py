@@ -15,6 +15,7 @@ from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
+_HEADS = ("head", "dense", "classify")  # one row per sequence
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 
@@ -91,7 +92,7 @@ class OpCosts:
     def work(self, op: Op) -> float:
         """Product, and attention behind the op that completes keys and values."""
         spec = self._spec
-        per_byte = self._per_head_byte if op.kind == "head" else self._per_byte
+        per_byte = self._per_head_byte if op.kind in _HEADS else self._per_byte
         work = op_bytes(spec, op) * per_byte[bool(op.stored)]
         if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
             keys = visible_keys(spec, op.layer, self._load)
@@ -130,7 +131,12 @@ def far_attention_s(spec: ModelSpec, machine: Machine, load: PassLoad, keys: int
 
 
 def visible_keys(spec: ModelSpec, layer: int, load: PassLoad) -> int:
-    """Keys that a new row sees on average: its sequence's past and half of the new rows, within the window."""
+    """Keys that a new row sees on average: its sequence's past and half of the new rows, within the window.
+
+    A row of an encoder's text sees all of it.
+    """
+    if spec.encoder is not None:
+        return load.context
     window = spec.sliding_window
     if window is None or (spec.window_layers is not None and not spec.window_layers[layer]):
         window = load.context

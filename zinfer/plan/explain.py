@@ -50,6 +50,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
     origin = "measured" if plan.machine.measured else "declared, not measured"
     exact = "exact" if plan.exact else "not exact"
     busy = sorted(forecast.busy_s.items(), key=lambda item: -item[1])
+    unit, kind = ("text", "full") if workload.is_whole else ("token", "decode")
     return [
         f"model      {plan.architecture} · {_parameters(plan.num_parameters)} parameters · {Bytes(weights)} in "
         f"{len(plan.table.chunks)} chunks of up to {Bytes(plan.table.slot_bytes)}",
@@ -62,11 +63,11 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         f"chunks     {_map(plan)}",
         "           in order of use: " + " · ".join(_legend(plan)),
         "",
-        f"pass       {seconds_text(forecast.pass_s)} per decode pass, bound by {forecast.binding}: "
+        f"pass       {seconds_text(forecast.pass_s)} per {kind} pass, bound by {forecast.binding}: "
         + " · ".join(f"{lane} {seconds_text(seconds)}" for lane, seconds in busy),
         f"           a pass carries up to {forecast.token_rows} rows before computation binds",
-        f"speed      {forecast.tokens_per_s:.3g} tokens/s · first token after {seconds_text(forecast.first_token_s)} · "
-        f"all after {seconds_text(forecast.job_s)}",
+        f"speed      {forecast.tokens_per_s:.3g} {unit}s/s · first {unit} after "
+        f"{seconds_text(forecast.first_token_s)} · all after {seconds_text(forecast.job_s)}",
         *_alternative_lines(others),
         *(
             f"{'why' if at == 0 else '':<11}{key}: {why}"

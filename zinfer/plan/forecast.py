@@ -40,7 +40,7 @@ def forecast(
         first_token_s=first.seconds + (ceil(workload.prompt_len / rows) - 1) * later.seconds,
         pass_s=steady.seconds,
         prefill_s=later.seconds,
-        tokens_per_s=workload.batch / steady.seconds,
+        tokens_per_s=decode_load(workload).sequences / steady.seconds,
         job_s=max(first.seconds - later.seconds, 0.0) + queue_s,
         token_rows=token_rows,
         binding=_binding(steady, decode),
@@ -50,7 +50,10 @@ def forecast(
 
 
 def decode_load(workload: Workload) -> PassLoad:
-    """A decode pass half-way through the generation."""
+    """A decode pass half-way through the generation; of whole texts a full pass of the longest."""
+    if workload.is_whole:
+        texts = min(max(workload.prefill_rows // workload.context, 1), workload.batch)
+        return PassLoad(texts * workload.context, texts, workload.context)
     return PassLoad(
         workload.batch, workload.batch, workload.prompt_len + ceil(workload.gen_len / 2), workload.kv
     )

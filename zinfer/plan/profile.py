@@ -8,6 +8,7 @@ from zinfer.plan.place import Reserve
 from zinfer.plan.records import Workload
 from zinfer.spec.attention_cost import arranged_bytes
 from zinfer.spec.cost import activation_bytes, attention_bytes
+from zinfer.spec.encoder_cost import encoder_peak_bytes
 from zinfer.spec.quant import op_bytes, workspace_bytes
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
 from zinfer.units import KIB, round_up
@@ -74,6 +75,9 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     """
     rows, kv = workload.rows_at_once, workload.kv
     logit_rows = max(workload.logit_rows or 0, workload.batch)
+    if spec.encoder is not None:  # texts are in one micro-batch, and keep nothing in a cache
+        peak = encoder_peak_bytes(spec, workload.prefill_rows, logit_rows, workload.context, exact=exact)
+        return Reserve(kv=0, activations=peak + ROW_STAGING_BYTES)
     kv_dtype, context = kv.dtype or spec.dtype, workload.context
     costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
     waiting = max(cost.held for kind, cost in costs.items() if kind != "head")

@@ -108,6 +108,8 @@ class Workload:
     `logit_rows` of them with logits (None: one per sequence).  With `parks` what a waiting micro-batch holds lies in
     host memory below the device.  `cache_tokens` is what the KV cache holds, all
     sequences together (None: each at its end).
+    With `is_whole` the sequences are an encoder's texts, each read whole in one pass: nothing is generated or cached,
+    and what the forecast says of decode passes and tokens it says of full passes and texts.
     """
 
     batch: int = 1
@@ -122,6 +124,7 @@ class Workload:
     cache_tokens: int | None = None
     kv: KvPlan = KvPlan()
     parks: bool = False
+    is_whole: bool = False
 
     @property
     def context(self) -> int:

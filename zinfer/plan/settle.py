@@ -15,6 +15,7 @@ from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.spec.records import ModelSpec
 
 _MAX_ROWS = 16384
+_TEXT_ROWS = 2048  # of an encoder, whose pass is one micro-batch
 _MICRO_ROWS = 1024  # products are at their full rate there, and activations stay small
 _ACTIVATIONS_SHARE = 1 / 8  # of the budget: what rows beyond the batch may take from the weights
 
@@ -29,6 +30,9 @@ def asked_workload(
     """
     runtime, exact = resolved.settings.runtime, resolved.settings.exact
     reasons = {}
+    if spec.encoder is not None:
+        longest = workload.max_len or workload.prompt_len
+        workload = replace(workload, gen_len=1, max_len=longest, lengths=(), is_whole=True)
     length = workload.context
     if runtime.context == "auto":
         length = min(length, spec.max_context)
@@ -47,7 +51,9 @@ def asked_workload(
     num_requests = workload.num_requests
     if runtime.context != "auto" and runtime.max_batch != "auto":  # a plan for whatever may come
         batch, lengths, num_requests = runtime.max_batch, (), None
-    rows = min(batch * prompt_len, _MAX_ROWS) if runtime.max_rows == "auto" else runtime.max_rows
+    most = _MAX_ROWS if spec.encoder is None else _TEXT_ROWS
+    rows = min(batch * prompt_len, most) if runtime.max_rows == "auto" else runtime.max_rows
+    least_rows = _least_rows(spec, batch, length)
     settled = replace(
         workload,
         batch=batch,
@@ -56,13 +62,13 @@ def asked_workload(
         max_len=length,
         lengths=lengths,
         num_requests=num_requests,
-        prefill_rows=max(rows, batch),
+        prefill_rows=max(rows, least_rows),
         micro_rows=_MICRO_ROWS if runtime.micro_rows == "auto" else runtime.micro_rows,
         cache_tokens=workload.cache_tokens if runtime.kv_tokens == "auto" else runtime.kv_tokens,
     )
     if runtime.max_rows == "auto":
-        least = reserve_for(spec, replace(settled, prefill_rows=batch), exact=exact).activations
-        for rows in _halves(settled.prefill_rows, batch):
+        least = reserve_for(spec, replace(settled, prefill_rows=least_rows), exact=exact).activations
+        for rows in _halves(settled.prefill_rows, least_rows):
             settled = replace(settled, prefill_rows=rows)
             extra = reserve_for(spec, settled, exact=exact).activations - least
             if extra <= compute_bytes * _ACTIVATIONS_SHARE:
@@ -98,7 +104,9 @@ def shrunk_workload(
     fitting = []
     need, reserve, workload = budget, Reserve(), asked
     for batch in batches:
-        rows = [asked.prefill_rows] if runtime.max_rows != "auto" else _halves(asked.prefill_rows, batch)
+        least_rows = _least_rows(spec, batch, asked.context)
+        is_fixed = runtime.max_rows != "auto"
+        rows = [asked.prefill_rows] if is_fixed else _halves(asked.prefill_rows, least_rows)
         for count in rows:
             logit_rows = asked.logit_rows and max(asked.logit_rows * count // asked.prefill_rows, batch)
             workload = replace(asked, batch=batch, prefill_rows=count, logit_rows=logit_rows)
@@ -116,6 +124,11 @@ def shrunk_workload(
         error.remedy = _remedy(spec, resolved, workload, need, budget, tier)
         raise
     raise InternalError("ZI-2093", "a plan was refused that can be placed")
+
+
+def _least_rows(spec: ModelSpec, batch: int, longest: int) -> int:
+    """The fewest rows a pass may carry: one per sequence, and of an encoder's texts the longest one whole."""
+    return batch if spec.encoder is None else max(batch, longest)
 
 
 def _num_passes(workload: Workload, num_sequences: int) -> int:
@@ -144,7 +157,8 @@ def _remedy(
         else need.host - resolved.host_limit_bytes
     )
     length = workload.context
-    excess = -(-missing // (workload.batch * spec.kv_token_bytes(workload.kv.dtype or spec.dtype)))
+    token_bytes = spec.kv_token_bytes(workload.kv.dtype or spec.dtype)
+    excess = -(-missing // max(workload.batch * token_bytes, 1))
     context = (length - excess) // KV_PAGE_TOKENS * KV_PAGE_TOKENS
     if context > 0:
         return f"--set runtime.context={context}"

@@ -149,38 +149,8 @@ def open_engine(
 ) -> Engine:
     """Allocate what the plan says and start the threads; the first pass loads.  Raises BudgetError, MachineError."""
     begin_s = time.perf_counter()
-    torch.set_num_threads(model.resolved.threads)
-    give_freed_memory_back()
-    device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
-    for prepare in (products.prepare, quant.prepare):
-        prepare(model.spec, device_type, exact=plan.exact)
-    prepare_attention(model.spec, device_type)
-    manager = open_manager(
-        plan.table,
-        plan.placement,
-        plan.budget,
-        device=plan.device,
-        machine=plan.machine,
-        reservations=_reservations(plan),
-        verify=model.resolved.settings.runtime.verify,
-        wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
-    )
-    spec = model.spec
-    recorder = Recorder() if trace is None else TraceRecorder()
+    manager, executor = open_executor(model, plan, stats, trace=trace, watch=watch)
     kv = _open_cache(model, plan, manager)
-    executor = Executor(
-        spec,
-        plan.table,
-        manager,
-        plan.schedule,
-        stats=stats,
-        exact=plan.exact,
-        recorder=recorder,
-        moments=WatchedMoments(manager, plan.reserve.activations)
-        if model.resolved.settings.runtime.watch_moments
-        else None,
-        watch=watch,
-    )
     budget = TokenBudget(
         plan.curve, plan.stream_s, batch=plan.workload.batch, max_rows=plan.workload.prefill_rows
     )
@@ -192,7 +162,7 @@ def open_engine(
         wants_spill=_wants_spill(model, plan, budget),
     )
     loop = Loop(executor, kv, scheduler, budget, micro_rows=plan.workload.micro_rows)
-    return Engine(model, plan, manager, kv, loop, stats, recorder, begin_s, trace)
+    return Engine(model, plan, manager, kv, loop, stats, executor.recorder, begin_s, trace)
 
 
 def _open_cache(model: Model, plan: Plan, manager: ChunkManager) -> PagedKv:
@@ -217,6 +187,46 @@ def _reservations(plan: Plan) -> dict[Tier, dict[str, int]]:
     if tier is not Tier.HOST:
         found[Tier.HOST] = {"kv": reserve.host_kv, "activations": reserve.host_activations}
     return found
+
+
+def open_executor(
+    model: Model, plan: Plan, stats: Stats, *, trace: Path | None = None, watch: Watch = unwatched
+) -> tuple[ChunkManager, Executor]:
+    """The tiers of a plan and the one executor over them; the caller closes the manager.
+
+    Raises BudgetError, MachineError.
+    """
+    torch.set_num_threads(model.resolved.threads)
+    give_freed_memory_back()
+    device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
+    for prepare in (products.prepare, quant.prepare):
+        prepare(model.spec, device_type, exact=plan.exact)
+    if model.spec.encoder is None:
+        prepare_attention(model.spec, device_type)
+    manager = open_manager(
+        plan.table,
+        plan.placement,
+        plan.budget,
+        device=plan.device,
+        machine=plan.machine,
+        reservations=_reservations(plan),
+        verify=model.resolved.settings.runtime.verify,
+        wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
+    )
+    executor = Executor(
+        model.spec,
+        plan.table,
+        manager,
+        plan.schedule,
+        stats=stats,
+        exact=plan.exact,
+        recorder=Recorder() if trace is None else TraceRecorder(),
+        moments=WatchedMoments(manager, plan.reserve.activations)
+        if model.resolved.settings.runtime.watch_moments
+        else None,
+        watch=watch,
+    )
+    return manager, executor
 
 
 def _wants_spill(model: Model, plan: Plan, budget: TokenBudget) -> Callable[[int], bool]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from zinfer.chunks.table import ChunkTable
 from zinfer.layers.packed import KvView, Packed
 from zinfer.memory.manager import ChunkManager
-from zinfer.models.decoder import Flow, run_op
+from zinfer.models.registry import Flow, composition
 from zinfer.plan.curve import group_of
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule
 from zinfer.runtime.moments import Moments
@@ -33,7 +33,7 @@ class Micro:
     """One micro-batch of a pass: its rows, its cache view, and the activations on their way through the ops."""
 
     batch: Packed
-    kv: KvView
+    kv: KvView | None
     flow: Flow
 
 
@@ -69,18 +69,25 @@ class Executor:
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
         self._is_warm = False
         self._group_s: defaultdict[str, float] = defaultdict(float)
+        self._new_flow, self._run_op = composition(spec)
 
-    def run(self, batches: Sequence[tuple[Packed, KvView]]) -> list[Tensor]:
+    def run(self, batches: Sequence[tuple[Packed, KvView | None]]) -> list[Tensor]:
         """One traversal of all chunks with every micro-batch: fp32 logits [logit rows, V] per micro-batch.
 
-        A sequence's rows lie in one micro-batch.  Raises what a failed read or transfer raised.
+        A sequence's rows lie in one micro-batch.  An encoder needs no KvView and gives one row per text.  Raises
+        what a failed read or transfer raised.
         """
-        micros = [Micro(batch, kv, Flow()) for batch, kv in batches]
+        micros = [Micro(batch, kv, self._new_flow()) for batch, kv in batches]
+        self.traverse(micros)
+        return [micro.flow.take_logits() for micro in micros]
+
+    def traverse(self, micros: Sequence[Micro]) -> None:
+        """`run` for callers that bring their own flows and take more than logits from them."""
         begin_s, begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
         waited_s = self.manager.stats().wait_s
         self._group_s.clear()
         try:
-            with torch.no_grad(), self.moments.of_pass(sum(batch.num_rows for batch, _ in batches)):
+            with torch.no_grad(), self.moments.of_pass(sum(micro.batch.num_rows for micro in micros)):
                 self._interpret(micros)
         except BaseException:
             self._is_warm = False
@@ -90,18 +97,15 @@ class Executor:
             PassRecord(
                 seconds=time.perf_counter() - begin_s,
                 wait_s=self.manager.stats().wait_s - waited_s,
-                rows=sum(batch.num_rows for batch, _ in batches),
-                sequences=sum(batch.num_sequences for batch, _ in batches),
+                rows=sum(micro.batch.num_rows for micro in micros),
+                sequences=sum(micro.batch.num_sequences for micro in micros),
                 is_first=not self._is_warm,
-                is_decode=all(
-                    batch.num_rows == batch.num_sequences and all(batch.past) for batch, _ in batches
-                ),
+                is_decode=all(map(_is_decode, (micro.batch for micro in micros))),
                 num_bytes=dict(Counter(self.manager.log.num_bytes) - begin_bytes),
                 group_s=dict(self._group_s) if self.manager.device.type == "cpu" else {},
             )
         )
         self._is_warm = True
-        return [micro.flow.take_logits() for micro in micros]
 
     def follow(self, schedule: Schedule) -> None:
         """Another schedule from the next pass on, which also loads what is to stay."""
@@ -138,7 +142,9 @@ class Executor:
                     weights = {part.role: views[part.key] for part in op.reads}
                     begin_s = time.perf_counter()
                     with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
-                        run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)
+                        self._run_op(
+                            op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact
+                        )
                     self._group_s[group_of(op.kind)] += time.perf_counter() - begin_s
                 self._bring(micro, self.manager.transfer.to_host, micros)
 
@@ -151,7 +157,11 @@ class Executor:
     def _fetch_rows(self, micros: Sequence[Micro]) -> None:
         for micro in micros:
             for lookup in self.spec.lookups:
-                ids_T = micro.batch.tokens_T if lookup.role == "tokens" else micro.batch.positions_T
+                ids_T = micro.batch.ids(lookup.role)
                 with self.recorder.span("rows", lookup.name):
                     micro.flow.rows[lookup.role] = self.manager.rows(lookup.name, ids_T + lookup.offset)
             self._bring(micro, self.manager.transfer.to_host, micros)
+
+
+def _is_decode(batch: Packed) -> bool:
+    return batch.num_rows == batch.num_sequences and all(batch.past)

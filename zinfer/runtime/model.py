@@ -12,6 +12,7 @@ import torch
 
 from zinfer.checkpoint.check import check_weights
 from zinfer.checkpoint.index import CheckpointIndex
+from zinfer.checkpoint.sentence import sentence_files
 from zinfer.chunks.source import Source, checkpoint_source
 from zinfer.chunks.store import open_store
 from zinfer.config.limits import memory_limits
@@ -26,9 +27,12 @@ from zinfer.plan.make import Plan, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import matrix_shapes, profile
 from zinfer.plan.records import Workload
+from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
 from zinfer.tokenizer import Tokenizer, load_tokenizer
+
+TEXT_BATCH = 64  # texts of an encoder in one pass
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,16 @@ class Model:
         )
 
     def check_prompt(self, ids: Sequence[int], max_tokens: int) -> None:
-        """Raises UsageError ZI-1105 to ZI-1107: no token, ids outside the vocabulary, more than the context holds."""
+        """Raises UsageError ZI-1105 to ZI-1107: no token, ids outside the vocabulary, more than the context holds.
+
+        ZI-1133: the model is an encoder, which generates nothing.
+        """
+        if self.spec.encoder is not None:
+            raise UsageError(
+                "ZI-1133",
+                f"{self.folder} is an encoder ({self.spec.architecture}); it generates nothing",
+                remedy=f"zinfer {'classify' if self.spec.encoder.labels else 'embed'} {self.folder} 'a text'",
+            )
         if not ids:
             raise UsageError("ZI-1105", "a prompt without tokens was given", remedy="give at least one token")
         bad = [token for token in ids if not 0 <= token < self.spec.vocab_size]
@@ -110,14 +123,28 @@ class Model:
         tree = settings.model_dump() | {"memory": settings.memory.model_dump() | dict(memory)}
         return replace(self, resolved=_resolved(parse_settings(tree), self.machine, held_bytes))
 
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens of the longest text an encoder takes: the model's limit, or runtime.context where that is less."""
+        limit = self.spec.encoder.max_tokens if self.spec.encoder is not None else None
+        context = self.resolved.settings.runtime.context
+        return min(limit or self.spec.max_context, self.spec.max_context if context == "auto" else context)
+
     def plan(self, workload: Workload | None = None) -> Plan:
         """Where every chunk will live and how fast that is, for the best batch size where none is set.
 
         Raises BudgetError when it cannot be done.
         """
+        if self.spec.encoder is not None:
+            longest = self.max_text_tokens
+            workload = Workload(batch=TEXT_BATCH, prompt_len=longest, max_len=longest)
         workload = workload or Workload(batch=1, prompt_len=16, gen_len=16)
         batches: list[int] = []
-        if self.resolved.settings.runtime.max_batch == "auto" and workload.batch > 1:
+        if (
+            self.resolved.settings.runtime.max_batch == "auto"
+            and workload.batch > 1
+            and not self.spec.encoder
+        ):
             batches = batch_sizes(workload.num_requests)
         return make_plan(self.spec, self.source, self.resolved, self.machine, workload, batches=batches)
 
@@ -129,6 +156,8 @@ def open_model(folder: Path, settings: Settings) -> Model:
     """
     index = CheckpointIndex.open(folder)
     spec = read_spec(index.config, index.generation_config, index.dtypes)
+    if spec.encoder is not None:
+        spec = with_sentence_files(spec, *sentence_files(index.side_files))
     if not index.has_weights:
         raise CheckpointError(
             "ZI-4021", f"{folder} holds no weights to run", remedy=f"zinfer plan {folder} needs none"

@@ -28,14 +28,19 @@ def build_program(spec: ModelSpec, names: Names) -> tuple[tuple[Op, ...], tuple[
     """
     stems = names.stems
     program: list[Op] = []
-    for kind, layer, stem, norm in _products(spec, stems):
+    products = _products if spec.encoder is None else _encoder_products
+    for kind, layer, stem, norm in products(spec, stems):
         program += _blocks(spec, names, len(program), kind, layer, stem, norm)
     width = spec.embed_dim or spec.model_dim
     lookups = [RowLookup("tokens", f"{stems['embed']}.weight", spec.vocab_size, width)]
     if names.position_offset is not None:
         num_rows = spec.max_context + names.position_offset
         table = f"{stems['positions']}.weight"
-        lookups.append(RowLookup("positions", table, num_rows, spec.model_dim, names.position_offset))
+        wide = spec.model_dim if spec.encoder is None else width
+        lookups.append(RowLookup("positions", table, num_rows, wide, names.position_offset))
+    if spec.encoder is not None and spec.encoder.num_segments:
+        table = f"{stems['segments']}.weight"
+        lookups.append(RowLookup("segments", table, spec.encoder.num_segments, width))
     weights = {weight.key: weight.numel for op in program for weight in op.weights}
     tables = (0 if spec.tied_head and row.role == "tokens" else row.num_rows * row.width for row in lookups)
     return tuple(program), tuple(lookups), sum(weights.values()) + sum(tables)
@@ -67,6 +72,8 @@ def matrix_shape(spec: ModelSpec, kind: str) -> tuple[int, int]:
         "down": (width, mlp),
         "project_out": (embed, width),
         "head": (len(spec.labels) or spec.vocab_size, embed),
+        "dense": (width, width),
+        "classify": (0 if spec.encoder is None else len(spec.encoder.labels), width),
     }
     return shapes[kind]
 
@@ -103,11 +110,32 @@ def _products(spec: ModelSpec, stems: Mapping[str, str]) -> Iterator[tuple[str, 
     yield "head", spec.num_layers, stems["embed" if spec.tied_head else "head"], last
 
 
+def _encoder_products(
+    spec: ModelSpec, stems: Mapping[str, str]
+) -> Iterator[tuple[str, int, str, str | None]]:
+    """As `_products`: norms lie behind the embeddings and behind every residual; "pool" makes one row of a text."""
+    assert spec.encoder is not None, "a decoder has a program of another kind"
+    yield "embed", -1, stems["project_in"] if spec.embed_dim else "", stems["embed_norm"]
+    behind = None
+    for layer in range(spec.num_layers):
+        for kinds, key in zip(layer_kinds(spec), ("attention_norm", "mlp_norm"), strict=True):
+            for kind in kinds:
+                yield kind, layer, stems[kind].format(layer), behind
+                behind = None
+            behind = stems[key].format(layer)
+    yield "pool", spec.num_layers, "", behind
+    if spec.encoder.head == "classify":
+        yield "dense", spec.num_layers, stems["dense"], None
+        yield "classify", spec.num_layers, stems["classify"], None
+
+
 def _blocks(
     spec: ModelSpec, names: Names, index: int, kind: str, layer: int, stem: str, norm: str | None
 ) -> Iterator[Op]:
+    width = matrix_shape(spec, kind)[1] if kind == "embed" else spec.model_dim
+    front = _norm_weights(spec, norm, width) if norm else ()
     if not stem:
-        yield Op(index, kind, layer, ())
+        yield Op(index, kind, layer, front, normed=norm is not None)
         return
     num_out, num_in = matrix_shape(spec, kind)
     row_bytes = num_in * DTYPE_BYTES[spec.dtype]
@@ -116,7 +144,6 @@ def _blocks(
         cuts, matrix = [(0, num_out)], WeightRef("matrix", f"{stem}.weight", 0, num_in, (num_in, num_out))
     else:
         cuts, matrix = row_blocks(num_out, row_bytes), None
-    front = _norm_weights(spec, norm) if norm else ()
     head_norm = f"{kind}_norm" if spec.qk_norm and kind in ("q", "k") else ""
     for block, (start, stop) in enumerate(cuts):
         weights = [matrix or WeightRef("matrix", f"{stem}.weight", start, stop, (stop - start, num_in))]
@@ -140,10 +167,10 @@ def _blocks(
         )
 
 
-def _norm_weights(spec: ModelSpec, stem: str) -> tuple[WeightRef, ...]:
+def _norm_weights(spec: ModelSpec, stem: str, width: int) -> tuple[WeightRef, ...]:
     if not spec.norm_affine:
         return ()
-    scale = WeightRef("norm", f"{stem}.weight", 0, spec.model_dim, (spec.model_dim,))
+    scale = WeightRef("norm", f"{stem}.weight", 0, width, (width,))
     if spec.norm == "rms":
         return (scale,)
-    return (scale, WeightRef("norm_bias", f"{stem}.bias", 0, spec.model_dim, (spec.model_dim,)))
+    return (scale, WeightRef("norm_bias", f"{stem}.bias", 0, width, (width,)))

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from zinfer.spec.encoder import read_encoder
+from zinfer.spec.encoder_families import ENCODER_FAMILIES, EncoderFamily
 from zinfer.spec.families import ACTIVATIONS, FAMILIES, Family
 from zinfer.spec.keys import Keys, refuse, shown
 from zinfer.spec.labels import read_labels, read_scoring
@@ -29,6 +31,10 @@ DTYPES = {
 }
 
 
+ALL_FAMILIES: Mapping[str, Family] = FAMILIES | ENCODER_FAMILIES
+ENCODER_OPTIONS: dict[str, object] = {"norm": "layer", "norm_position": "post", "gated_mlp": False}
+
+
 def read_spec(
     config: Mapping[str, Any],
     generation: Mapping[str, Any] | None = None,
@@ -46,6 +52,13 @@ def read_spec(
     published = published or {}
     sets, biased = _flags(keys, family)
     shapes = _shapes(keys, family)
+    position_offset = family.position_offset
+    if is_encoder := isinstance(family, EncoderFamily):
+        sets |= ENCODER_OPTIONS | {"encoder": read_encoder(keys, family)}
+        position_offset = _first_position(keys, family)
+        shapes["max_context"] -= position_offset
+        if shapes["max_context"] < 1:
+            raise refuse("ZI-4204", f"{keys.name('max_position_embeddings')} leaves no position for a token")
     stems = _stems(family, published)
     stored = published.get(f"{stems['embed']}.weight")
     dtype = stored if stored in DTYPE_BYTES else _dtype(keys)
@@ -60,7 +73,7 @@ def read_spec(
         norm_eps=keys.number("norm_eps", 0.0, 1.0),
         sliding_window=window,
         window_layers=window_layers,
-        tied_head=keys.flag("tie_word_embeddings") and not family.is_classifier,
+        tied_head=not is_encoder and not family.is_classifier and keys.flag("tie_word_embeddings"),
         eos_ids=Keys(generation or {}).ids("eos_token_id") or keys.ids("eos_token_id"),
         bos_id=next(iter(Keys(generation or {}).ids("bos_token_id") or keys.ids("bos_token_id")), None),
         pad_id=next(iter(keys.ids("pad_token_id")), None),
@@ -71,7 +84,7 @@ def read_spec(
     if family.position_offset is None:
         spec = replace(spec, rope=read_rope(keys, family, spec.head_dim, spec.max_context))
     _check_size(spec)
-    program, lookups, num_parameters = build_program(spec, Names(stems, biased, family.position_offset))
+    program, lookups, num_parameters = build_program(spec, Names(stems, biased, position_offset))
     return replace(spec, program=program, lookups=lookups, num_parameters=num_parameters)
 
 
@@ -81,7 +94,7 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
         raise refuse(
             "ZI-4201", f"architectures is {shown(architectures)}, a list of one of {_known()} was wanted"
         )
-    family = FAMILIES.get(architectures[0]) if isinstance(architectures[0], str) else None
+    family = ALL_FAMILIES.get(architectures[0]) if isinstance(architectures[0], str) else None
     if family is None:
         raise refuse("ZI-4201", f"the architecture {shown(architectures[0])} is not among {_known()}")
     if config.get("quantization_config") is not None:
@@ -90,7 +103,14 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
 
 
 def _known() -> str:
-    return ", ".join(FAMILIES)
+    return ", ".join(ALL_FAMILIES)
+
+
+def _first_position(keys: Keys, family: EncoderFamily) -> int:
+    """The row of the position table that belongs to a text's first token."""
+    if not family.positions_follow_pad:
+        return family.position_offset or 0
+    return keys.count("pad_token_id", MAX_VOCAB, least=0) + 1
 
 
 def _flags(keys: Keys, family: Family) -> tuple[dict[str, object], frozenset[str]]:
@@ -170,7 +190,10 @@ def _stems(family: Family, published: Mapping[str, str]) -> dict[str, str]:
     embed = f"{family.names['embed']}.weight"
     prefix = "" if embed in published else family.prefix
     heads = [head for head in family.heads if f"{head}.weight" in published]
-    return {key: prefix + stem for key, stem in family.names.items()} | {"head": (heads or family.heads)[0]}
+    head = {"head": (heads or family.heads)[0]}
+    if isinstance(family, EncoderFamily):
+        head |= family.head_names
+    return {key: prefix + stem for key, stem in family.names.items()} | head
 
 
 def _check_size(spec: ModelSpec) -> None:

@@ -1,4 +1,4 @@
-"""What a model is, as data: one decoder composition, every family a row of options.  No torch, no bytes."""
+"""What a model is, as data: one composition per kind, every family a row of options.  No torch, no bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Op:
     """
 
     index: int
-    kind: str  # "embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", ...
+    kind: str  # "embed", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "pool", ...
     layer: int  # -1: before the first layer; num_layers: after the last
     weights: tuple[WeightRef, ...]
     block: int = 0
@@ -101,6 +101,27 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoder:
+    """What an encoder has beyond a decoder's shapes: every token sees its whole text, and a text has one result.
+
+    `pooling` are the modes by which token rows become one embedding, side by side; `labels` the classes of a
+    classification head, `is_multi_label` whether each is scored by itself (sigmoid) or against the others (softmax).
+    `unread` are stems of published tensors that may stand in the checkpoint and are not read.
+    """
+
+    num_segments: int = 0  # token types; 0: the family has none
+    head: Literal["none", "classify"] = "none"
+    head_activation: Literal["tanh", "relu", "gelu"] = "tanh"
+    labels: tuple[str, ...] = ()
+    is_multi_label: bool = False
+    pooling: tuple[str, ...] = ("mean",)
+    is_normalised: bool = False
+    is_lowered: bool = False  # the text is put in lower case before it is cut into tokens
+    max_tokens: int | None = None  # longer texts are cut; None: max_context
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Shapes and options of one model.  M model dim, H heads, D head dim, V vocabulary, F MLP width."""
 
@@ -138,6 +159,7 @@ class ModelSpec:
     pad_id: int | None = None
     labels: tuple[str, ...] = ()  # of a classification head; empty: the head has a row per token
     scoring: str = "softmax"  # how its logits become scores: "softmax", "sigmoid", "none"
+    encoder: Encoder | None = None  # None: a decoder
     program: tuple[Op, ...] = field(default=(), repr=False)
     lookups: tuple[RowLookup, ...] = ()
     num_parameters: int = 0
@@ -149,5 +171,12 @@ class ModelSpec:
         return self.kv_token_bytes(self.dtype)
 
     def kv_token_bytes(self, dtype: str) -> int:
-        """The same in another format: `dtype` may be "INT8"."""
+        """The same in another format: `dtype` may be "INT8".  An encoder keeps none."""
+        if self.encoder is not None:
+            return 0
         return self.num_layers * kv_row_bytes(self.num_kv_heads, self.head_dim, dtype)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Stems of tensors that a checkpoint may hold though the model reads none of them."""
+        return () if self.encoder is None else self.encoder.unread

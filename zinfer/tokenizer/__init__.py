@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from zinfer.tokenizer.pairs import Encoded, Text, encode_texts
 from zinfer.tokenizer.renderer import Renderer
 from zinfer.tokenizer.stream import IncrementalDecoder
 from zinfer.tokenizer.text import Tokenizer, load_tokenizer
 
-__all__ = ["IncrementalDecoder", "Renderer", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "Encoded",
+    "IncrementalDecoder",
+    "Renderer",
+    "Text",
+    "Tokenizer",
+    "encode_texts",
+    "load_tokenizer",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ class Tokenizer:
         templates: Mapping[str, str] | None = None,
     ) -> None:
         self._core = core
+        self._lock = threading.Lock()  # truncation is a setting of the core
         self.special_tokens = dict(special_tokens or {})
         self.templates = dict(templates or {})
         core.no_truncation()
@@ -63,6 +65,22 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.  Special tokens spelled out in the text are recognised, as upstream."""
         return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(
+        self, texts: Sequence[str | tuple[str, str]], max_tokens: int
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
+        """(ids, token types, was it cut) of each text or pair, special tokens included.
+
+        What exceeds `max_tokens` is cut off its end, of a pair off the longer part first.  Threads take turns.
+        """
+        given = [text if isinstance(text, str) else tuple(text) for text in texts]
+        with self._lock:
+            try:
+                self._core.enable_truncation(max_tokens, strategy="longest_first")
+                found = self._core.encode_batch(given, add_special_tokens=True)
+            finally:
+                self._core.no_truncation()
+        return [(tuple(one.ids), tuple(one.type_ids), bool(one.overflowing)) for one in found]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids; ids outside the vocabulary have none."""

@@ -1,0 +1,73 @@
+"""An encoder behind the offload engine.  In: a model folder, settings.  Out: pooled rows and logits of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from zinfer.config.schema import Settings
+from zinfer.errors import UsageError
+from zinfer.memory.manager import ChunkManager
+from zinfer.plan.make import Plan
+from zinfer.runtime.engine import open_executor
+from zinfer.runtime.executor import Executor, Watch, unwatched
+from zinfer.runtime.model import Model, open_model
+from zinfer.runtime.stats import Stats
+from zinfer.runtime.texts import encode
+from zinfer.spec.records import Encoder
+from zinfer.tokenizer import Encoded, Tokenizer
+
+
+class EncoderEngine:
+    """One plan, made for the longest text the model takes; the first pass opens the tiers and loads.
+
+    Used from one thread at a time.  Raises UsageError ZI-1134 for a model that is no encoder.
+    """
+
+    def __init__(self, path: Path, settings: Settings, *, watch: Watch = unwatched) -> None:
+        self.folder = path
+        self.model: Model = open_model(path, settings)
+        self.spec = self.model.spec
+        if self.spec.encoder is None:
+            raise UsageError(
+                "ZI-1134",
+                f"{path} is a {self.spec.architecture}, which generates text; an encoder was wanted",
+                remedy=f"zinfer generate {path} -p 'a text'",
+            )
+        self.encoder: Encoder = self.spec.encoder
+        self.plan: Plan = self.model.plan()
+        self.stats = Stats(self.plan.forecast)
+        self.max_tokens = self.model.max_text_tokens
+        self._watch = watch
+        self._open: tuple[ChunkManager, Executor] | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError ZI-4601 where the folder has none."""
+        return self.model.need_tokenizer()
+
+    def passes(self, texts: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+        """(numbers of texts, pooled rows [n, D], logits [n, C] or None) of each pass, fp32 on the host."""
+        if self._open is None:
+            self._open = open_executor(self.model, self.plan, self.stats, watch=self._watch)
+        manager, executor = self._open
+        workload = self.plan.workload
+        for numbers, _, flow in encode(
+            executor, texts, max_rows=workload.prefill_rows, max_batch=workload.batch
+        ):
+            assert flow.pooled is not None, "a whole pass has pooled"
+            yield numbers, flow.pooled.cpu(), None if flow.logits is None else flow.logits.cpu()
+        self.stats.peak_bytes = manager.stats().peak_bytes
+
+    def about(self) -> dict[str, Any]:
+        """What a JSON result says of where the model lived and what it took."""
+        return {"plan": self.plan.to_dict(), "stats": self.stats.to_dict()}
+
+    def close(self) -> None:
+        """Give everything back: memory, files, threads.  The next pass loads again."""
+        if self._open is not None:
+            self._open[0].close()
+            self._open = None

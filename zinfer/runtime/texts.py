@@ -1,0 +1,59 @@
+"""Run texts through an encoder.  In: encoded texts.  Out: flows with pooled rows and logits, a pass at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+
+from zinfer.layers.packed import Packed
+from zinfer.models.encoder import EncoderFlow
+from zinfer.runtime.executor import Executor, Micro
+from zinfer.tokenizer import Encoded
+
+
+def group_texts(lengths: Sequence[int], max_rows: int, max_batch: int) -> list[list[int]]:
+    """Which texts share a pass: numbers of texts, longest first, at most `max_rows` rows and `max_batch` texts each.
+
+    A text longer than `max_rows` has a pass of its own.  Every text is in exactly one group.
+    """
+    groups: list[list[int]] = []
+    rows = max_rows
+    for number in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        if not groups or rows + lengths[number] > max_rows or len(groups[-1]) == max_batch:
+            groups.append([])
+            rows = 0
+        groups[-1].append(number)
+        rows += lengths[number]
+    return groups
+
+
+def pack_texts(texts: Sequence[Encoded]) -> Packed:
+    """Texts back to back, without padding."""
+    bounds = tuple(accumulate((len(text.ids) for text in texts), initial=0))
+    return Packed(
+        tokens_T=torch.tensor([token for text in texts for token in text.ids], dtype=torch.long),
+        positions_T=torch.tensor([at for text in texts for at in range(len(text.ids))], dtype=torch.long),
+        bounds=bounds,
+        past=(0,) * len(texts),
+        logit_rows=torch.tensor(bounds[:-1], dtype=torch.long),
+        segments_T=torch.tensor([kind for text in texts for kind in text.types], dtype=torch.long),
+    )
+
+
+def encode(
+    executor: Executor, texts: Sequence[Encoded], *, max_rows: int, max_batch: int, keep_layers: bool = False
+) -> Iterator[tuple[list[int], Packed, EncoderFlow]]:
+    """Yield (numbers of the texts, their batch, the flow after the pass) until every text has been through.
+
+    With `keep_layers` the flow also holds every layer's output.
+    """
+    num_segments = executor.spec.encoder.num_segments if executor.spec.encoder is not None else 0
+    for numbers in group_texts([len(text.ids) for text in texts], max_rows, max_batch):
+        batch = pack_texts([texts[number] for number in numbers])
+        if num_segments < 2:  # RoBERTa's tokenizers tell the parts of a pair by special tokens alone
+            batch = batch.without_segments()
+        flow = EncoderFlow(layers=[] if keep_layers else None)
+        executor.traverse([Micro(batch, None, flow)])
+        yield numbers, batch, flow
