@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zinfer.api import LLM
+    from zinfer.classifier import Classifier
     from zinfer.errors import ZinferError
     from zinfer.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "ZinferError", "__version__"]
+__all__ = ["LLM", "Classifier", "SamplingParams", "ZinferError", "__version__"]
 
-_HOMES = {"LLM": "zinfer.api", "SamplingParams": "zinfer.sampling.params", "ZinferError": "zinfer.errors"}
+_HOMES = {
+    "LLM": "zinfer.api",
+    "Classifier": "zinfer.classifier",
+    "SamplingParams": "zinfer.sampling.params",
+    "ZinferError": "zinfer.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

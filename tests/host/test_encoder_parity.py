@@ -6,6 +6,8 @@ import encoder_oracle
 import pytest
 import torch
 
+from zinfer.models.encoder import EncoderFlow, run_op
+
 TOLERANCE = 1e-4
 LENGTHS = (5, 17, 1, 9, 17, 40)
 
@@ -123,3 +125,22 @@ def test_gradients_reach_every_weight(case):
     assert [name for name, leaf in leaves.items() if leaf.grad is None] == []
     dead = [name for name, leaf in leaves.items() if not leaf.grad.abs().max() > 0]
     assert all(name.endswith(("key.bias", "k_lin.bias")) for name in dead)
+
+
+@torch.no_grad()
+def test_a_flow_may_be_carried_away_between_any_two_ops(case):
+    """Another micro-batch's turn: what waits is copied, and the stream that is also the input stays one tensor."""
+    _, spec, tensors, _ = case
+    batch = encoder_oracle.pack(texts())
+    flow = EncoderFlow()
+    for lookup in spec.lookups:
+        flow.rows[lookup.role] = tensors[lookup.name][batch.ids(lookup.role) + lookup.offset]
+    for op in spec.program:
+        views = {weight.role: tensors[weight.name][weight.start : weight.stop] for weight in op.weights}
+        run_op(op, spec, flow, views, batch, exact=True)
+        is_both = flow.stream is not None and flow.input is flow.stream
+        flow.move(torch.clone)
+        assert not is_both or flow.input is flow.stream
+    whole = encoder_oracle.run_packed(spec, tensors, batch, exact=True)
+    assert torch.equal(flow.pooled, whole.pooled)
+    assert whole.logits is None or torch.equal(flow.logits, whole.logits)

@@ -7,7 +7,7 @@ token types, every row sees its whole text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,17 @@ class EncoderFlow:
         assert isinstance(value, Tensor), f"the flow has no {name}: ops were run out of order"
         setattr(self, name, None)
         return value
+
+    def move(self, carry: Callable[[Tensor], Tensor]) -> None:
+        """Carry everything that waits for the next op elsewhere; the stream may also be the input."""
+        is_both = self.input is self.stream
+        self.rows = {role: carry(x) for role, x in self.rows.items()}
+        self.pieces = [carry(x) for x in self.pieces]
+        for name in ("stream", "input", "query", "key", "pooled", "first", "logits"):
+            if getattr(self, name) is not None and not (is_both and name == "input"):
+                setattr(self, name, carry(getattr(self, name)))
+        if is_both:
+            self.input = self.stream
 
     def take_logits(self) -> Tensor:
         """The pass's result: fp32 [S, C], or what was pooled where there is no head."""

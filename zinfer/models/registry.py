@@ -16,6 +16,10 @@ class Flow(Protocol):
 
     rows: dict[str, Tensor]
 
+    def move(self, carry: Callable[[Tensor], Tensor]) -> None:
+        """Carry everything that waits for the next op elsewhere."""
+        ...
+
     def take_logits(self) -> Tensor:
         """The result of a whole pass."""
         ...

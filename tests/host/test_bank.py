@@ -1,0 +1,254 @@
+"""The bank against the students one by one, against transformers on a padded batch, and behind the Classifier."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from encoder_oracle import pack
+from hypothesis import given
+from hypothesis import strategies as st
+from text_models import CONFIGS, tokenizer
+
+from zinfer import Classifier
+from zinfer.cli.main import run
+from zinfer.errors import BudgetError, UsageError, ZinferError
+from zinfer.spec.read import read_spec
+from zinfer.students.bank import StudentBank
+from zinfer.students.group import Group, read_group, write_group
+from zinfer.students.student import OFFSET, PROJECTION, head_names, layer_names, shared_names, student_spec
+
+COUNT, LAYERS = 3, 2
+LENGTHS = (5, 17, 1, 9, 17, 40, 9)
+CPU = {"device": "cpu", "machine": "sim-default", "threads": 1}
+
+
+def shapes(spec):
+    found = {weight.name: weight.shape for op in spec.program for weight in op.weights}
+    return found | {row.name: (row.num_rows, row.width) for row in spec.lookups}
+
+
+def make_group(family="bert", **changes):
+    """A group with random weights of order 1; nothing in it is alike between students."""
+    teacher = read_spec(CONFIGS[family] | changes)
+    draw = torch.Generator().manual_seed(9)
+
+    def tensor(name, shape):
+        if len(shape) == 2:
+            return torch.randn(shape, generator=draw) * (1 if "embeddings." in name else shape[1] ** -0.5)
+        return torch.randn(shape, generator=draw) * 0.1 + (
+            1.0 if "norm" in name.lower() and "bias" not in name else 0
+        )
+
+    published = shapes(teacher)
+    heads = head_names(teacher)
+    own = layer_names(student_spec(teacher, LAYERS))
+    width = teacher.model_dim
+    students = [
+        {name: tensor(name, published[name]) for name in own}
+        | {PROJECTION: tensor("matrix", (width, width)), OFFSET: tensor("bias", (width,))}
+        for _ in range(COUNT)
+    ]
+    classes = len(teacher.encoder.labels)
+    return Group(
+        teacher,
+        {name: tensor(name, published[name]) for name in shared_names(teacher) if name not in heads},
+        tensor("bias", (width,)),
+        {name: tensor(name, published[name]) for name in heads},
+        students,
+        list(torch.tensor([1.0, 0.6, -0.4])),
+        torch.tensor([0.7, 1.0, 1.4]),
+        0.1 * torch.randn(COUNT, classes, generator=draw),
+        LAYERS,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("group") / "group"
+    path.mkdir()
+    write_group(make_group(), path, {"prefixes": []})
+    (path / "config.json").write_text(json.dumps(CONFIGS["bert"]))
+    tokenizer().save(str(path / "tokenizer.json"))
+    return path
+
+
+def texts(lengths=LENGTHS):
+    draw = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 97, (length,), generator=draw).tolist() for length in lengths]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_prefix_is_the_students_one_by_one(family):
+    group, bank = make_group(family), StudentBank(make_group(family))
+    batch = pack(texts())
+    prefixes = bank.prefixes(batch, COUNT)
+    for m in range(1, COUNT + 1):
+        slow = group.represent(batch, m)
+        assert slow.std() > 0.3
+        assert (prefixes[m - 1] - slow).abs().max() <= 1e-5
+        rows, logits = bank.answer(batch, m)
+        assert (rows - slow).abs().max() <= 1e-5
+        assert (logits - group.calibrated(group.logits(slow), m)).abs().max() <= 1e-5
+    assert (prefixes[0] - prefixes[1]).abs().max() > 0.1, "prefixes differ, or nothing was compared"
+
+
+@torch.no_grad()
+def test_a_slice_is_the_group_rebuilt_from_the_first(folder):
+    whole = StudentBank(make_group())
+    for m in range(1, COUNT + 1):
+        part = make_group()
+        part.students, part.factors = part.students[:m], part.factors[:m]
+        rebuilt = StudentBank(part)
+        rows, logits = whole.answer(pack(texts()), m)
+        again, again_logits = rebuilt.answer(pack(texts()), m)
+        assert (rows - again).abs().max() <= 1e-5
+        assert (logits - again_logits).abs().max() <= 1e-5
+        wrong, _ = whole.answer(pack(texts()), m % COUNT + 1)
+        assert (wrong - again).abs().max() > 0.1, "the mutation: another prefix must be noticed"
+
+
+@torch.no_grad()
+def test_packed_equals_padded_equals_one_by_one():
+    """The padded twin is transformers' own model, a copy per student, with an attention mask."""
+    group, bank = make_group(), StudentBank(make_group())
+    given = texts()
+    longest = max(map(len, given))
+    ids = torch.tensor([text + [0] * (longest - len(text)) for text in given])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in given])
+    config = transformers.BertConfig(
+        **(CONFIGS["bert"] | {"num_hidden_layers": LAYERS, "architectures": None})
+    )
+    padded = group.origin.expand(len(given), -1)
+    for factor, weights in zip(group.factors, group.students, strict=True):
+        model = transformers.BertModel(config, add_pooling_layer=False).eval()
+        named = {name.removeprefix("bert."): tensor for name, tensor in (group.shared | weights).items()}
+        strange = model.load_state_dict(named, strict=False)
+        assert set(strange.unexpected_keys) == {PROJECTION, OFFSET}
+        assert strange.missing_keys == []
+        first = model(ids, attention_mask=mask).last_hidden_state[:, 0]
+        padded = padded + factor * torch.nn.functional.linear(first, weights[PROJECTION], weights[OFFSET])
+    packed, _ = bank.answer(pack(given), COUNT)
+    alone = torch.cat([bank.answer(pack([text]), COUNT)[0] for text in given])
+    assert (packed - padded).abs().max() <= 1e-5
+    assert (packed - alone).abs().max() <= 1e-5
+    without_mask = model(ids).last_hidden_state[:, 0]
+    assert (without_mask - first).abs().max() > 1e-3, "the mutation: padding that is seen must be noticed"
+
+
+@torch.no_grad()
+@given(st.permutations(range(len(LENGTHS))))
+def test_order_in_a_pack_does_not_matter(order):
+    bank, given_texts = StudentBank(make_group()), texts()
+    straight, _ = bank.answer(pack(given_texts), COUNT)
+    turned, _ = bank.answer(pack([given_texts[at] for at in order]), COUNT)
+    assert (turned - straight[list(order)]).abs().max() <= 1e-5
+
+
+def test_no_weight_moves_while_it_serves(folder):
+    with Classifier(folder, **CPU) as classifier:
+        bank = classifier.engine.bank
+        places = {name: tensor.data_ptr() for name, tensor in bank.stacked.items()}
+        before = {name: tensor.clone() for name, tensor in bank.stacked.items()}
+        for m in (3, 1, 2):
+            classifier.engine.num_students = m
+            classifier.classify(["the fox", ("a", "dog")])
+            classifier.embed("the fox")
+        assert {name: tensor.data_ptr() for name, tensor in bank.stacked.items()} == places
+        assert all(torch.equal(tensor, before[name]) for name, tensor in bank.stacked.items())
+
+
+def test_a_group_is_written_and_read_as_it_is(folder):
+    group, other = make_group(), read_group(folder, read_spec(CONFIGS["bert"]))[0]
+    one, two = group.tensors(), other.tensors()
+    assert set(one) == set(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("students", [1, 2, 3, None])
+def test_the_classifier_serves_a_group(folder, students):
+    group = make_group()
+    with Classifier(folder, students=students, **CPU) as classifier:
+        found = classifier.classify(["the fox", "a lazy dog"], top_k=None, raw_scores=True)
+        rows = classifier.embed(["the fox", "a lazy dog"])
+        assert classifier.about()["students"] == (students or 3)
+    words = tokenizer()
+    batch = pack([words.encode("the fox").ids, words.encode("a lazy dog").ids])
+    with torch.no_grad():
+        slow = group.represent(batch, students or 3)
+        logits = group.calibrated(group.logits(slow), students or 3)
+    ours = [{score["label"]: score["score"] for score in one} for one in found]
+    theirs = [dict(zip(group.teacher.encoder.labels, row.tolist(), strict=True)) for row in logits]
+    assert ours == [pytest.approx(one, abs=1e-5) for one in theirs]
+    assert np.abs(rows - slow.numpy()).max() <= 1e-5
+
+
+def test_a_group_that_does_not_fit_is_refused_with_what_does(folder):
+    with pytest.raises(BudgetError, match="ZI-2401") as caught:
+        Classifier(folder, memory={"host": "64KiB"}, **CPU)
+    assert "--host-mem" in caught.value.remedy
+
+
+def test_students_that_are_not_there(folder, tmp_path):
+    for students in (0, 4):
+        with pytest.raises(UsageError, match="ZI-1159"):
+            Classifier(folder, students=students, **CPU)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    with pytest.raises(UsageError, match="ZI-1140"):
+        Classifier(plain, students=1, **CPU)
+
+
+def remade(path, **changes):
+    """The manifest with other claims."""
+    manifest = json.loads((path / "students.json").read_text())
+    (path / "students.json").write_text(json.dumps(manifest | changes))
+
+
+def flip(path):
+    """One bit of a weight."""
+    data = bytearray(path.read_bytes())
+    data[-1002] ^= 0x20
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: (path / "students.safetensors").unlink(),
+        lambda path: (path / "config.json").unlink(),
+        lambda path: (path / "tokenizer.json").unlink(),
+        lambda path: (path / "config.json").write_text("{"),
+        lambda path: (path / "students.json").write_text("[]"),
+        lambda path: remade(path, students=4),
+        lambda path: remade(path, layers=1),
+        lambda path: flip(path / "students.safetensors"),
+        lambda path: os.truncate(path / "students.safetensors", 9000),
+    ],
+)
+def test_a_damaged_group_is_refused(folder, tmp_path, harm):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with Classifier(copy, **CPU):
+        harm(copy)
+    with pytest.raises(ZinferError):
+        Classifier(copy, **CPU)
+
+
+def test_the_command_line(folder, capsys, monkeypatch):
+    monkeypatch.setenv("ZINFER_DEVICE", "cpu")
+    assert run(["classify", str(folder), "the fox", "--students", "2", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["students"], record["of"]) == (2, 3)
+    assert run(["embed", str(folder), "the fox", "--students", "9"]) == 2

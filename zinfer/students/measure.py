@@ -1,0 +1,68 @@
+"""What a prefix is worth.  In: representations and logits of dev texts.  Out: one record per prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zinfer.students.boost import energy
+from zinfer.students.calibrate import calibration_error
+from zinfer.students.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one prefix on texts never trained on.
+
+    `residual` is the energy left of the teacher's, `cosine` the mean to its representation; `agreement` and
+    `accuracy` are shares of texts (None: no head, no labels), `calibration` the expected calibration error.
+    """
+
+    students: int
+    residual: float
+    cosine: float
+    agreement: float | None = None
+    accuracy: float | None = None
+    teacher_accuracy: float | None = None
+    calibration: float | None = None
+
+
+def figures(
+    group: Group,
+    prefixes_MND: Sequence[Tensor],
+    pooled_ND: Tensor,
+    teacher_NC: Tensor | None,
+    labels_N: Tensor | None,
+) -> list[Figures]:
+    """One record per prefix; `prefixes_MND[m - 1]` are the representations F_m."""
+    whole = energy(pooled_ND - group.origin)
+    found = []
+    for m, rows_ND in enumerate(prefixes_MND, 1):
+        residual = energy(pooled_ND - rows_ND) / whole
+        cosine = F.cosine_similarity(rows_ND, pooled_ND, dim=-1).mean().item()
+        if teacher_NC is None:
+            found.append(Figures(m, residual, cosine))
+            continue
+        logits = group.calibrated(group.logits(rows_ND), m)
+        guess, theirs = logits.argmax(-1), teacher_NC.argmax(-1)
+        wanted = theirs if labels_N is None else labels_N
+        found.append(
+            Figures(
+                m,
+                residual,
+                cosine,
+                _share(guess == theirs),
+                None if labels_N is None else _share(guess == labels_N),
+                None if labels_N is None else _share(theirs == labels_N),
+                calibration_error(torch.softmax(logits, -1), wanted),
+            )
+        )
+    return found
+
+
+def _share(hits_N: Tensor) -> float:
+    return hits_N.double().mean().item()

@@ -1,0 +1,140 @@
+"""One student.  In: a teacher's spec, weights, packed texts.  Out: its spec, its first weights, what it answers.
+
+A student is the teacher's own composition with fewer layers: token, position and segment tables and the norm over them
+are shared with the teacher and frozen; behind the pooling stands a projection of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zinfer.layers.mlp import activate
+from zinfer.layers.packed import Packed
+from zinfer.models.encoder import EncoderFlow, run_op
+from zinfer.spec.records import Encoder, ModelSpec
+
+LAYER = re.compile(r"(?<=\blayer\.)\d+(?=\.)")  # every encoder family numbers its layers so
+PROJECTION, OFFSET = "projection.weight", "projection.bias"
+
+
+def student_spec(teacher: ModelSpec, num_layers: int) -> ModelSpec:
+    """The teacher's first `num_layers` layers, without its head: what it pools is what a student imitates."""
+    encoder = encoder_of(teacher)
+    pooling = ("cls",) if encoder.labels else encoder.pooling
+    ops = [op for op in teacher.program if op.layer < num_layers]
+    # The norm behind the last layer stands in front of the op that follows it.
+    after = next(op for op in teacher.program if op.layer == num_layers)
+    norms = tuple(weight for weight in after.weights if weight.role.startswith("norm"))
+    pool = next(op for op in teacher.program if op.kind == "pool")
+    ops.append(replace(pool, index=len(ops), layer=num_layers, weights=norms))
+    return replace(
+        teacher,
+        num_layers=num_layers,
+        dtype="F32",
+        program=tuple(ops),
+        encoder=replace(encoder, head="none", labels=(), pooling=pooling),
+    )
+
+
+def encoder_of(spec: ModelSpec) -> Encoder:
+    """The part of a spec that only encoders have."""
+    assert spec.encoder is not None, "the teacher was checked to be an encoder"
+    return spec.encoder
+
+
+def layer_names(student: ModelSpec) -> list[str]:
+    """Published names of a student's own weights: those of its layers, in order of use."""
+    names = [weight.name for op in student.program for weight in op.weights if LAYER.search(weight.name)]
+    return list(dict.fromkeys(names))
+
+
+def shared_names(teacher: ModelSpec) -> list[str]:
+    """Published names of what all students share: tables, the norm over them, a projection, the head."""
+    names = [weight.name for op in teacher.program for weight in op.weights if not LAYER.search(weight.name)]
+    return list(dict.fromkeys([lookup.name for lookup in teacher.lookups] + names))
+
+
+def source_names(student: ModelSpec, layers: Sequence[int]) -> dict[str, str]:
+    """A student's weight -> the teacher's that it begins as a copy of; `layers` counts the teacher's from 1."""
+    return {
+        name: LAYER.sub(str(layers[int(_layer(name))] - 1), name, count=1) for name in layer_names(student)
+    }
+
+
+def _layer(name: str) -> str:
+    found = LAYER.search(name)
+    assert found is not None, "only weights of layers are renamed"
+    return found[0]
+
+
+def pooled(
+    student: ModelSpec,
+    shared: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    batch: Packed,
+    layers: list[Tensor] | None = None,
+) -> Tensor:
+    """What the student's layers pool, fp32 [S, D]; `layers` receives each layer's rows.  Runs under autograd."""
+    flow = EncoderFlow(layers=layers)
+    for lookup in student.lookups:
+        flow.rows[lookup.role] = shared[lookup.name][batch.ids(lookup.role) + lookup.offset]
+    for op in student.program:
+        views = {
+            weight.role: (weights if weight.name in weights else shared)[weight.name][
+                weight.start : weight.stop
+            ]
+            for weight in op.weights
+        }
+        run_op(op, student, flow, views, batch, exact=False)
+    return flow.take("pooled")
+
+
+def answer(
+    student: ModelSpec,
+    shared: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    batch: Packed,
+    layers: list[Tensor] | None = None,
+) -> Tensor:
+    """f_k: the student's share of the group's representation, fp32 [S, D]."""
+    rows_SD = pooled(student, shared, weights, batch, layers)
+    return F.linear(rows_SD, weights[PROJECTION], weights[OFFSET])
+
+
+def head_logits(teacher: ModelSpec, head: Mapping[str, Tensor], rows_SD: Tensor) -> Tensor:
+    """The teacher's head on representations [S, D]: [S, C]."""
+    encoder = encoder_of(teacher)
+    for op in teacher.program:
+        if op.kind in ("dense", "classify"):
+            views = {weight.role: head[weight.name] for weight in op.weights}
+            rows_SD = F.linear(rows_SD, views["matrix"], views.get("bias"))
+            if op.kind == "dense":
+                rows_SD = activate(rows_SD, encoder.head_activation, exact=False)
+    return rows_SD
+
+
+def head_names(teacher: ModelSpec) -> list[str]:
+    """Published names of the head's weights; none for a teacher of embeddings."""
+    heads = [op for op in teacher.program if op.kind in ("dense", "classify")]
+    return [weight.name for op in heads for weight in op.weights]
+
+
+def fitted_projection(rows_ND: Tensor, targets_ND: Tensor) -> dict[str, Tensor]:
+    """The projection (matrix and bias) that a student begins with: ridge regression of what it is to fit.
+
+    The group's representation after the first round is a small difference of large ones; a student that begins
+    with an identity would first have to unlearn its own mean.
+    """
+    rows, targets = rows_ND.double(), targets_ND.double()
+    mean, aim = rows.mean(0), targets.mean(0)
+    centred = rows - mean
+    gram = centred.T @ centred
+    ridge = 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    matrix = torch.linalg.solve(gram + ridge, centred.T @ (targets - aim)).T
+    return {PROJECTION: matrix.float().contiguous(), OFFSET: (aim - matrix @ mean).float()}
