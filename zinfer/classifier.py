@@ -19,11 +19,11 @@ from zinfer.errors import UsageError
 from zinfer.layers.pooling import normalised
 from zinfer.runtime.encoder_engine import EncoderEngine
 from zinfer.runtime.executor import Watch, unwatched
+from zinfer.runtime.labels import check_top_k, ranked, shaped
 from zinfer.spec.records import Encoder
 from zinfer.students.serving import GroupService, is_group
 from zinfer.tokenizer import Text, encode_texts
 
-Label: TypeAlias = dict[str, Any]  # {"label": str, "score": float}
 Texts: TypeAlias = (
     str | tuple[str, str] | Mapping[str, str] | Sequence[str | tuple[str, str] | Mapping[str, str]]
 )
@@ -96,8 +96,9 @@ class Classifier:
 
         A text is a str, a pair (str, str) or {"text": str, "text_pair": str}.  With top_k=1 one text gives
         {"label", "score"}, a list a list of them; with top_k=N or None (all) each is a list of such.  Scores are
-        softmax over the labels, or a sigmoid each where the config says multi-label; with `raw_scores` logits.
-        Raises UsageError ZI-1131, ZI-1132, ZI-1135 (no head), ZI-1136 (no texts).
+        softmax over the labels, a sigmoid each where the config says multi-label, or as they are (a regression, or
+        `raw_scores`).
+        Raises UsageError ZI-1112, ZI-1131, ZI-1132, ZI-1135 (no head), ZI-1136 (no texts).
         """
         if not self.labels:
             raise UsageError(
@@ -105,13 +106,12 @@ class Classifier:
                 f"{self.engine.folder} is a {self.engine.spec.architecture}: it has no classification head",
                 remedy=f"zinfer embed {self.engine.folder} 'a text'",
             )
-        if top_k is not None and top_k < 1:
-            raise UsageError("ZI-1137", f"top_k is {top_k}, 1 or more was wanted", remedy="top_k=1")
+        check_top_k(top_k)
         given, is_one = as_texts(texts)
         logits_NC = self._run(given, 1, progress, "classifying")
-        results = [self._ranked(row_C, top_k, raw_scores) for row_C in logits_NC]
-        shaped: list[Any] = [labels[0] for labels in results] if top_k == 1 else list(results)
-        return shaped[0] if is_one else shaped
+        scoring = "none" if raw_scores else self.encoder.scoring
+        results = [ranked(row_C, self.labels, scoring, top_k) for row_C in logits_NC]
+        return shaped(results, is_one=is_one, top_k=top_k)
 
     def embed(
         self, texts: Texts, *, progress: Callable[[int, int, str], None] = unwatched
@@ -166,12 +166,6 @@ class Classifier:
         with self._lock:
             yield from self.engine.passes(encoded)
 
-    def _ranked(self, logits_C: Tensor, top_k: int | None, raw_scores: bool) -> list[Label]:
-        score = torch.sigmoid if self.encoder.is_multi_label else _softmax
-        scores = logits_C if raw_scores else score(logits_C)
-        order = torch.argsort(scores, descending=True, stable=True)[:top_k].tolist()
-        return [{"label": self.labels[at], "score": float(scores[at])} for at in order]
-
 
 def as_texts(texts: object) -> tuple[list[Text], bool]:
     """One text or several as a list, and whether it was one.  Raises UsageError ZI-1136 for anything else."""
@@ -202,7 +196,3 @@ def _text(item: object) -> Text | None:
 
 def _lowered(pair: tuple[str, str]) -> tuple[str, str]:
     return pair[0].lower(), pair[1].lower()
-
-
-def _softmax(logits_C: Tensor) -> Tensor:
-    return torch.softmax(logits_C, dim=-1)

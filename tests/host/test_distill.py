@@ -267,6 +267,9 @@ def test_teachers_that_cannot_teach(tmp_path, data, teacher, whole):
     bare = write_encoder("bert", tmp_path / "bare", architectures=["BertModel"])
     with pytest.raises(UsageError, match="ZI-1156"):
         go(bare, data, tmp_path / "group", label_column="label")
+    numbers = write_encoder("bert", tmp_path / "numbers", problem_type="regression", id2label={"0": "price"})
+    with pytest.raises(UsageError, match="ZI-1160"):
+        go(numbers, data, tmp_path / "group")
     with pytest.raises(UsageError, match="ZI-1157"):
         go(teacher, data, whole[0])
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
-from zinfer.classifier import Classifier, Label
+from zinfer.classifier import Classifier
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
 from zinfer.cli.texts import Window, check_suffix, size_of, source_options, windows, written_whole
+from zinfer.runtime.labels import Label
 
 OUTPUTS = (".jsonl", ".csv")
 

@@ -32,7 +32,7 @@ def read_encoder(keys: Keys, family: EncoderFamily) -> Encoder:
         head="classify",
         head_activation=family.head_activation,
         labels=labels,
-        is_multi_label=read_scoring(keys, len(labels)) == "sigmoid",
+        scoring=read_scoring(keys, len(labels)),
         unread=tuple(stem for stem in family.unread if not _is_read(stem, family)),
     )
 

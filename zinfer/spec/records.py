@@ -105,7 +105,7 @@ class Encoder:
     """What an encoder has beyond a decoder's shapes: every token sees its whole text, and a text has one result.
 
     `pooling` are the modes by which token rows become one embedding, side by side; `labels` the classes of a
-    classification head, `is_multi_label` whether each is scored by itself (sigmoid) or against the others (softmax).
+    classification head.
     `unread` are stems of published tensors that may stand in the checkpoint and are not read.
     """
 
@@ -113,12 +113,17 @@ class Encoder:
     head: Literal["none", "classify"] = "none"
     head_activation: Literal["tanh", "relu", "gelu"] = "tanh"
     labels: tuple[str, ...] = ()
-    is_multi_label: bool = False
+    scoring: str = "softmax"  # how logits become scores: "softmax", "sigmoid", "none"
     pooling: tuple[str, ...] = ("mean",)
     is_normalised: bool = False
     is_lowered: bool = False  # the text is put in lower case before it is cut into tokens
     max_tokens: int | None = None  # longer texts are cut; None: max_context
     unread: tuple[str, ...] = ()
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each class is scored by itself and not against the others."""
+        return self.scoring == "sigmoid"
 
 
 @dataclass(frozen=True, slots=True)
