@@ -14,6 +14,7 @@ from tiny_models import write_tiny
 from zinfer import LLM, Classifier
 from zinfer.chunks.pack import assemble
 from zinfer.chunks.store import shard
+from zinfer.cli.main import run
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.plan.place import smallest_budget
 from zinfer.plan.records import Tier
@@ -291,3 +292,16 @@ def test_a_small_budget_is_refused_with_one_that_works(folders):
     with open_on_cpu(folders("bert"), memory={"host": wanted}) as classifier:
         assert classifier.classify("the fox")["label"]
         assert classifier.engine.stats.peak_bytes["host"] <= classifier.engine.plan.budget.host
+
+
+@pytest.mark.parametrize(("weights", "limit"), [("int8", 0.06), ("int4", 0.5)])
+def test_a_quantised_store_answers_nearly_the_same(folders, tmp_path, weights, limit):
+    folder, store = folders("bert"), tmp_path / "store"
+    assert run(["shard", str(folder), "--out", str(store), "--weights", weights]) == 0
+    with open_on_cpu(folder) as classifier:
+        rows = classifier.embed(TEXTS)
+    with open_on_cpu(store) as classifier:
+        assert classifier.engine.spec.weights == weights
+        ours = classifier.embed(TEXTS)
+    far = np.abs(ours - rows).max()
+    assert 0 < far <= limit, "close, and not the published weights by mistake"

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from zinfer.kernels.panels import is_quantised, quant_weight
 from zinfer.kernels.products import linear
+from zinfer.kernels.quant import quant_linear
 from zinfer.layers.bidirectional import attend_whole
 from zinfer.layers.mlp import activate
 from zinfer.layers.norm import layer_norm
 from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.pooling import pool
 from zinfer.models.decoder import DTYPES
+from zinfer.spec.quant import PARTS
 from zinfer.spec.records import Encoder, ModelSpec, Op
 
 KEEP_INPUT = frozenset({"q", "k"})  # the next product reads the same rows
@@ -86,13 +89,17 @@ def run_op(
     """
     assert spec.encoder is not None, "a decoder has a composition of its own"
     dtype = DTYPES[spec.dtype]
-    weights = {role: weight.to(dtype) for role, weight in weights.items()}
+    weights = {role: part if role in PARTS else part.to(dtype) for role, part in weights.items()}
     if flow.input is None:
         flow.input = _enter(op, spec, flow, weights)
     if op.matrix is None:
         output = flow.take("input")
     else:
-        flow.pieces.append(linear(flow.input, weights["matrix"], weights.get("bias"), exact=exact))
+        if is_quantised(weights):
+            matrix = quant_weight(weights, op.matrix.shape[0])
+            flow.pieces.append(quant_linear(flow.input, matrix, weights.get("bias"), exact=exact))
+        else:
+            flow.pieces.append(linear(flow.input, weights["matrix"], weights.get("bias"), exact=exact))
         if op.block < op.blocks - 1:
             return
         pieces, flow.pieces = flow.pieces, []

@@ -77,7 +77,7 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     logit_rows = max(workload.logit_rows or 0, workload.batch)
     if spec.encoder is not None:  # texts are in one micro-batch, and keep nothing in a cache
         peak = encoder_peak_bytes(spec, workload.prefill_rows, logit_rows, workload.context, exact=exact)
-        return Reserve(kv=0, activations=peak + ROW_STAGING_BYTES)
+        return Reserve(kv=0, activations=peak + ROW_STAGING_BYTES + workspace_bytes(spec))
     kv_dtype, context = kv.dtype or spec.dtype, workload.context
     costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
     waiting = max(cost.held for kind, cost in costs.items() if kind != "head")

@@ -61,7 +61,7 @@ def distill(
 ) -> Distilled:
     """Distil `teacher`, which may be larger than the memory that `engine` grants, into a group of students in `out`.
 
-    With `resume` an interrupted run goes on, and ends in the same bytes.  Raises UsageError ZI-1151 to ZI-1160,
+    With `resume` an interrupted run goes on, and ends in the same bytes.  Raises UsageError ZI-1151 to ZI-1161,
     CheckpointError for the teacher and the data, MachineError where the disk is too small.
     """
     if resume and (done := _finished(out, settings)):
@@ -76,6 +76,12 @@ def distill(
     if label_column is not None and not model.spec.encoder.labels:
         raise UsageError(
             "ZI-1156", f"{teacher} has no classes, so labels mean nothing to it", remedy="no --label-column"
+        )
+    if model.spec.weights != "published":
+        raise UsageError(
+            "ZI-1161",
+            f"{teacher} holds its matrices as {model.spec.weights}; students begin as copies of published ones",
+            remedy="--teacher the folder that the store was made from",
         )
     if model.spec.encoder.labels and model.spec.encoder.scoring == "none":
         raise UsageError(
