@@ -5,8 +5,8 @@ import torch
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
+from zinfer.models import decoder
 from zinfer.plan.records import Tier
-from zinfer.runtime import executor
 
 PROMPT = [5, 9, 200, 31, 7, 44, 60, 61]
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
@@ -29,8 +29,8 @@ class Injected:
     """run_op, with a tensor that lives while one op of a middle layer runs; notes when that is."""
 
     def __init__(self, nbytes, monkeypatch, events):
-        self.nbytes, self.plain, self.events = nbytes, executor.run_op, events
-        monkeypatch.setattr(executor, "run_op", self)
+        self.nbytes, self.plain, self.events = nbytes, decoder.run_op, events
+        monkeypatch.setattr(decoder, "run_op", self)
 
     def __call__(self, op, *args, **kwargs):
         if (op.layer, op.kind) == (1, "gate"):

@@ -74,8 +74,8 @@ class Executor:
     def run(self, batches: Sequence[tuple[Packed, KvView | None]]) -> list[Tensor]:
         """One traversal of all chunks with every micro-batch: fp32 logits [logit rows, V] per micro-batch.
 
-        A sequence's rows lie in one micro-batch.  An encoder needs no KvView and gives one row per text.  Raises
-        what a failed read or transfer raised.
+        Of a sequence that is cut, the earlier part lies in an earlier micro-batch.  An encoder needs no KvView and
+        gives one row per text.  Raises what a failed read or transfer raised.
         """
         micros = [Micro(batch, kv, self._new_flow()) for batch, kv in batches]
         self.traverse(micros)
