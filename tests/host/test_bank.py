@@ -252,3 +252,18 @@ def test_the_command_line(folder, capsys, monkeypatch):
     record = json.loads(capsys.readouterr().out)
     assert (record["students"], record["of"]) == (2, 3)
     assert run(["embed", str(folder), "the fox", "--students", "9"]) == 2
+
+
+def test_a_group_of_a_teacher_that_left_its_prefix_out(folder, tmp_path):
+    """The published MiniLM names its tensors without "bert.": what was distilled from it must be served."""
+    teacher = read_spec(CONFIGS["bert"])
+    bare = {row.name.removeprefix("bert."): "F32" for row in teacher.lookups}
+    spec = read_spec(CONFIGS["bert"], None, bare)
+    group = make_group()
+    plain = {name.removeprefix("bert."): tensor for name, tensor in group.shared.items()}
+    students = [{name.removeprefix("bert."): x for name, x in own.items()} for own in group.students]
+    group.teacher, group.shared, group.students = spec, plain, students
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    write_group(group, copy, {"prefixes": []})
+    with Classifier(copy, **CPU) as other, Classifier(folder, **CPU) as classifier:
+        assert np.array_equal(other.embed("the fox"), classifier.embed("the fox"))

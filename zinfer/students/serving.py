@@ -26,6 +26,7 @@ from zinfer.spec.read import read_spec
 from zinfer.students.bank import StudentBank
 from zinfer.students.group import MANIFEST, read_group
 from zinfer.students.student import encoder_of
+from zinfer.students.tensors import read_tensors
 from zinfer.tokenizer import Encoded, Tokenizer, load_tokenizer
 
 MAX_ROWS, MAX_BATCH = 2048, 64
@@ -58,7 +59,9 @@ class GroupService:
             raise CheckpointError(
                 "ZI-4939", f"{path} lacks config.json or students.safetensors", remedy=f"copy {path} again"
             )
-        teacher = read_spec(read_object(side_files[CONFIG_FILE]))
+        # The published names say whether the teacher's checkpoint left its prefix out.
+        names = [name.removeprefix("shared/") for name in read_tensors(weights)[0]]
+        teacher = read_spec(read_object(side_files[CONFIG_FILE]), None, dict.fromkeys(names, "F32"))
         teacher = with_sentence_files(teacher, *sentence_files(side_files))
         resolved = resolve(settings, load_machine(SIM_DEFAULT), limits=memory_limits())
         torch.set_num_threads(resolved.threads)
