@@ -22,27 +22,38 @@ _MUCH = 0.1  # of the processors' time: a product that waits for a core of its t
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option("--seconds", default=20.0, show_default=True, help="How long to measure.")
+@click.option("--seconds", type=float, help="How long to measure  [default: 20 for a MODEL, 60 for any]")
 @click.option("--no-save", is_flag=True, help="Print only.")
 @click.option("--json", "as_json", is_flag=True, help="The profile as one JSON object on stdout.")
-def doctor(model: Path | None, seconds: float, no_save: bool, as_json: bool) -> None:
-    """Measure this machine, on the real files of MODEL where one is given, and save the profile that plans use.
+def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bool) -> None:
+    """Measure this machine and save the profile that plans use.
+
+    With MODEL: on its files, for its dtype and weight format.  Without: for every dtype and format there is.
 
     Nothing of the machine's settings is changed.
     """
     from zinfer.kernels.quant import any_linear
-    from zinfer.memory.measure import SHAPES, measure
+    from zinfer.memory.measure import DTYPES, SHAPES, measure
     from zinfer.runtime.quant_rates import makers
     from zinfer.runtime.small_model import SmallModel
 
     spec, source = open_for_planning(model or DEMO)
     shapes = matrix_shapes(spec) if model else SHAPES
+    dtypes = (spec.dtype,) if model else tuple(DTYPES)
+    formats = makers() if model is None or spec.weights != "published" else {}
+    seconds = seconds or (20.0 if model else 60.0)
     limits = memory_limits()
     before_s = _processor_seconds()
     with Progress("s", quiet=as_json) as progress:
         progress(0, round(seconds), "measuring disk and products")
         machine = measure(
-            source.files, any_linear, SmallModel, shapes=shapes, formats=makers(), seconds=seconds
+            source.files,
+            any_linear,
+            SmallModel,
+            dtypes=dtypes,
+            shapes=shapes,
+            formats=formats,
+            seconds=seconds,
         )
     others = others_share(before_s, _processor_seconds())
     if not as_json:

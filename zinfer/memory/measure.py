@@ -201,7 +201,7 @@ def measure_compute(
 ) -> Compute:
     """Products of cold weights at decode and prefill shapes, attention, and the fixed cost of an op.
 
-    The first series always gets its first two points, everything else what the clock leaves.
+    The first dtype comes first and always gets its first two points, then the fixed costs, then what the clock leaves.
     """
     products: dict[str, tuple[ProductRate, ...]] = {}
     steps: list[StepCost] = []
@@ -211,7 +211,7 @@ def measure_compute(
         series = len(modes) * (len(makers) + 0.5) - len(products) - len(steps) / 2
         return clock.left_s / max(series, 0.5)
 
-    makers = {**formats, **{dtype: _dense(DTYPES[dtype]) for dtype in dtypes}}
+    makers = {**{dtype: _dense(DTYPES[dtype]) for dtype in dtypes}, **formats}
     with torch.no_grad():
         for dtype, make in makers.items():
             nbytes = min(_POOL_BYTES, free_bytes, int(_POOL_BYTES_PER_S * clock.left_s))
@@ -227,11 +227,13 @@ def measure_compute(
                         product, pool, len(shapes), exact, Clock(share_s(), clock.skipped), name
                     )
             del pool
-        for exact in modes:
-            name = "fixed costs and attention" + EXACT * exact
-            if clock.allows(name):
-                small = small_model(device)
-                steps.append(_step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name))
+            if dtype != next(iter(makers)):
+                continue
+            for exact in modes:
+                name = "fixed costs and attention" + EXACT * exact
+                if clock.allows(name):
+                    small = small_model(device)
+                    steps.append(_step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name))
     plain = steps[0] if steps else _GUESS
     return Compute(products=products, exact=steps[-1] if steps and modes[-1] else None, **plain.model_dump())
 

@@ -207,7 +207,7 @@ def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> t
     from zinfer.runtime.small_model import SmallModel
 
     machine = saved_machine()
-    if machine is not None:
+    if machine is not None and spec.dtype in machine.host.products:
         return machine, True
     logger.warning("no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)")
     machine = probe(
