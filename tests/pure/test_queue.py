@@ -44,7 +44,7 @@ def test_a_long_queue_follows_from_its_beginning():
 
 def test_the_token_budget_lies_where_computation_meets_the_link():
     budget = TokenBudget(RISING, 1.0, batch=4, max_rows=400)
-    assert budget.rows == 68  # never less than the batch and some prompt
+    assert budget.rows == 20  # never less than the batch and some prompt
     budget = TokenBudget(RISING, 4.0, batch=4, max_rows=400)
     assert RISING.at(budget.rows) <= 4.0 < RISING.at(budget.rows + 1)
     assert TokenBudget(RISING, 400.0, batch=4, max_rows=400).rows == 400

@@ -9,7 +9,7 @@ from zinfer.plan.curve import Curve
 _SMOOTH = 0.3  # weight of the newest pass
 _LIMITS = (0.25, 4.0)  # a measured pass corrects the profile within these; more is a disturbance
 _WAITED = 0.02  # share of a pass spent waiting above which the link bound it
-_PROMPT_ROWS = 64  # beside decoding sequences prompts go on, whatever binds
+_PROMPT_ROWS = 16  # beside decoding sequences prompts go on, whatever binds; more wait for a pass with room
 
 
 class TokenBudget:
