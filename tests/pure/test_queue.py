@@ -43,7 +43,7 @@ def test_a_long_queue_follows_from_its_beginning():
 
 
 def test_the_token_budget_lies_where_computation_meets_the_link():
-    budget = TokenBudget(RISING, 1.0, batch=4, max_rows=400)
+    budget = TokenBudget(RISING, 0.1, batch=4, max_rows=400)
     assert budget.rows == 20  # never less than the batch and some prompt
     budget = TokenBudget(RISING, 4.0, batch=4, max_rows=400)
     assert RISING.at(budget.rows) <= 4.0 < RISING.at(budget.rows + 1)

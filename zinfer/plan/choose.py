@@ -10,7 +10,7 @@ from math import inf
 from zinfer.chunks.pack import assemble, layer_sizes
 from zinfer.chunks.search import search_limit
 from zinfer.chunks.source import Source
-from zinfer.chunks.table import ChunkTable
+from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError, InternalError
 from zinfer.plan.forecast import decode_load, simulate_load
@@ -24,8 +24,11 @@ _LOOKAHEADS = {
     Tier.HOST: (2, 1, 3),
     Tier.DEVICE: (2, 1, 3, 4),
 }  # disk, link and engine in a row want one more
-# Seen on real disks: with one chunk in flight an unpunctual read leaves the link idle, which no virtual clock knows.
+# Seen on real disks, and known to no virtual clock: with one chunk in flight an unpunctual read leaves the link idle,
+# and a disk that is not asked for a few pieces at once is slower (46 MB ahead: 1.12 times the time of 69 MB).
 _LONE_FETCH_LOSS = 1.1
+_QUEUE_BYTES = 4 * PIECE_BYTES
+_SHORT_QUEUE_LOSS = 0.4
 _SLOTS_SHARE = 1 / 16  # of the room for weights: above that, smaller slots are worth a trial
 _MAX_TRIAL_UNITS = 4096
 _MAX_TRIALS = 4
@@ -72,7 +75,7 @@ def choose(
             schedule = build_schedule(table, placement, parks=workload.parks)
             load = decode_load(workload)
             _, steady = simulate_load(spec, table, placement, schedule, machine, load, exact=exact)
-            likely_s = steady.seconds * (_LONE_FETCH_LOSS if count == 1 else 1.0)
+            likely_s = steady.seconds * _loss(placement, steady)
             if likely_s < best_s:
                 best, best_s = Choice(limit, table, placement, schedule, steady), likely_s
             if best is not None and not placement.slots:
@@ -84,6 +87,18 @@ def choose(
             "ZI-2092", "single ops can be placed where larger chunks cannot, and were not tried"
         )
     return best
+
+
+def _loss(placement: Placement, steady: PassRun) -> float:
+    """What a short queue of reads costs, as a factor; below a device staging slots keep the disk busy."""
+    if not placement.slots:
+        return 1.0
+    loss = _LONE_FETCH_LOSS if placement.lookahead == 1 else 1.0
+    reads = [stretch for stretch in steady.timeline if stretch.lane == "disk"]
+    if reads and placement.compute_tier is Tier.HOST:
+        ahead = placement.lookahead * steady.bytes["disk"] / len(reads)
+        loss *= 1 + _SHORT_QUEUE_LOSS * max(1 - ahead / _QUEUE_BYTES, 0.0)
+    return loss
 
 
 def _limits(
