@@ -182,6 +182,17 @@ def test_a_slot_is_refilled_in_the_next_pass():
     ]
 
 
+@pytest.mark.parametrize("rows", [32, 64, 256])
+def test_a_cache_for_all_at_their_end_admits_all(rows):
+    """What the planner counts on: nobody waits for pages that nobody will ask for."""
+    scheduler = Scheduler(FakePages(16 * 2), max_batch=16, max_rows=256)
+    passes = run_out(scheduler, [make(number, 16, 14) for number in range(16)], rows=rows)
+    assert max(len(pieces) for pieces in passes) == 16
+    assert scheduler.preemptions.dropped == 0
+    fed = -(-16 * 16 // rows)
+    assert len(passes) <= 14 + 2 * fed
+
+
 def test_a_long_prompt_is_fed_in_pieces_beside_decoding():
     scheduler = Scheduler(FakePages(99), max_batch=2, max_rows=10)
     passes = run_out(scheduler, [make(0, 3, 4), make(1, 20, 1)])

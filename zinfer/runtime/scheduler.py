@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from zinfer.errors import BudgetError, InternalError, MachineError
-from zinfer.kvcache.pages import PAGE_TOKENS
+from zinfer.kvcache.pages import PAGE_TOKENS, pages_for
 from zinfer.log import logger
 from zinfer.runtime.request import Request
 
@@ -190,10 +190,13 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Open pages for what the request must feed before it samples; False when they lack.
 
-        While others run, each keeps a page to grow into: a request that joins only to be preempted has gained nothing.
+        While others run, each keeps a page to grow into as long as it may still grow: a request that joins only to be
+        preempted has gained nothing.
         """
-        need = request.num_tokens + (PAGE_TOKENS * (len(self._running) + 1) if self._running else 0)
-        if min(need, self.pages.capacity_tokens) > self.pages.free_tokens:
+        pages = pages_for(request.num_tokens)
+        if self._running:
+            pages += sum(map(_next_page, self._running)) + _next_page(request)
+        if pages * PAGE_TOKENS > self.pages.free_tokens:
             return False
         if request.id in self._is_spilled:
             self._is_spilled.remove(request.id)
@@ -235,6 +238,11 @@ class Scheduler:
             self._is_spilled.remove(request.id)
             self.pages.close(request.id)
             request.num_committed = 0
+
+
+def _next_page(request: Request) -> int:
+    """1 where the request may need another page before it ends, else 0."""
+    return int(pages_for(request.max_kv_tokens) > pages_for(request.num_tokens))
 
 
 @dataclass(slots=True)
