@@ -23,12 +23,12 @@ ALONE = {
     "offload_prefill.py": 420,
     "prediction.py": 300,
 }
-QUEUES = {  # seconds; seen on two cores without AMX: 760, 400 to 128 sequences, 200, 75, 400; half an hour in all
-    "throughput.py": 840,
-    "roofline.py": 600,
-    "packed.py": 240,
-    "quantised.py": 260,
-    "prediction_grid.py": 540,
+QUEUES = {  # seconds; together at most half an hour
+    "throughput.py": 800,
+    "roofline.py": 350,
+    "packed.py": 170,
+    "quantised.py": 110,
+    "prediction_grid.py": 370,
 }
 BENCHMARKS = ALONE | QUEUES
 TAKES_NO_OPTIONS = ("overlap.py",)

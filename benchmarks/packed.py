@@ -40,7 +40,7 @@ def main() -> None:
     """Run, print, write the record."""
     made = parser(__doc__)
     made.add_argument("--prompts", type=int, default=32)
-    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--repeats", type=int, default=2)
     options = made.parse_args()
     bench = start(options)
     count, repeats = (6, 1) if options.quick else (options.prompts, options.repeats)

@@ -31,7 +31,7 @@ POINTS = (  # percent of the checkpoint, sequences, prompt length
 OUTPUT = 14
 WITHIN, CHOSEN_WITHIN = 0.10, 0.05
 GRID_BUDGET, GRID_REQUESTS, GRID_PROMPT, GRID_OUTPUT = 40, 32, 32, 12
-GRID = tuple((batch, rows) for batch in (8, 16, 32) for rows in (64, 1024))
+GRID = tuple((batch, rows) for batch in (16, 32) for rows in (64, 1024))
 
 
 def point(bench: Bench, percent: int, sequences: int, prompt: int) -> dict[str, Any]:

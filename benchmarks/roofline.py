@@ -1,10 +1,10 @@
 """Throughput over tokens per pass, beside what disk and processor allow.  In: a checkpoint.  Out: a record, SVG, PNG.
 
-usage: roofline.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--most 512] [--quick]
+usage: roofline.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--most 256] [--quick]
 
-1 to 512 sequences at once, prompts of 16 ids, 8 tokens each.  A pass reads what the budget cannot hold, its KV taken
-off first, whatever the pass carries; products take longer the more rows there are.  The two limits cross at T*.  The
-last point is the planner's own choice for 512 waiting requests.
+1 to 256 sequences at once (up to 512 with --most 512, minutes more), prompts of 16 ids, 8 tokens each.  A pass reads
+what the budget cannot hold, its KV taken off first, whatever the pass carries; products take longer the more rows
+there are.  The two limits cross at T*.  The last point is the planner's own choice for as many waiting requests.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def draw(rows: list[dict[str, Any]], choice: dict[str, Any], path: Path) -> None
 def main() -> None:
     """Run, print, draw, write the record."""
     made = parser(__doc__)
-    made.add_argument("--most", type=int, default=512, help="sequences of the last point")
+    made.add_argument("--most", type=int, default=256, help="sequences of the last point")
     options = made.parse_args()
     bench = start(options)
     most = min(options.most, 4) if options.quick else options.most
