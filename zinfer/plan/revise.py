@@ -23,8 +23,18 @@ _WORTH = 0.95  # a revision is made when the rest takes less than this share, th
 
 
 def rebudget(spec: ModelSpec, plan: Plan, budget: Budget) -> Plan:
-    """The same cache under another budget.  Raises BudgetError ZI-2001 with the smallest budget that would do."""
-    again = _again(spec, plan, plan.workload, budget, plan.machine, {})
+    """The same cache under another budget, looking less far ahead where that fits and as far does not.
+
+    Raises BudgetError ZI-2001 with the smallest budget that would do.
+    """
+    lookahead = plan.placement.lookahead or 1
+    try:
+        again = _again(spec, plan, plan.workload, budget, plan.machine, {})
+    except BudgetError:
+        if lookahead == 1:
+            raise
+        fewer = replace(plan.placement, lookahead=lookahead - 1)  # fewer slots leave more to what must stay
+        return rebudget(spec, replace(plan, placement=fewer), budget)
     return replace(_plan_of(spec, plan, again, plan.machine), budget=budget)
 
 
