@@ -112,7 +112,7 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
         )
         return load_machine(SIM_DEFAULT), False
     machine = saved_machine()
-    if machine is not None:
+    if machine is not None and spec.dtype in machine.host.products:
         return machine, True
     try:
         from zinfer.kernels.quant import any_linear
@@ -122,7 +122,8 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
     except ModuleNotFoundError:  # a laptop without torch: plans need none
         return load_machine(SIM_DEFAULT), False
     click.echo(
-        "note       no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)",
+        f"note       no machine profile with {spec.dtype} products is saved: probing for 2 s (zinfer doctor measures "
+        "and saves one)",
         err=True,
     )
     files = [file for file in source.files if file.is_file()]

@@ -36,7 +36,6 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.watch_moments=false",
     "runtime.preempt=auto",
     "runtime.park=auto",
-    "runtime.watch_moments=false",
     "machine=sim-default",
 )
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")

@@ -209,7 +209,10 @@ def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> t
     machine = saved_machine()
     if machine is not None and spec.dtype in machine.host.products:
         return machine, True
-    logger.warning("no machine profile is saved: probing for 2 s (zinfer doctor measures and saves one)")
+    logger.warning(
+        "no machine profile with %s products is saved: probing for 2 s (zinfer doctor measures and saves one)",
+        spec.dtype,
+    )
     machine = probe(
         files,
         any_linear,
