@@ -30,7 +30,7 @@ def assert_disjoint(ranges):
         assert end <= begin
 
 
-def assert_holds(table, tensor_bytes):
+def assert_holds(table, tensor_bytes, align=ALIGN):
     """Every slice of every chunk is aligned, apart from the others, and what `tensor_bytes(slice)` says."""
     for chunk in table.chunks:
         assert chunk.nbytes % PAGE == 0
@@ -38,6 +38,6 @@ def assert_holds(table, tensor_bytes):
         assert_disjoint((piece.offset, piece.nbytes) for piece in chunk.tensors)
         buffer = fetch(chunk, table.files)
         for piece in chunk.tensors:
-            assert piece.offset % ALIGN == 0
+            assert piece.offset % align == 0
             assert piece.offset + piece.nbytes <= chunk.nbytes
             assert buffer[piece.offset : piece.offset + piece.nbytes] == tensor_bytes(piece)

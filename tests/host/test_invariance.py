@@ -100,6 +100,22 @@ def test_the_bundled_model(tmp_path):
         assert_same(reference, other)
 
 
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_without_exactness_a_processor_reads_weights_where_they_land(device, tmp_path):
+    """No moves in memory, and still the same numbers as far as another order of adding allows."""
+    folder = write_tiny("llama", tmp_path / "model")
+    tables, logits = {}, {}
+    for exact in (True, False):
+        with LLM(folder, **FIXED, device=device, memory={"host": "1GiB"}, exact=exact) as llm:
+            tables[exact], logits[exact] = llm.plan.table, llm.logits(PROMPTS[2])
+            llm.plan.save(tmp_path / "plan.json")
+            assert llm.plan.load(tmp_path / "plan.json", llm.model.source).table == tables[exact]
+    moved = {exact: sum(len(chunk.moves) for chunk in table.chunks) for exact, table in tables.items()}
+    assert moved[True], "the file was to lie askew"
+    assert moved[False] == (0 if device == "cpu" else moved[True])
+    assert torch.allclose(logits[True], logits[False], atol=0.06)  # bf16, logits of order 1
+
+
 def test_a_changed_bit_is_seen(tmp_path):
     """The mutation: one flipped weight bit in place must change what comes out."""
     folder = write_tiny("llama", tmp_path / "model")

@@ -16,7 +16,7 @@ from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.pack import assemble, group, layer_sizes, pack
 from zinfer.chunks.search import search_limit
 from zinfer.chunks.source import Place, Source, Unit, checkpoint_source, imagined_source
-from zinfer.chunks.table import PAGE, PIECE_BYTES
+from zinfer.chunks.table import ALIGN, LOOSE_ALIGN, PAGE, PIECE_BYTES
 from zinfer.errors import BudgetError, CheckpointError
 from zinfer.units import Bytes
 
@@ -99,6 +99,10 @@ def test_an_aligned_file_needs_no_moves_and_a_shifted_one_some(tmp_path):
         table = pack(spec.program, spec.lookups, index, 10**6)
         assert any(chunk.moves for chunk in table.chunks) == (shift > 0)
         assert_holds(table, published_bytes(index))
+        source = replace(checkpoint_source(spec.program, spec.lookups, index), align=LOOSE_ALIGN)
+        loose = assemble(source, 10**6)
+        assert not any(chunk.moves for chunk in loose.chunks)
+        assert_holds(loose, published_bytes(index), LOOSE_ALIGN)
 
 
 def places_in_a_file(sizes_and_gaps, begin):
@@ -114,19 +118,21 @@ def places_in_a_file(sizes_and_gaps, begin):
     st.lists(st.tuples(st.integers(0, 9000), st.sampled_from([0, 1, 3, 64, 4095, 4096, 9000])), min_size=1),
     st.integers(0, 5000),
     st.integers(0, 2**32),
+    st.sampled_from([LOOSE_ALIGN, ALIGN]),
 )
-def test_moves_never_overwrite_what_a_later_one_needs(tmp_path_factory, sizes_and_gaps, begin, seed):
+def test_moves_never_overwrite_what_a_later_one_needs(tmp_path_factory, sizes_and_gaps, begin, seed, align):
     rng = random.Random(seed)
     places, end = places_in_a_file(sizes_and_gaps, begin)
     path = tmp_path_factory.mktemp("raw") / "file"
     data = rng.randbytes(end)
     path.write_bytes(data)
     shuffled = rng.sample(places, len(places))
-    source = Source((path,), (end,), tuple(Unit(i, 0, (place,)) for i, place in enumerate(shuffled)), {})
+    units = tuple(Unit(i, 0, (place,)) for i, place in enumerate(shuffled))
+    source = Source((path,), (end,), units, {}, align=align)
     by_name = {place.name: data[place.offset : place.end] for place in places}
     for limit in (1, 30_000, 10**9):
         table = assemble(source, limit)
-        assert_holds(table, lambda piece: by_name[piece.name])
+        assert_holds(table, lambda piece: by_name[piece.name], align)
         for chunk in table.chunks:
             assert chunk.nbytes <= limit or len(chunk.ops) == 1
 

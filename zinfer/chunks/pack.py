@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.source import Place, Source, Unit, checkpoint_source
-from zinfer.chunks.table import ALIGN, PAGE, Chunk, ChunkId, ChunkTable, Move, Read, TensorSlice
+from zinfer.chunks.table import PAGE, Chunk, ChunkId, ChunkTable, Move, Read, TensorSlice
 from zinfer.spec.records import Op, RowLookup
 from zinfer.units import round_up
 
@@ -83,7 +83,7 @@ def chunk_of(number: ChunkId, units: Sequence[Unit], source: Source) -> Chunk:
     """Lay the units' weights out in one buffer, so that direct reads land as close to their place as can be.
 
     Slices that are neighbours in a file are read together, as the PAGE-aligned superset of their range.
-    Where a file offset is a multiple of ALIGN the view lies inside the read; else one move brings it there.
+    Where a file offset is a multiple of `source.align` the view lies inside the read; else one move brings it there.
     """
     places = {place.key: place for unit in units for place in unit.places}
     tensors: list[TensorSlice] = []
@@ -94,7 +94,7 @@ def chunk_of(number: ChunkId, units: Sequence[Unit], source: Source) -> Chunk:
         low = run[0].offset // PAGE * PAGE
         high = round_up(run[-1].end, PAGE)
         reads += source.reads(run[0].file, low, high, at)
-        slices = _slices(run, at, at - low)
+        slices = _slices(run, at, at - low, source.align)
         tensors += slices
         moves += _moves([(place.offset + at - low, piece) for place, piece in zip(run, slices, strict=True)])
         at = round_up(max(at + high - low, slices[-1].offset + slices[-1].nbytes), PAGE)
@@ -116,11 +116,11 @@ def _runs(places: Iterable[Place]) -> Iterator[list[Place]]:
         yield run
 
 
-def _slices(run: list[Place], at: int, shift: int) -> list[TensorSlice]:
+def _slices(run: list[Place], at: int, shift: int, align: int) -> list[TensorSlice]:
     """Where each place of a run belongs: at or just before where it lands, or behind its predecessor."""
     slices = []
     for place in run:
-        offset = max(round_up(at, ALIGN), (place.offset + shift) // ALIGN * ALIGN)
+        offset = max(round_up(at, align), (place.offset + shift) // align * align)
         slices.append(
             TensorSlice(place.name, place.start, place.stop, place.shape, place.dtype, offset, place.nbytes)
         )

@@ -53,7 +53,7 @@ class Source:
     """All units in execution order (row tables first) over the files that hold them.
 
     `blocks` maps (file, offset) to (bytes, XXH3-64) where the files are a zinfer store; reads are then cut
-    exactly there, so that each can be checked alone.
+    exactly there, so that each can be checked alone.  `align` is that of weight views in a chunk's buffer.
     """
 
     files: tuple[Path, ...]
@@ -61,6 +61,7 @@ class Source:
     units: tuple[Unit, ...]
     row_tables: dict[str, RowTable]
     blocks: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    align: int = ALIGN
 
     def reads(self, file: int, begin: int, end: int, at: int) -> Iterator[Read]:
         """Cut the PAGE-aligned range [begin, end) of a file into reads; it begins at `at` of the buffer."""

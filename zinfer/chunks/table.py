@@ -10,6 +10,7 @@ from typing import NewType
 ChunkId = NewType("ChunkId", int)
 
 ALIGN = 64  # every weight view starts at a multiple of this address: results must not depend on placement
+LOOSE_ALIGN = 8  # where results need not be those of a store and the processor reads the weights: no moves
 PAGE = 4096  # chunks, slots and direct reads are cut at multiples of this
 PIECE_BYTES = 16 * 2**20  # largest single read; four in flight reach the disk's own rate
 
@@ -23,7 +24,7 @@ class TensorSlice:
     stop: int
     shape: tuple[int, ...]  # of the slice
     dtype: str  # safetensors' word: "BF16", "F16", "F32"
-    offset: int  # in the chunk's buffer, a multiple of ALIGN
+    offset: int  # in the chunk's buffer, a multiple of the source's align
     nbytes: int
 
     @property

@@ -5,12 +5,27 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from zinfer.chunks.table import Chunk
 from zinfer.config.machine import Link
 from zinfer.errors import MachineError
+
+
+def started_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads run already.
+
+    Starting one maps its stack, which waits for every page fault of the process that is under way: in the first pass,
+    while weights land in fresh memory, tens of milliseconds each.
+    """
+    pool = ThreadPoolExecutor(num_threads, name)
+    gate = threading.Barrier(num_threads + 1)
+    for _ in range(num_threads):
+        pool.submit(gate.wait)
+    gate.wait()
+    return pool
 
 
 class Ticket:

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from ctypes import memmove
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from zinfer.checkpoint.read import opened
 from zinfer.chunks.table import PAGE, Read
 from zinfer.errors import IntegrityError, InternalError, MachineError
 from zinfer.log import logger
-from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until
+from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until, started_pool
 
 IN_FLIGHT = 4  # four reads of 16 MiB reach the disk's own rate
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -184,7 +183,7 @@ class Reader:
         self._log = log
         self._verify = verify == "always"
         self._pace = pace
-        self._pool = ThreadPoolExecutor(IN_FLIGHT, "zinfer-read")
+        self._pool = started_pool(IN_FLIGHT, "zinfer-read")
 
     def begin(self, ticket: Ticket, into_N: Octets, landed: Landed) -> None:
         """Read a ticket's chunk into its place (PAGE-aligned, `chunk.nbytes` long); never blocks.

@@ -6,7 +6,6 @@ import mmap
 import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ import xxhash
 
 from zinfer.chunks.table import PAGE, Read, RowTable
 from zinfer.errors import InternalError
-from zinfer.memory.links import LinkLog, Movement, Pace, sleep_until
+from zinfer.memory.links import LinkLog, Movement, Pace, sleep_until, started_pool
 from zinfer.memory.nvme import IN_FLIGHT, Files, Octets, corrupt
 from zinfer.plan.profile import ROW_STAGING_BYTES
 from zinfer.units import round_up
@@ -53,7 +52,7 @@ class RowReader:
         self._log = log
         self._pace = pace
         self._unchecked = {name: set(reads) for name, reads in (blocks or {}).items()}
-        self._pool = ThreadPoolExecutor(IN_FLIGHT, "zinfer-rows")
+        self._pool = started_pool(IN_FLIGHT, "zinfer-rows")
         self._buffers: queue.SimpleQueue[Octets] = queue.SimpleQueue()
         for _ in range(IN_FLIGHT):
             memory = mmap.mmap(-1, WINDOW_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from zinfer.chunks.pack import assemble
 from zinfer.chunks.source import Source
-from zinfer.chunks.table import ChunkTable
+from zinfer.chunks.table import ALIGN, LOOSE_ALIGN, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.config.resolve import Resolved
 from zinfer.errors import BudgetError, UsageError
@@ -131,6 +131,7 @@ class Plan:
                 | {"home": tuple(homes), "compute_tier": Tier(tree["placement"]["compute_tier"])}
             )
             model = tree["model"]
+            source = as_read(source, device=tree["device"], exact=tree["exact"])
             table = assemble(source, tree["chunk_limit"])
             plan = cls(
                 architecture=model["architecture"],
@@ -181,6 +182,7 @@ def make_plan(
     Raises BudgetError ZI-2001 with the smallest change that works, UsageError ZI-1012 for a context beyond the
     model's.
     """
+    source = as_read(source, device=resolved.device, exact=resolved.settings.exact)
     maker = _Maker(spec, source, resolved, machine)
     workload = workload or Workload()
     if batches:
@@ -188,6 +190,15 @@ def make_plan(
     else:
         candidate, reasons = maker.fitting(workload)
     return maker.plan(candidate, reasons)
+
+
+def as_read(source: Source, *, device: str, exact: bool) -> Source:
+    """The weights as a run of this kind wants them in memory.
+
+    Published files seldom lie at multiples of ALIGN: moving what was read costs a core as much as reading it, every
+    pass.  A processor reads a weight as fast from any address, only its bits may then be other than a store's.
+    """
+    return replace(source, align=ALIGN if exact or device != "cpu" else LOOSE_ALIGN)
 
 
 def forecast_of(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exact: bool) -> Forecast:
