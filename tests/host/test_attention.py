@@ -7,6 +7,7 @@ import torch
 
 from zinfer.kvcache.cache import PagedKv
 from zinfer.layers import attention, stacks
+from zinfer.layers import shapes as shapes_module
 from zinfer.layers.attention import attend
 from zinfer.layers.packed import Packed
 from zinfer.layers.partial import Partial, partial
@@ -327,12 +328,28 @@ def test_the_self_test_sees_a_shape_that_disagrees(monkeypatch):
             return out * (1 + 2**-20) if is_odd(q, k) and k.shape[1] == 64 else out
 
         monkeypatch.setattr(torch, "bmm", bmm)
+        monkeypatch.setattr(shapes_module, "remembered", lambda _question, _is_answer, find: find())
         shapes = agreeing_shapes.__wrapped__(2, 2, 64, "cpu", 1)
         monkeypatch.undo()
         assert KV_BLOCK in shapes.keys
         assert shapes.is_stackable == is_stackable
         assert (64 in shapes.keys) == bool(keys)
         assert shapes.at_once(1, 64) > 1 if is_stackable else shapes.at_once(1, 64) == 1
+
+
+def test_what_was_remembered_of_shapes_is_believed_only_if_it_can_be_meant():
+    found = shapes_module._find(2, 2, 64, "cpu")
+    assert shapes_module._is_answer(found)
+    rows, keys, _ = found
+    for answer in (
+        [],
+        [rows, keys],
+        [[], keys, True],
+        [[3], keys, True],
+        [rows, keys[:-1], True],
+        [rows, keys, 1],
+    ):
+        assert not shapes_module._is_answer(answer)
 
 
 def test_partials_merge_in_any_grouping_to_the_whole():

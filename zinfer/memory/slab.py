@@ -117,12 +117,14 @@ class _Touching:
         self._steps = iter(range(address, address + nbytes, _TOUCH_BYTES))
         self._end = address + nbytes
         self._lock = threading.Lock()
+        self._may_begin = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, name=f"zinfer-touch-{number}", daemon=True)
             for number in range(_TOUCH_THREADS)
         ]
         for thread in self._threads:
             thread.start()
+        self._may_begin.set()  # a thread that is started while another finds pages waits for its stack
 
     def end(self) -> None:
         """Stop; must come before the memory is unmapped."""
@@ -133,6 +135,7 @@ class _Touching:
     def _run(self) -> None:
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        self._may_begin.wait()
         while not self._is_over.is_set():
             with self._lock:
                 begin = next(self._steps, None)
