@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from zinfer.runtime.engine import open_executor
 from zinfer.runtime.executor import Executor, Watch, unwatched
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.stats import Stats
-from zinfer.runtime.texts import encode
+from zinfer.runtime.texts import encode, in_order
 from zinfer.spec.records import Encoder
 from zinfer.tokenizer import Encoded, Tokenizer
 
@@ -24,7 +25,8 @@ from zinfer.tokenizer import Encoded, Tokenizer
 class EncoderEngine:
     """One plan, made for the longest text the model takes; the first pass opens the tiers and loads.
 
-    Used from one thread at a time.  Raises UsageError ZI-1134 for a model that is no encoder.
+    `passes` is used from one thread at a time, `answer` from any.  Raises UsageError ZI-1134 for a model that is no
+    encoder.
     """
 
     def __init__(self, path: Path, settings: Settings, *, watch: Watch = unwatched) -> None:
@@ -41,7 +43,9 @@ class EncoderEngine:
         self.plan: Plan = self.model.plan()
         self.stats = Stats(self.plan.forecast)
         self.max_tokens = self.model.max_text_tokens
+        self.num_students = 1
         self._watch = watch
+        self._turn = threading.Lock()
         self._open: tuple[ChunkManager, Executor] | None = None
 
     @property
@@ -61,6 +65,20 @@ class EncoderEngine:
             assert flow.pooled is not None, "a whole pass has pooled"
             yield numbers, flow.pooled.cpu(), None if flow.logits is None else flow.logits.cpu()
         self.stats.peak_bytes = manager.stats().peak_bytes
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; empty for a model without a classification head."""
+        return self.encoder.labels
+
+    def answer(self, texts: Sequence[Encoded], num_students: int = 1) -> tuple[Tensor, Tensor | None]:
+        """(pooled rows [S, D], logits [S, C] or None) in the order of the texts, by the one model there is.
+
+        Safe to call from several threads: passes take turns.
+        """
+        assert num_students == self.num_students, "one model is no group"
+        with self._turn:
+            return in_order(self.passes(texts))
 
     def about(self) -> dict[str, Any]:
         """What a JSON result says of where the model lived and what it took."""

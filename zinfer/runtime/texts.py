@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from zinfer.layers.packed import Packed
 from zinfer.models.encoder import EncoderFlow
@@ -40,6 +41,16 @@ def pack_texts(texts: Sequence[Encoded]) -> Packed:
         logit_rows=torch.tensor(bounds[:-1], dtype=torch.long),
         segments_T=torch.tensor([kind for text in texts for kind in text.types], dtype=torch.long),
     )
+
+
+def in_order(
+    passes: Iterable[tuple[list[int], Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor | None]:
+    """What passes over some texts gave, by number of the text: (rows [S, D], logits [S, C] or None)."""
+    numbers, rows, logits = zip(*passes, strict=True)
+    back = torch.argsort(torch.tensor([number for some in numbers for number in some]))
+    rows_SD = torch.cat(rows)[back]
+    return rows_SD, None if logits[0] is None else torch.cat(logits)[back]
 
 
 def encode(

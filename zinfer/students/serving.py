@@ -20,7 +20,7 @@ from zinfer.config.schema import Settings
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.memory.ledger import Ledger
 from zinfer.plan.records import Tier
-from zinfer.runtime.texts import group_texts, pack_texts
+from zinfer.runtime.texts import group_texts, in_order, pack_texts
 from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
 from zinfer.students.bank import StudentBank
@@ -89,12 +89,23 @@ class GroupService:
             )
         return num_students or most
 
-    def passes(self, texts: Sequence[Encoded]) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; empty for a group of embeddings."""
+        return self.encoder.labels
+
+    def passes(
+        self, texts: Sequence[Encoded], num_students: int | None = None
+    ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """(numbers of texts, representations [n, D], calibrated logits [n, C] or None) of each pass."""
         for numbers in group_texts([len(text.ids) for text in texts], MAX_ROWS, MAX_BATCH):
             batch = pack_texts([texts[number] for number in numbers])
             batch = batch if self.encoder.num_segments > 1 else batch.without_segments()
-            yield (numbers, *self.bank.answer(batch, self.num_students))
+            yield (numbers, *self.bank.answer(batch, num_students or self.num_students))
+
+    def answer(self, texts: Sequence[Encoded], num_students: int) -> tuple[Tensor, Tensor | None]:
+        """(representations [S, D], calibrated logits [S, C] or None) in the order of the texts."""
+        return in_order(self.passes(texts, num_students))
 
     def about(self) -> dict[str, Any]:
         """What a JSON result says of who answered."""

@@ -1,0 +1,91 @@
+"""Open a scheduler.  In: an answerer and a latency objective.  Out: passes measured, a controller, threads at work."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+from zinfer.errors import BudgetError, UsageError
+from zinfer.students.controller import SHARE, Controller, ServiceTable, isotonic
+from zinfer.students.intake import Clock
+from zinfer.students.scheduler import Answerer, TextScheduler
+from zinfer.tokenizer import Encoded
+
+TOKENS = (16, 64, 256, 1024)  # passes that are measured, beside the largest
+TYPICAL = 64  # tokens of a text in them
+REPEATS = 3
+
+
+def sample_texts(tokens: int, max_tokens: int) -> list[Encoded]:
+    """Texts of `tokens` together, of a typical length; what they say does not change the time of a pass."""
+    length = min(TYPICAL, max_tokens, tokens)
+    lengths = [length] * (tokens // length) + [tokens % length] * (tokens % length > 0)
+    return [Encoded((0,) * one, (0,) * one, is_cut=False) for one in lengths]
+
+
+def measured(answerer: Answerer, pass_tokens: int, clock: Clock = time.perf_counter) -> ServiceTable:
+    """Seconds of a pass by students and tokens, the median of three after one that is not counted."""
+    tokens = sorted({one for one in TOKENS if one < pass_tokens} | {pass_tokens})
+    seconds = []
+    for num_students in range(1, answerer.num_students + 1):
+        row = []
+        for one in tokens:
+            texts = sample_texts(one, answerer.max_tokens)
+            answerer.answer(texts, num_students)
+            row.append(median(_seconds(answerer, texts, num_students, clock) for _ in range(REPEATS)))
+        seconds.append(row)
+    return isotonic(tokens, seconds)
+
+
+def _seconds(answerer: Answerer, texts: list[Encoded], num_students: int, clock: Clock) -> float:
+    begin_s = clock()
+    answerer.answer(texts, num_students)
+    return clock() - begin_s
+
+
+def open_scheduler(
+    answerer: Answerer,
+    *,
+    objective_s: float | None = None,
+    max_queue_tokens: int = 65_536,
+    pass_tokens: int = 2048,
+    least: int = 1,
+    workers: int = 1,
+    is_adaptive: bool = True,
+) -> TextScheduler:
+    """A scheduler whose controller knows what passes take here; without an objective all students always answer.
+
+    Raises UsageError ZI-1162 for an objective that is no duration, ZI-1163 for a least number of students that there
+    are not, BudgetError ZI-2207 for an objective shorter than the smallest pass of the fewest students.
+    """
+    if not 1 <= least <= answerer.num_students:
+        raise UsageError(
+            "ZI-1163",
+            f"at least {least} students were asked for, there are {answerer.num_students}",
+            remedy=f"least={answerer.num_students}",
+        )
+    controller = None
+    if objective_s is not None:
+        if not 0 < objective_s < float("inf"):
+            raise UsageError(
+                "ZI-1162", f"an objective of {objective_s} s is no duration", remedy="objective_s=0.05"
+            )
+        table = measured(answerer, pass_tokens)
+        smallest_s = table.at(least, table.tokens[0])
+        if smallest_s > SHARE * objective_s:
+            raise BudgetError(
+                "ZI-2207",
+                f"a pass of {table.tokens[0]} tokens takes {smallest_s:.4f} s with {least} of {answerer.num_students} "
+                f"students, the objective is {objective_s:.4f} s",
+                remedy=f"objective_s={2 * smallest_s:.4f}",
+            )
+        if is_adaptive:
+            controller = Controller(table, objective_s, pass_tokens=pass_tokens, least=least, workers=workers)
+    return TextScheduler(
+        answerer,
+        objective_s=objective_s,
+        max_queue_tokens=max_queue_tokens,
+        pass_tokens=pass_tokens,
+        controller=controller,
+        workers=workers,
+    )

@@ -1,0 +1,222 @@
+"""Texts of many callers in shared passes.  In: encoded texts.  Out: futures of what was answered, and by how many.
+
+A worker that is idle takes work at once; there is no timer that fills a batch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from torch import Tensor
+
+from zinfer.errors import MachineError
+from zinfer.students.buffer import Waiting
+from zinfer.students.controller import Controller
+from zinfer.students.intake import Clock, Intake, Overloaded
+from zinfer.students.tally import SchedulerStats, Tally
+from zinfer.tokenizer import Encoded
+
+__all__ = ["Answerer", "Overloaded", "SchedulerStats", "Served", "TextScheduler"]
+PASS_TEXTS = 64
+
+
+class Answerer(Protocol):
+    """What answers: a group of students of which the first few can, or one model (`num_students` is 1).
+
+    `labels` are empty where there is no classification head; `max_tokens` is the longest text that is taken.
+    """
+
+    num_students: int
+    max_tokens: int
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        ...
+
+    def answer(self, texts: Sequence[Encoded], num_students: int) -> tuple[Tensor, Tensor | None]:
+        """(representations [S, D], logits [S, C] or None), fp32 on the host, in the order of the texts.
+
+        Safe to call from several threads.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One text's answer: fp32 on the host, who gave it, how long it waited and how long its pass took."""
+
+    representation_D: Tensor
+    logits_C: Tensor | None
+    num_students: int
+    queue_s: float
+    service_s: float
+    is_deferred: bool = False
+
+
+@dataclass(slots=True)
+class _Job:
+    text: Encoded
+    future: Future[Served]
+
+
+class TextScheduler:
+    """A bounded queue before an answerer, and the threads that empty it.
+
+    `objective_s` is the latency that is to hold: a text older than half of it is in the next pass.  `controller` says
+    how many students answer (None: all).  Safe to call from several threads.  Owns its threads until `close`.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        *,
+        objective_s: float | None,
+        max_queue_tokens: int,
+        pass_tokens: int,
+        controller: Controller | None,
+        workers: int = 1,
+        pass_texts: int = PASS_TEXTS,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self.answerer, self.clock = answerer, clock
+        self._intake: Intake[_Job] = Intake(
+            num_students=answerer.num_students,
+            objective_s=objective_s,
+            max_queue_tokens=max_queue_tokens,
+            pass_tokens=pass_tokens,
+            pass_texts=pass_texts,
+            controller=controller,
+            workers=workers,
+            clock=clock,
+        )
+        self._tally = Tally(workers, clock)
+        self._change = threading.Condition()
+        self._is_open = True
+        self._at_work = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"zinfer-texts-{at}", daemon=True)
+            for at in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, text: Encoded) -> Future[Served]:
+        """Queue a text.  A future that is cancelled before its pass leaves the queue at once and is never computed.
+
+        Raises Overloaded ZI-2205 where the queue is full, BudgetError ZI-2206 for a text that it never holds,
+        MachineError ZI-5341 once `drain` or `close` was called.
+        """
+        job = _Job(text, Future())
+        with self._change:
+            if not self._is_open:
+                raise MachineError(
+                    "ZI-5341",
+                    "the scheduler takes no more texts: it is being closed",
+                    remedy="another server",
+                )
+            number = self._intake.put(job, len(text.ids))
+            self._change.notify()
+        job.future.add_done_callback(lambda future: self._discard(number) if future.cancelled() else None)
+        return job.future
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no more texts and wait until all that were taken are answered; False where time ran out."""
+        with self._change:
+            self._is_open = False
+            self._change.notify_all()
+            return self._change.wait_for(
+                lambda: not len(self._intake.buffer) and not self._at_work, timeout_s
+            )
+
+    def close(self) -> None:
+        """Cancel what waits, let running passes end, end the threads.  May be called again."""
+        with self._change:
+            self._is_open = False
+            waiting: list[_Job] = []
+            while batch := self._intake.take()[1]:
+                waiting += [one.item for one in batch]
+            self._tally.cancelled += len(waiting)
+            self._change.notify_all()
+        for job in waiting:
+            job.future.cancel()
+        for thread in self._threads:
+            thread.join()
+
+    def stats(self) -> SchedulerStats:
+        """What has been done so far, and the recent latencies."""
+        with self._change:
+            buffer, controller = self._intake.buffer, self._intake.controller
+            return self._tally.stats(
+                queue_texts=len(buffer),
+                queue_tokens=buffer.tokens,
+                num_students=self.answerer.num_students if controller is None else controller.num_students,
+                rejected=self._intake.rejected,
+            )
+
+    def __enter__(self) -> TextScheduler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _discard(self, number: int) -> None:
+        with self._change:
+            if self._intake.buffer.discard(number):
+                self._tally.cancelled += 1
+                self._change.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: len(self._intake.buffer) or not self._is_open)
+                num_students, batch = self._intake.take()
+                if not batch:
+                    return
+                batch = [one for one in batch if one.item.future.set_running_or_notify_cancel()]
+                self._at_work += 1
+            try:
+                if batch:
+                    self._serve(num_students, batch)
+            finally:
+                with self._change:
+                    self._at_work -= 1
+                    self._change.notify_all()
+
+    def _serve(self, num_students: int, batch: Sequence[Waiting[_Job]]) -> None:
+        """One pass.  What it raises is raised by the future of each of its texts, and the worker lives on."""
+        begin_s = self.clock()
+        try:
+            rows_SD, logits_SC = self.answerer.answer([one.item.text for one in batch], num_students)
+            assert len(rows_SD) == len(batch), "a pass answers each of its texts once"
+        except BaseException as error:  # a future nobody ends would be waited for for ever
+            self._note(num_students, batch, begin_s, is_failed=True)
+            for one in batch:
+                one.item.future.set_exception(error)
+            return
+        service_s = self._note(num_students, batch, begin_s)
+        for at, one in enumerate(batch):
+            logits_C = None if logits_SC is None else logits_SC[at]
+            served = Served(rows_SD[at], logits_C, num_students, begin_s - one.since_s, service_s)
+            one.item.future.set_result(served)
+
+    def _note(
+        self, num_students: int, batch: Sequence[Waiting[_Job]], begin_s: float, *, is_failed: bool = False
+    ) -> float:
+        """Books first, futures after: whoever waits for an answer finds it counted."""
+        end_s = self.clock()
+        tokens = sum(one.tokens for one in batch)
+        waits = [begin_s - one.since_s for one in batch]
+        with self._change:
+            self._tally.add(num_students, tokens, waits, (begin_s, end_s), is_failed=is_failed)
+            if not is_failed:
+                self._intake.served(num_students, tokens, end_s - begin_s)
+        return end_s - begin_s
