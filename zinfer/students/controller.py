@@ -32,11 +32,13 @@ class ServiceTable:
         return len(self.seconds)
 
     def at(self, num_students: int, tokens: int) -> float:
-        """Seconds of a pass, linear between what was measured and beyond the last."""
+        """Seconds of a pass: linear between what was measured, beyond the last point in proportion."""
         row, points = self.seconds[num_students - 1], self.tokens
-        if tokens <= points[0] or len(points) == 1:
-            return row[0] * max(1.0, tokens / points[0])
-        high = min(bisect_left(points, tokens), len(points) - 1)
+        if tokens <= points[0]:
+            return row[0]
+        if tokens >= points[-1]:
+            return row[-1] * tokens / points[-1]
+        high = bisect_left(points, tokens)
         low = high - 1
         slope = (row[high] - row[low]) / (points[high] - points[low])
         return row[low] + slope * (tokens - points[low])
