@@ -11,6 +11,7 @@ import transformers
 from encoder_oracle import pack
 from hypothesis import given
 from hypothesis import strategies as st
+from student_groups import COUNT, LAYERS, make_group, write_group_folder
 from text_models import CONFIGS, tokenizer
 
 from zinfer import Classifier
@@ -18,52 +19,11 @@ from zinfer.cli.main import run
 from zinfer.errors import BudgetError, UsageError, ZinferError
 from zinfer.spec.read import read_spec
 from zinfer.students.bank import StudentBank
-from zinfer.students.group import Group, read_group, write_group
-from zinfer.students.student import OFFSET, PROJECTION, head_names, layer_names, shared_names, student_spec
+from zinfer.students.group import read_group, write_group
+from zinfer.students.student import OFFSET, PROJECTION
 
-COUNT, LAYERS = 3, 2
 LENGTHS = (5, 17, 1, 9, 17, 40, 9)
 CPU = {"device": "cpu", "machine": "sim-default", "threads": 1}
-
-
-def shapes(spec):
-    found = {weight.name: weight.shape for op in spec.program for weight in op.weights}
-    return found | {row.name: (row.num_rows, row.width) for row in spec.lookups}
-
-
-def make_group(family="bert", **changes):
-    """A group with random weights of order 1; nothing in it is alike between students."""
-    teacher = read_spec(CONFIGS[family] | changes)
-    draw = torch.Generator().manual_seed(9)
-
-    def tensor(name, shape):
-        if len(shape) == 2:
-            return torch.randn(shape, generator=draw) * (1 if "embeddings." in name else shape[1] ** -0.5)
-        return torch.randn(shape, generator=draw) * 0.1 + (
-            1.0 if "norm" in name.lower() and "bias" not in name else 0
-        )
-
-    published = shapes(teacher)
-    heads = head_names(teacher)
-    own = layer_names(student_spec(teacher, LAYERS))
-    width = teacher.model_dim
-    students = [
-        {name: tensor(name, published[name]) for name in own}
-        | {PROJECTION: tensor("matrix", (width, width)), OFFSET: tensor("bias", (width,))}
-        for _ in range(COUNT)
-    ]
-    classes = len(teacher.encoder.labels)
-    return Group(
-        teacher,
-        {name: tensor(name, published[name]) for name in shared_names(teacher) if name not in heads},
-        tensor("bias", (width,)),
-        {name: tensor(name, published[name]) for name in heads},
-        students,
-        list(torch.tensor([1.0, 0.6, -0.4])),
-        torch.tensor([0.7, 1.0, 1.4]),
-        0.1 * torch.randn(COUNT, classes, generator=draw),
-        LAYERS,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +36,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("group") / "group"
-    path.mkdir()
-    write_group(make_group(), path, {"prefixes": []})
-    (path / "config.json").write_text(json.dumps(CONFIGS["bert"]))
-    tokenizer().save(str(path / "tokenizer.json"))
-    return path
+    return write_group_folder(tmp_path_factory.mktemp("group") / "group")
 
 
 def texts(lengths=LENGTHS):

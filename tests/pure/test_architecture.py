@@ -32,9 +32,10 @@ RULES = {
         re.compile(
             r"^torch\.(cuda\.)?(Stream|Event|ExternalStream|stream|current_stream|default_stream|set_stream)$"
             r"|^torch\.(cuda|accelerator)\.synchronize$|^torch\.cuda\.(streams|cudart)\b"
+            r"|^torch\.cuda\.(CUDAGraph|graph\w*|make_graphed_callables)$"
             r"|(^|\.)(synchronize|pin_memory|is_pinned|(record|wait)_(stream|event)|cudaHost\w+)$"
         ),
-        homes=("zinfer/memory/", "zinfer/runtime/graph.py"),
+        homes=("zinfer/memory/", "zinfer/runtime/graph.py", "zinfer/runtime/captured.py"),
     ),
     "torch.distributed": Rule(re.compile(r"^torch\.distributed\b"), homes=("zinfer/parallel/collective.py",)),
     "opening weight files": Rule(
@@ -133,6 +134,8 @@ PLANTED = [
     ("streams, events and pinning", "import torch\ntorch.cuda.cudart().cudaHostRegister(p, n, 0)"),
     ("streams, events and pinning", "f = getattr(lib, 'cudaHostRegister')"),
     ("streams, events and pinning", "x.record_stream(s)"),
+    ("streams, events and pinning", "import torch\ng = torch.cuda.CUDAGraph()"),
+    ("streams, events and pinning", "import torch\nwith torch.cuda.graph(g): pass"),
     ("torch.distributed", "import torch.distributed as dist"),
     ("torch.distributed", "from torch import distributed"),
     ("torch.distributed", "def f():\n    from torch.distributed import all_reduce"),

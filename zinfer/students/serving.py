@@ -117,4 +117,5 @@ class GroupService:
         }
 
     def close(self) -> None:
-        """Nothing is held beyond memory."""
+        """End the threads; what remains is memory."""
+        self.bank.close()
