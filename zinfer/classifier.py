@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -21,8 +21,9 @@ from zinfer.runtime.encoder_engine import EncoderEngine
 from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.labels import check_top_k, ranked, shaped
 from zinfer.spec.records import Encoder
+from zinfer.students.cascade import Cascade, check_threshold, threshold_for
 from zinfer.students.serving import GroupService, is_group
-from zinfer.tokenizer import Text, encode_texts
+from zinfer.tokenizer import Encoded, Text, encode_texts
 
 Texts: TypeAlias = (
     str | tuple[str, str] | Mapping[str, str] | Sequence[str | tuple[str, str] | Mapping[str, str]]
@@ -35,10 +36,15 @@ class Classifier:
 
     `model` is a Hugging Face folder, a sentence-transformers folder, a zinfer store, or a group of students that
     `zinfer distill` wrote, of which the first `students` answer (None: all).  `device`, `memory`, `exact`, `machine`
-    and the keywords of `runtime` are those of `LLM`; a group is resident for good, in host memory.  Texts are packed
-    without padding; what is longer than the model takes is cut, as upstream does.  Threads may call at once: their
-    passes take turns.  Raises a ZinferError: UsageError (ZI-1134 for a model that is no encoder), CheckpointError,
-    BudgetError, MachineError, IntegrityError.
+    and the keywords of `runtime` are those of `LLM`; a group is resident for good.  Texts are packed without padding;
+    what is longer than the model takes is cut, as upstream does.  Threads may call at once: their passes take turns.
+
+    Of a group, answers whose confidence is below `defer_below` are given by `teacher`, which runs in what memory the
+    group leaves; `target_accuracy` chooses the least threshold that reached it on unseen texts.  Without a teacher
+    such answers are marked.  A damaged group is refused, or with `degraded` serves its first whole students.
+
+    Raises a ZinferError: UsageError (ZI-1134 for a model that is no encoder, ZI-1165 to ZI-1169 for a cascade that
+    cannot be meant), CheckpointError, BudgetError, MachineError, IntegrityError.
     """
 
     def __init__(
@@ -46,6 +52,10 @@ class Classifier:
         model: str | Path,
         *,
         students: int | None = None,
+        teacher: str | Path | None = None,
+        defer_below: float | None = None,
+        target_accuracy: float | None = None,
+        degraded: bool = False,
         device: str | None = None,
         memory: Mapping[str, Any] | None = None,
         exact: bool | None = None,
@@ -69,15 +79,39 @@ class Classifier:
         self.settings = settings
         path = Path(model)
         self.engine: EncoderEngine | GroupService
+        self.cascade: Cascade | None = None
+        self._teacher: EncoderEngine | None = None
         if is_group(path):
-            self.engine = GroupService(path, settings, students)
-        elif students is not None:
+            self.engine = GroupService(path, settings, students, is_degraded=degraded)
+            try:
+                self._begin_cascade(teacher, defer_below, target_accuracy, watch)
+            except BaseException:
+                self.engine.close()
+                raise
+        elif degraded or any(one is not None for one in (students, teacher, defer_below, target_accuracy)):
             raise UsageError(
-                "ZI-1140", f"{path} is one model, not a group of students", remedy="leave students out"
+                "ZI-1140",
+                f"{path} is one model, not a group of students",
+                remedy="leave students, teacher, threshold and degraded out",
             )
         else:
             self.engine = EncoderEngine(path, settings, watch=watch)
         self.encoder: Encoder = self.engine.encoder
+
+    def _begin_cascade(
+        self, teacher: str | Path | None, below: float | None, accuracy: float | None, watch: Watch
+    ) -> None:
+        group = self.engine
+        assert isinstance(group, GroupService), "only a group has a teacher behind it"
+        if accuracy is not None:
+            below = threshold_for(group.manifest, group.num_students, accuracy)
+        if below is None and teacher is None:
+            return
+        check_threshold(below)
+        assert below is not None, "that was checked"
+        if teacher is not None:
+            self._teacher = EncoderEngine(Path(teacher), group.beside(group.settings), watch=watch)
+        self.cascade = Cascade(group, self._teacher, below, group.encoder.scoring)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -97,7 +131,8 @@ class Classifier:
         A text is a str, a pair (str, str) or {"text": str, "text_pair": str}.  With top_k=1 one text gives
         {"label", "score"}, a list a list of them; with top_k=N or None (all) each is a list of such.  Scores are
         softmax over the labels, a sigmoid each where the config says multi-label, or as they are (a regression, or
-        `raw_scores`).
+        `raw_scores`).  A group's labels also say "students", how many answered, and where there is a threshold
+        "unsure", whether they were below it, and "answered_by", "students" or "teacher".
         Raises UsageError ZI-1112, ZI-1131, ZI-1132, ZI-1135 (no head), ZI-1136 (no texts).
         """
         if not self.labels:
@@ -108,9 +143,12 @@ class Classifier:
             )
         check_top_k(top_k)
         given, is_one = as_texts(texts)
-        logits_NC = self._run(given, 1, progress, "classifying")
+        logits_NC, notes = self._run(given, 1, progress, "classifying")
         scoring = "none" if raw_scores else self.encoder.scoring
-        results = [ranked(row_C, self.labels, scoring, top_k) for row_C in logits_NC]
+        results = [
+            [label | note for label in ranked(row_C, self.labels, scoring, top_k)]
+            for row_C, note in zip(logits_NC, notes, strict=True)
+        ]
         return shaped(results, is_one=is_one, top_k=top_k)
 
     def embed(
@@ -121,19 +159,26 @@ class Classifier:
         Pooling is that of the folder's 1_Pooling/config.json, else the mean over all tokens.
         """
         given, _ = as_texts(texts)
-        rows_ND = self._run(given, 0, progress, "embedding")
+        rows_ND, _ = self._run(given, 0, progress, "embedding")
         rows_ND = normalised(rows_ND) if self.encoder.is_normalised else rows_ND
         result: npt.NDArray[np.float32] = rows_ND.numpy()
         return result
 
     def about(self) -> dict[str, Any]:
         """Who answers: {"plan", "stats"} of an offloaded model, {"students", "of", ...} of a group."""
-        return self.engine.about()
+        about = self.engine.about()
+        if self.cascade is not None:
+            about["cascade"] = self.cascade.about()
+        if self._teacher is not None:
+            about["teacher"] = self._teacher.about()
+        return about
 
     def close(self) -> None:
         """Give everything back: memory, files, threads.  The object can be used again; it then loads again."""
         with self._lock:
             self.engine.close()
+            if self._teacher is not None:
+                self._teacher.close()
 
     def __enter__(self) -> Classifier:
         return self
@@ -145,26 +190,41 @@ class Classifier:
 
     def _run(
         self, texts: Sequence[Text], which: int, progress: Callable[[int, int, str], None], what: str
-    ) -> Tensor:
-        """Of each text its pooled row (which = 0) or its logits (1), fp32 [N, ...] in input order."""
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Of each text its pooled row (which = 0) or its logits (1), fp32 [N, ...] in input order; who gave them."""
         rows: list[Tensor] = []
+        notes: list[dict[str, Any]] = []
         for begin in range(0, len(texts), WINDOW):
-            window = texts[begin : begin + WINDOW]
+            encoded = self._encoded(texts[begin : begin + WINDOW], begin)
             found: dict[int, Tensor] = {}
-            for numbers, pooled, logits in self._passes(window, begin):
-                result = logits if which else pooled
-                assert result is not None, "classify was refused where there is no head"
-                found |= dict(zip(numbers, result, strict=True))
-                progress(begin + len(found), len(texts), what)
-            rows += [found[number] for number in range(len(window))]
-        return torch.stack(rows)
+            with self._lock:
+                for numbers, pooled, logits in self.engine.passes(encoded):
+                    result = logits if which else pooled
+                    assert result is not None, "classify was refused where there is no head"
+                    found |= dict(zip(numbers, result, strict=True))
+                    progress(begin + len(found), len(texts), what)
+                window = torch.stack([found[number] for number in range(len(encoded))])
+                is_unsure: list[bool] = []
+                if self.cascade is not None and which:
+                    window, is_unsure = self.cascade.settle(encoded, window)
+            rows.append(window)
+            notes += self._notes(len(encoded), is_unsure)
+        return torch.cat(rows), notes
 
-    def _passes(self, texts: Sequence[Text], first: int) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
+    def _notes(self, count: int, is_unsure: Sequence[bool]) -> list[dict[str, Any]]:
+        """What each result says of who gave it; nothing where there is one model."""
+        if not isinstance(self.engine, GroupService):
+            return [{}] * count
+        students = {"students": self.engine.num_students}
+        if not is_unsure:
+            return [students] * count
+        who = {False: "students", True: "students" if self._teacher is None else "teacher"}
+        return [students | {"unsure": unsure, "answered_by": who[unsure]} for unsure in is_unsure]
+
+    def _encoded(self, texts: Sequence[Text], first: int) -> list[Encoded]:
         if self.encoder.is_lowered:
             texts = [text.lower() if isinstance(text, str) else _lowered(text) for text in texts]
-        encoded = encode_texts(self.engine.tokenizer, texts, self.engine.max_tokens, first)
-        with self._lock:
-            yield from self.engine.passes(encoded)
+        return encode_texts(self.engine.tokenizer, texts, self.engine.max_tokens, first)
 
 
 def as_texts(texts: object) -> tuple[list[Text], bool]:

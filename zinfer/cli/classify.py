@@ -6,16 +6,26 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
 from zinfer.classifier import Classifier
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
-from zinfer.cli.texts import Window, check_suffix, size_of, source_options, windows, written_whole
+from zinfer.cli.texts import (
+    Window,
+    check_suffix,
+    group_options,
+    size_of,
+    source_options,
+    windows,
+    written_whole,
+)
 from zinfer.runtime.labels import Label
+from zinfer.students.cascade import check_threshold
 
 OUTPUTS = (".jsonl", ".csv")
 
@@ -35,7 +45,21 @@ OUTPUTS = (".jsonl", ".csv")
     default=None,
     help="A text's result depends on nothing but the text (default on).",
 )
-@click.option("--students", type=int, help="Of a group: how many answer (default: all).")
+@group_options
+@click.option("--teacher", help="Of a group: who answers where it is not sure; may exceed its memory.")
+@click.option("--defer-below", type=float, metavar="P", help="Not sure: less confident than this (0 to 1).")
+@click.option(
+    "--target-accuracy",
+    type=float,
+    metavar="A",
+    help="The least P that reached it on the group's unseen texts.",
+)
+@click.option(
+    "--defer-to",
+    "deferred_file",
+    type=click.Path(path_type=Path),
+    help="Write rows that are not sure to this .jsonl, for a later run with the teacher.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @engine_options
 def classify(
@@ -47,19 +71,37 @@ def classify(
     output_file: Path | None,
     top_k: int,
     students: int | None,
+    degraded: bool,
+    teacher: str | None,
+    defer_below: float | None,
+    target_accuracy: float | None,
+    deferred_file: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Say which label each text has, by MODEL: a folder of an encoder with a classification head, or its store."""
     check_suffix(output_file, OUTPUTS)
+    check_suffix(deferred_file, OUTPUTS[:1])
     settings = settings_of(model, **options).settings
     given = windows(texts, input_file, text_column, pair_column)
     # The bar of a file counts its bytes, that of texts on the command line the texts.
     with (
         Progress() as loading,
-        Classifier(model, students=students, settings=settings, watch=loading) as classifier,
+        Classifier(
+            model,
+            students=students,
+            degraded=degraded,
+            teacher=teacher,
+            defer_below=defer_below,
+            target_accuracy=target_accuracy,
+            settings=settings,
+            watch=loading,
+        ) as classifier,
+        nullcontext() if deferred_file is None else written_whole(deferred_file) as deferred,
     ):
-        found = _classified(classifier, given, top_k or None, size_of(input_file))
+        if deferred is not None and classifier.cascade is None:
+            check_threshold(None)
+        found = _noted(_classified(classifier, given, top_k or None, size_of(input_file)), deferred)
         if output_file is not None:
             count = _write(output_file, found)
             click.echo(f"wrote {count} results to {output_file}", err=True)
@@ -82,6 +124,16 @@ def _classified(
             progress(window.done_bytes, total_bytes, "classifying")
             for fields, found in zip(window.fields, labels, strict=True):
                 yield fields, [found] if top_k == 1 else found
+
+
+def _noted(
+    found: Iterator[tuple[dict[str, Any], list[Label]]], deferred: BinaryIO | None
+) -> Iterator[tuple[dict[str, Any], list[Label]]]:
+    """The same rows; those that are not sure also go into the file, as they were read."""
+    for fields, labels in found:
+        if deferred is not None and labels[0]["unsure"]:
+            deferred.write((json.dumps(fields, ensure_ascii=False) + "\n").encode())
+        yield fields, labels
 
 
 def _line(fields: dict[str, Any], labels: Sequence[Label]) -> str:
@@ -124,6 +176,7 @@ class _CsvRows:
         for number, label in enumerate(labels, 1):
             end = f"_{number}" if len(labels) > 1 else ""
             row |= {f"label{end}": label["label"], f"score{end}": label["score"]}
+        row |= {name: value for name, value in labels[0].items() if name not in ("label", "score")}
         text = io.StringIO()
         is_first = not self._columns
         self._columns = self._columns or list(row)

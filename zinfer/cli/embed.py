@@ -14,7 +14,15 @@ import numpy.typing as npt
 from zinfer.classifier import Classifier
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
-from zinfer.cli.texts import Window, check_suffix, size_of, source_options, windows, written_whole
+from zinfer.cli.texts import (
+    Window,
+    check_suffix,
+    group_options,
+    size_of,
+    source_options,
+    windows,
+    written_whole,
+)
 
 OUTPUTS = (".npy", ".jsonl")
 HEADER_BYTES = 128  # of a .npy file, written when the number of rows is known
@@ -34,7 +42,7 @@ HEADER_BYTES = 128  # of a .npy file, written when the number of rows is known
     default=None,
     help="A text's result depends on nothing but the text (default on).",
 )
-@click.option("--students", type=int, help="Of a group: how many answer (default: all).")
+@group_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @engine_options
 def embed(
@@ -45,6 +53,7 @@ def embed(
     pair_column: str | None,
     output_file: Path | None,
     students: int | None,
+    degraded: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -54,7 +63,9 @@ def embed(
     given = windows(texts, input_file, text_column, pair_column)
     with (
         Progress() as loading,
-        Classifier(model, students=students, settings=settings, watch=loading) as classifier,
+        Classifier(
+            model, students=students, degraded=degraded, settings=settings, watch=loading
+        ) as classifier,
     ):
         found = _embedded(classifier, given, size_of(input_file))
         if output_file is not None:

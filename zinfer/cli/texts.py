@@ -31,6 +31,21 @@ _SOURCE = (
 )
 
 
+_GROUP = (
+    click.option("--students", type=int, help="Of a group: how many answer (default: all)."),
+    click.option(
+        "--degraded", is_flag=True, help="Serve a damaged group with its first whole students, and say so."
+    ),
+)
+
+
+def group_options(command: F) -> F:
+    """Add the options that only a group of students has."""
+    for option in reversed(_GROUP):
+        command = option(command)
+    return command
+
+
 def source_options(command: F) -> F:
     """Add the arguments and options that say which texts."""
     for option in reversed(_SOURCE):

@@ -17,7 +17,9 @@ from torch import Tensor
 from zinfer.checkpoint.read import sha256_file
 from zinfer.errors import IntegrityError
 from zinfer.layers.packed import Packed
+from zinfer.log import logger
 from zinfer.spec.records import ModelSpec
+from zinfer.students.members import digests, num_whole
 from zinfer.students.student import (
     OFFSET,
     PROJECTION,
@@ -96,13 +98,17 @@ def write_group(group: Group, folder: Path, notes: Mapping[str, Any]) -> None:
         "students": len(group.students),
         "layers": group.layers,
         "sha256": sha256_file(folder / WEIGHTS),
+        "members": digests(group.tensors()),
     }
     write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_group(folder: Path, teacher: ModelSpec) -> tuple[Group, dict[str, Any]]:
+def read_group(
+    folder: Path, teacher: ModelSpec, *, is_degraded: bool = False
+) -> tuple[Group, dict[str, Any]]:
     """What `write_group` wrote; `teacher` is the spec of the folder's config.json.
 
+    With `is_degraded` a group with damaged or missing students is cut to the first whole ones, and the log says so.
     Raises IntegrityError ZI-6091 for a manifest of another form, ZI-6092 where members are missing or misshapen,
     ZI-6093 where the weights are not those that were written.
     """
@@ -118,13 +124,21 @@ def read_group(folder: Path, teacher: ModelSpec) -> tuple[Group, dict[str, Any]]
             f"{folder / MANIFEST} is no manifest of a group of students",
             remedy=f"zinfer distill --teacher T --data train.jsonl --out {folder} --resume",
         )
-    if sha256_file(folder / WEIGHTS) != manifest.get("sha256"):
-        raise IntegrityError(
-            "ZI-6093",
-            f"{folder / WEIGHTS} is not what {MANIFEST} says was written",
-            remedy=f"copy {folder} again, or distill it again",
+    is_whole = sha256_file(folder / WEIGHTS) == manifest.get("sha256")
+    if not is_whole and not is_degraded:
+        raise _damaged(folder, "--degraded, which serves the first whole students, or copy the folder again")
+    try:
+        tensors, _ = read_tensors(folder / WEIGHTS)
+    except (ValueError, KeyError) as error:  # a header whose bytes changed: only met where the digest was not
+        raise _damaged(folder, f"copy {folder} again, or distill it again") from error
+    if not is_whole:
+        kept = min(num_whole(tensors, manifest), count)
+        if not kept:
+            raise _damaged(folder, f"copy {folder} again, or distill it again: no first student is whole")
+        logger.warning(
+            "%s is damaged: the first %d of its %d students are whole and answer", folder, kept, count
         )
-    tensors, _ = read_tensors(folder / WEIGHTS)
+        count = kept
     group = Group(teacher, {}, torch.zeros(0), layers=layers, students=[{} for _ in range(count)])
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
@@ -133,11 +147,22 @@ def read_group(folder: Path, teacher: ModelSpec) -> tuple[Group, dict[str, Any]]
             group.students[int(number)][own] = tensor
         elif part in ("shared", "head"):
             getattr(group, part)[rest] = tensor
-    for name in ("origin", "temperatures", "biases"):
-        setattr(group, name, tensors.get(name, torch.zeros(0)))
+    group.origin = tensors.get("origin", torch.zeros(0))
+    group.temperatures, group.biases = (
+        tensors.get(name, torch.zeros(0)) for name in ("temperatures", "biases")
+    )
     group.factors = list(tensors.get("factors", torch.zeros(0)))
+    if not is_whole:
+        group.temperatures, group.biases = group.temperatures[:count], group.biases[:count]
+        group.factors = group.factors[:count]
     _check(group, folder)
     return group, manifest
+
+
+def _damaged(folder: Path, remedy: str) -> IntegrityError:
+    return IntegrityError(
+        "ZI-6093", f"{folder / WEIGHTS} is not what {MANIFEST} says was written", remedy=remedy
+    )
 
 
 def _check(group: Group, folder: Path) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from zinfer.students.boost import energy
 from zinfer.students.calibrate import calibration_error
+from zinfer.students.cascade import deferral_table
 from zinfer.students.group import Group
+from zinfer.students.student import encoder_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Figures:
     """Of one prefix on texts never trained on.
 
     `residual` is the energy left of the teacher's, `cosine` the mean to its representation; `agreement` and
-    `accuracy` are shares of texts (None: no head, no labels), `calibration` the expected calibration error.
+    `accuracy` are shares of texts (None: no head, no labels), `calibration` the expected calibration error,
+    `deferral` what a teacher behind a threshold of confidence buys (`cascade.deferral_table`).
     """
 
     students: int
@@ -29,6 +32,7 @@ class Figures:
     accuracy: float | None = None
     teacher_accuracy: float | None = None
     calibration: float | None = None
+    deferral: list[dict[str, float]] | None = None
 
 
 def figures(
@@ -59,6 +63,9 @@ def figures(
                 None if labels_N is None else _share(guess == labels_N),
                 None if labels_N is None else _share(theirs == labels_N),
                 calibration_error(torch.softmax(logits, -1), wanted),
+                None
+                if encoder_of(group.teacher).is_multi_label
+                else deferral_table(logits, teacher_NC, wanted, "softmax"),
             )
         )
     return found

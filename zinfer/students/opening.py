@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import time
 from statistics import median
+from typing import Protocol, runtime_checkable
 
 from zinfer.errors import BudgetError, UsageError
 from zinfer.students.controller import SHARE, Controller, ServiceTable, isotonic
 from zinfer.students.intake import Clock
-from zinfer.students.scheduler import Answerer, TextScheduler
+from zinfer.students.scheduler import Answerer, Defers, TextScheduler
 from zinfer.tokenizer import Encoded
 
 TOKENS = (16, 64, 256, 1024)  # passes that are measured, beside the largest
 TYPICAL = 64  # tokens of a text in them
 REPEATS = 3
+
+
+@runtime_checkable
+class Warms(Protocol):
+    """An answerer that has something to do before it serves: recording passes on a device, say."""
+
+    def warm_up(self) -> None:
+        """Once, before the first text."""
+        ...
 
 
 def sample_texts(tokens: int, max_tokens: int) -> list[Encoded]:
@@ -52,6 +62,7 @@ def open_scheduler(
     least: int = 1,
     workers: int = 1,
     is_adaptive: bool = True,
+    deferral: Defers | None = None,
 ) -> TextScheduler:
     """A scheduler whose controller knows what passes take here; without an objective all students always answer.
 
@@ -64,6 +75,8 @@ def open_scheduler(
             f"at least {least} students were asked for, there are {answerer.num_students}",
             remedy=f"least={answerer.num_students}",
         )
+    if isinstance(answerer, Warms):
+        answerer.warm_up()
     controller = None
     if objective_s is not None:
         if not 0 < objective_s < float("inf"):
@@ -88,4 +101,5 @@ def open_scheduler(
         pass_tokens=pass_tokens,
         controller=controller,
         workers=workers,
+        deferral=deferral,
     )

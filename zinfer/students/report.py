@@ -52,6 +52,7 @@ def _lines(figures: Sequence[Figures], notes: Mapping[str, Any], *, has_picture:
     yield ""
     yield "Residual energy is what is left of the teacher's representation, 1 with no student at all."
     yield ""
+    yield from _deferral_lines(figures)
     yield "## Rounds (before the polish)"
     yield ""
     yield "| student | taught by layers | factor | held-out residual before | after | gain | |"
@@ -69,6 +70,20 @@ def _lines(figures: Sequence[Figures], notes: Mapping[str, Any], *, has_picture:
     if has_picture:
         yield ""
         yield f"![Figures per prefix]({PICTURE})"
+
+
+def _deferral_lines(figures: Sequence[Figures]) -> Iterator[str]:
+    """What a teacher behind all students buys."""
+    table = figures[-1].deferral
+    if table is None:
+        return
+    yield "## Deferring to the teacher (all students)"
+    yield ""
+    yield "| confidence below | share deferred | accuracy of the rest | of both together |"
+    yield "|--:|--:|--:|--:|"
+    for row in table:
+        yield f"| {row['below']:.2f} | {row['share']:.1%} | {row['kept']:.4f} | {row['accuracy']:.4f} |"
+    yield ""
 
 
 def _picture(figures: Sequence[Figures]) -> bytes | None:

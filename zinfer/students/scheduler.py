@@ -15,7 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from zinfer.errors import MachineError
+from zinfer.errors import MachineError, ZinferError
+from zinfer.log import logger
 from zinfer.students.buffer import Waiting
 from zinfer.students.controller import Controller
 from zinfer.students.intake import Clock, Intake, Overloaded
@@ -50,7 +51,10 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One text's answer: fp32 on the host, who gave it, how long it waited and how long its pass took."""
+    """One text's answer: fp32 on the host, who gave it, how long it waited and how long its pass took.
+
+    `is_deferred`: a teacher gave it, after `num_students` were not sure; the seconds are those of both.
+    """
 
     representation_D: Tensor
     logits_C: Tensor | None
@@ -58,6 +62,26 @@ class Served:
     queue_s: float
     service_s: float
     is_deferred: bool = False
+
+
+class Defers(Protocol):
+    """What a scheduler asks of the way to a teacher; `cascade.Deferral` is one."""
+
+    def wanted(self, logits_SC: Tensor) -> list[bool]:
+        """Which texts of a pass the teacher should see."""
+        ...
+
+    def submit(self, text: Encoded) -> Future[Served]:
+        """Ask the teacher.  Raises a ZinferError where it cannot be asked now."""
+        ...
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Wait for all that was asked."""
+        ...
+
+    def close(self) -> None:
+        """End its threads."""
+        ...
 
 
 @dataclass(slots=True)
@@ -70,7 +94,9 @@ class TextScheduler:
     """A bounded queue before an answerer, and the threads that empty it.
 
     `objective_s` is the latency that is to hold: a text older than half of it is in the next pass.  `controller` says
-    how many students answer (None: all).  Safe to call from several threads.  Owns its threads until `close`.
+    how many students answer (None: all).  What `deferral` wants a teacher to see is answered by the teacher; where that
+    fails or has no room, by the students all the same, and counted in `stats().kept`.  Safe to call from several
+    threads.  Owns its threads and the deferral until `close`.
     """
 
     def __init__(
@@ -83,9 +109,10 @@ class TextScheduler:
         controller: Controller | None,
         workers: int = 1,
         pass_texts: int = PASS_TEXTS,
+        deferral: Defers | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        self.answerer, self.clock = answerer, clock
+        self.answerer, self.clock, self._deferral = answerer, clock, deferral
         self._intake: Intake[_Job] = Intake(
             num_students=answerer.num_students,
             objective_s=objective_s,
@@ -128,15 +155,19 @@ class TextScheduler:
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more texts and wait until all that were taken are answered; False where time ran out."""
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._change:
             self._is_open = False
             self._change.notify_all()
-            return self._change.wait_for(
+            is_empty = self._change.wait_for(
                 lambda: not len(self._intake.buffer) and not self._at_work, timeout_s
             )
+        if not is_empty or self._deferral is None:
+            return is_empty
+        return self._deferral.drain(None if end_s is None else max(end_s - time.monotonic(), 0.0))
 
     def close(self) -> None:
-        """Cancel what waits, let running passes end, end the threads.  May be called again."""
+        """Cancel what waits, let running passes and what was deferred end, end the threads.  May be called again."""
         with self._change:
             self._is_open = False
             waiting: list[_Job] = []
@@ -148,6 +179,9 @@ class TextScheduler:
             job.future.cancel()
         for thread in self._threads:
             thread.join()
+        if self._deferral is not None:
+            self._deferral.drain()
+            self._deferral.close()
 
     def stats(self) -> SchedulerStats:
         """What has been done so far, and the recent latencies."""
@@ -197,6 +231,9 @@ class TextScheduler:
         try:
             rows_SD, logits_SC = self.answerer.answer([one.item.text for one in batch], num_students)
             assert len(rows_SD) == len(batch), "a pass answers each of its texts once"
+            wanted = [False] * len(batch)
+            if self._deferral is not None and logits_SC is not None:
+                wanted = self._deferral.wanted(logits_SC)
         except BaseException as error:  # a future nobody ends would be waited for for ever
             self._note(num_students, batch, begin_s, is_failed=True)
             for one in batch:
@@ -206,7 +243,31 @@ class TextScheduler:
         for at, one in enumerate(batch):
             logits_C = None if logits_SC is None else logits_SC[at]
             served = Served(rows_SD[at], logits_C, num_students, begin_s - one.since_s, service_s)
-            one.item.future.set_result(served)
+            if wanted[at]:
+                self._defer(one.item, served)
+            else:
+                one.item.future.set_result(served)
+
+    def _defer(self, job: _Job, by_students: Served) -> None:
+        """Ask the teacher; the students' answer stands where the teacher gives none."""
+        assert self._deferral is not None, "only a deferral wants a text deferred"
+        try:
+            asked = self._deferral.submit(job.text)
+        except ZinferError:
+            self._settle(job, by_students, None)
+            return
+        asked.add_done_callback(lambda future: self._settle(job, by_students, future))
+
+    def _settle(self, job: _Job, by_students: Served, asked: Future[Served] | None) -> None:
+        answer = by_students
+        if asked is not None and not asked.cancelled() and (error := asked.exception()) is None:
+            answer = _deferred(by_students, asked.result())
+        elif asked is not None and not asked.cancelled():
+            logger.warning("the teacher failed, the students' answer stands: %s", error)
+        with self._change:
+            self._tally.deferred += answer.is_deferred
+            self._tally.kept += not answer.is_deferred
+        job.future.set_result(answer)
 
     def _note(
         self, num_students: int, batch: Sequence[Waiting[_Job]], begin_s: float, *, is_failed: bool = False
@@ -220,3 +281,15 @@ class TextScheduler:
             if not is_failed:
                 self._intake.served(num_students, tokens, end_s - begin_s)
         return end_s - begin_s
+
+
+def _deferred(by_students: Served, by_teacher: Served) -> Served:
+    """The teacher's answer with the time of both."""
+    return Served(
+        by_teacher.representation_D,
+        by_teacher.logits_C,
+        by_students.num_students,
+        by_students.queue_s + by_teacher.queue_s,
+        by_students.service_s + by_teacher.service_s,
+        is_deferred=True,
+    )

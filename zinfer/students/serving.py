@@ -15,7 +15,7 @@ from zinfer.checkpoint.read import regular_size
 from zinfer.checkpoint.sentence import read_object, sentence_files
 from zinfer.config.limits import memory_limits
 from zinfer.config.profiles import SIM_DEFAULT, load_machine
-from zinfer.config.resolve import resolve
+from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.memory.ledger import Ledger
@@ -25,6 +25,7 @@ from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
 from zinfer.students.bank import StudentBank
 from zinfer.students.group import MANIFEST, read_group
+from zinfer.students.spread import Collective, CopyingCollective, SpreadBank
 from zinfer.students.student import encoder_of
 from zinfer.students.tensors import read_tensors
 from zinfer.tokenizer import Encoded, Tokenizer, load_tokenizer
@@ -46,37 +47,78 @@ def is_group(path: Path) -> bool:
 
 
 class GroupService:
-    """A group resident for good: its bytes are in the host ledger before it is built, and nothing is ever evicted.
+    """A group resident for good: its bytes are in the ledgers before it is built, and nothing is ever evicted.
 
-    Raises IntegrityError ZI-6091, ZI-6092 for a damaged group, BudgetError ZI-2401 where it does not fit, UsageError
-    ZI-1159 for more students than it has.
+    It lives in host memory, or on the device of the settings and then counts against the device's budget; `devices`
+    spreads the students over several, whose results `collective` adds up.  `is_degraded`: a damaged group serves with
+    its first whole students.  Safe to call from several threads.
+
+    Raises IntegrityError ZI-6091 to ZI-6093 for a damaged group, BudgetError ZI-2401 where it does not fit, UsageError
+    ZI-1159 for more students than it has, MachineError ZI-5001 for a device that is not there.
     """
 
-    def __init__(self, path: Path, settings: Settings, num_students: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        num_students: int | None = None,
+        *,
+        devices: Sequence[str] = (),
+        collective: Collective | None = None,
+        is_degraded: bool = False,
+    ) -> None:
         folder = open_folder(path)
         side_files = {name: found for name in SIDE_FILES if (found := folder.file(name))}
         if CONFIG_FILE not in side_files or (weights := folder.file("students.safetensors")) is None:
             raise CheckpointError(
                 "ZI-4939", f"{path} lacks config.json or students.safetensors", remedy=f"copy {path} again"
             )
+        tokenizer = load_tokenizer(_Files(side_files))
+        if tokenizer is None:
+            raise CheckpointError("ZI-4601", f"{path} has no tokenizer.json", remedy=f"copy {path} again")
         # The published names say whether the teacher's checkpoint left its prefix out.
         names = [name.removeprefix("shared/") for name in read_tensors(weights)[0]]
         teacher = read_spec(read_object(side_files[CONFIG_FILE]), None, dict.fromkeys(names, "F32"))
         teacher = with_sentence_files(teacher, *sentence_files(side_files))
-        resolved = resolve(settings, load_machine(SIM_DEFAULT), limits=memory_limits())
-        torch.set_num_threads(resolved.threads)
-        self.folder, self.spec, self.encoder = path, teacher, encoder_of(teacher)
-        self.max_tokens = self.encoder.max_tokens or teacher.max_context
-        self.ledger = Ledger(Tier.HOST, resolved.host_bytes)
-        self.ledger.reserve("students", regular_size(weights))
-        group, self.manifest = read_group(path, teacher)
-        self.ledger.reserve("activations", _ALIVE * 4 * MAX_ROWS * teacher.mlp_dim * len(group.students))
-        self.bank = StudentBank(group)
-        self.num_students = self.checked(num_students)
-        tokenizer = load_tokenizer(_Files(side_files))
-        if tokenizer is None:
-            raise CheckpointError("ZI-4601", f"{path} has no tokenizer.json", remedy=f"copy {path} again")
+        self.resolved = resolved_for(settings)
+        torch.set_num_threads(self.resolved.threads)
+        self.folder, self.spec, self.encoder, self.settings = path, teacher, encoder_of(teacher), settings
         self.tokenizer: Tokenizer = tokenizer
+        self.max_tokens = self.encoder.max_tokens or teacher.max_context
+        self.devices = tuple(devices) or (
+            self.resolved.device if self.resolved.device.startswith("cuda") else "cpu",
+        )
+        self.ledger = self._ledger(regular_size(weights))
+        group, self.manifest = read_group(path, teacher, is_degraded=is_degraded)
+        self.written = int(self.manifest["students"])
+        rows_bytes = _ALIVE * 4 * MAX_ROWS * teacher.mlp_dim
+        self.ledger.reserve("activations", rows_bytes * -(-len(group.students) // len(self.devices)))
+        self.bank: StudentBank | SpreadBank
+        if len(self.devices) > 1:
+            self.bank = SpreadBank(group, self.devices, collective or CopyingCollective())
+        else:
+            self.bank = StudentBank(group, self.devices[0])
+        self.num_students = self.checked(num_students)
+
+    def _ledger(self, weights_bytes: int) -> Ledger:
+        """Of the memory that the students live in; with several devices of the one that holds most."""
+        if self.devices[0].startswith("cuda"):
+            ledger = Ledger(Tier.DEVICE, self.resolved.device_bytes)
+        else:
+            ledger = Ledger(Tier.HOST, self.resolved.host_bytes)
+        ledger.reserve("students", weights_bytes)
+        return ledger
+
+    def warm_up(self) -> None:
+        """On a device: record passes of every size for every number of students; they replay from then on."""
+        if any(device.startswith("cuda") for device in self.devices):
+            self.bank.warm_up(range(1, self.num_students + 1))
+
+    def beside(self, settings: Settings) -> Settings:
+        """The same settings for an engine that runs beside the group: what the group holds is taken off its budget."""
+        tier = "device" if self.ledger.tier is Tier.DEVICE else "host"
+        memory = settings.memory.model_copy(update={tier: self.ledger.free_bytes})
+        return settings.model_copy(update={"memory": memory})
 
     def checked(self, num_students: int | None) -> int:
         """How many students answer: as many as were asked for, by default all."""
@@ -101,6 +143,7 @@ class GroupService:
         for numbers in group_texts([len(text.ids) for text in texts], MAX_ROWS, MAX_BATCH):
             batch = pack_texts([texts[number] for number in numbers])
             batch = batch if self.encoder.num_segments > 1 else batch.without_segments()
+            assert batch.num_rows == sum(len(texts[number].ids) for number in numbers), "no row is padding"
             yield (numbers, *self.bank.answer(batch, num_students or self.num_students))
 
     def answer(self, texts: Sequence[Encoded], num_students: int) -> tuple[Tensor, Tensor | None]:
@@ -111,7 +154,7 @@ class GroupService:
         """What a JSON result says of who answered."""
         return {
             "students": self.num_students,
-            "of": self.bank.num_students,
+            "of": self.written,
             "bytes": self.bank.nbytes,
             "prefixes": self.manifest.get("prefixes", []),
         }
@@ -119,3 +162,14 @@ class GroupService:
     def close(self) -> None:
         """End the threads; what remains is memory."""
         self.bank.close()
+
+
+def resolved_for(settings: Settings) -> Resolved:
+    """Device, budgets and threads; a group needs no rates, so nothing is measured."""
+    machine, free = load_machine(SIM_DEFAULT), None
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus and settings.device not in ("cpu", "sim"):
+        at = settings.device.partition(":")[2]
+        free, total = torch.cuda.mem_get_info(int(at) if at and int(at) < num_gpus else 0)
+        machine = machine.model_copy(update={"device_bytes": total})
+    return resolve(settings, machine, limits=memory_limits(), num_gpus=num_gpus, free_device_bytes=free)

@@ -72,6 +72,11 @@ class SpreadBank:
         """How many of the first `num_students` device g holds."""
         return len(range(g, num_students, len(self.banks)))
 
+    def warm_up(self, students: Sequence[int]) -> None:
+        """Record passes on every device, for as many students as it has of each prefix."""
+        for g, bank in enumerate(self.banks):
+            bank.warm_up({count for m in students if (count := self.of_device(g, m))})
+
     def answer(self, batch: Packed, num_students: int) -> tuple[Tensor, Tensor | None]:
         """(representation [S, D], calibrated logits [S, C] or None) of the first `num_students`, on the host."""
         with torch.no_grad():

@@ -29,6 +29,7 @@ class SchedulerStats:
     cancelled: int
     rejected: int
     deferred: int
+    kept: int  # of the students, though a teacher was wanted: it failed or had no room
     busy_share: float
     queue_p50_s: float | None
     queue_p99_s: float | None
@@ -55,6 +56,7 @@ class Tally:
     failed: int = 0
     cancelled: int = 0
     deferred: int = 0
+    kept: int = 0
     _recent: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=MOST))
     _spans: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=MOST))
     _begin_s: float = field(init=False)
@@ -103,6 +105,7 @@ class Tally:
             cancelled=self.cancelled,
             rejected=rejected,
             deferred=self.deferred,
+            kept=self.kept,
             busy_share=min(busy_s / max((now_s - since_s) * self.workers, 1e-9), 1.0),
             queue_p50_s=percentile(queued, 0.5),
             queue_p99_s=percentile(queued, 0.99),
