@@ -41,7 +41,7 @@ class ServiceTable:
         high = bisect_left(points, tokens)
         low = high - 1
         slope = (row[high] - row[low]) / (points[high] - points[low])
-        return row[low] + slope * (tokens - points[low])
+        return min(row[low] + slope * (tokens - points[low]), row[high])  # rounding must not break the order
 
     def tokens_within(self, num_students: int, seconds: float, most: int) -> int:
         """The largest pass up to `most` tokens that takes at most `seconds`; 1 where none does."""
