@@ -51,6 +51,9 @@ class DenseKv:
                 rows.append(torch.cat([kept, kept[-1:].expand(size - len(kept), -1, -1)]))
         return tuple(map(torch.stack, both))
 
+    def pages(self, sequences):
+        return None
+
     def commit(self):
         for (layer, sequence), new in self.staged.items():
             old = self.committed[layer][sequence]

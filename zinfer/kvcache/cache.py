@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zinfer.chunks.disk import Disk
 from zinfer.errors import BudgetError, InternalError
+from zinfer.kernels.paged import PageRows
 from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, pages_for
 from zinfer.kvcache.planes import Planes, make_planes
 from zinfer.kvcache.spill import SpilledCopy
@@ -289,6 +290,22 @@ class PagedView:
         both = self._planes.decode(parts)
         k, v = both.view(2, place.num_sequences, place.size, *both.shape[2:]).unbind()
         return k, v
+
+    def pages(self, sequences: Sequence[int]) -> PageRows | None:
+        """Page tables of the sequences, on the device; None where attention is computed elsewhere."""
+        if self._road.attend != "resident":
+            return None
+        ends = [self._starts[s] + self._counts[s] for s in sequences]
+        table = np.zeros((len(sequences), pages_for(max(ends))), np.int32)
+        for row, sequence, end in zip(table, sequences, ends, strict=True):
+            firsts = self._tables[sequence].pages(pages_for(end))
+            row[: len(firsts)] = firsts
+        lengths = torch.tensor(ends, dtype=torch.int32).to(self._device)
+        return PageRows(torch.from_numpy(table).to(self._device), lengths, max(ends), PAGE_TOKENS)
+
+    def planes(self, layer: int) -> list[Tensor]:
+        """One layer of the pages: views."""
+        return [plane[layer] for plane in self._planes.tensors]
 
     def past(self, layer: int, sequence: int) -> list[tuple[Tensor, Tensor]]:
         """Committed (k, v) in blocks of KV_BLOCK tokens, each [n, K, D], oldest first.

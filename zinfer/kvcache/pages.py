@@ -122,6 +122,10 @@ class PageTable:
         """Tokens that its pages hold, committed ones included."""
         return self.num_pages * PAGE_TOKENS
 
+    def pages(self, count: int) -> list[int]:
+        """The first `count` pages, in the order of their tokens."""
+        return [page for run in self.runs for page in range(run.start, run.stop)][:count]
+
     def slots(self, start: int, stop: int) -> list[range]:
         """The slots of tokens start .. stop - 1, oldest first, as few ranges as the pages allow."""
         found: list[range] = []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.kernels.choice import cover, pad_rows
+from zinfer.layers.on_device import DeviceWork, device_work, on_device
 from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.partial import Partial, partial
 from zinfer.layers.shapes import Shapes, agreeing_shapes
@@ -49,6 +50,7 @@ def attend(
     for s in work.prompts:
         rows = slice(batch.bounds[s], batch.bounds[s + 1])
         out_THD[rows] = _fused(q_THD[rows], k_TKD[rows], v_TKD[rows], scale)
+    on_device(out_THD, q_THD, k_TKD, v_TKD, layer, kv, work.device, scale, window)
     if not (work.decodes or work.blockwise):
         return out_THD
     near_THD = kv.bring(q_THD)
@@ -60,7 +62,7 @@ def attend(
     if found_THD is out_THD:
         return out_THD
     found_THD = kv.take_back(found_THD)
-    for s in work.prompts:
+    for s in (*work.prompts, *work.device.prompts):
         rows = slice(batch.bounds[s], batch.bounds[s + 1])
         found_THD[rows] = out_THD[rows]
     return found_THD
@@ -68,10 +70,12 @@ def attend(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """How the sequences of a batch are attended: whole prompts, single rows over their past, all else."""
+    """How the sequences of a batch are attended: whole prompts, single rows over their past, what a device has
+    kernels for, all else."""
 
     prompts: list[int]
     decodes: list[Stack]
+    device: DeviceWork
     blockwise: list[Stack]
 
 
@@ -79,8 +83,10 @@ def _arrange(
     batch: Packed, kv: KvView, shapes: Shapes, window: int | None, exact: bool, q_THD: Tensor
 ) -> _Work:
     by_kind: dict[str | None, list[int]] = defaultdict(list)
+    device = DeviceWork() if exact else device_work(batch, kv, q_THD, shapes.kv_heads, window)
     for s in range(batch.num_sequences):
-        by_kind[None if exact else _fusable(batch, s, window)].append(s)
+        if s not in device.sequences:
+            by_kind[None if exact else _fusable(batch, s, window)].append(s)
 
     def at_most(num_keys: int) -> int:
         return fused_sequences(shapes.kv_heads, shapes.head_dim, num_keys, q_THD.element_size())
@@ -88,6 +94,7 @@ def _arrange(
     return _Work(
         by_kind["prompt"],
         decode_stacks(batch, kv, by_kind["decode"], window, at_most),
+        device,
         exact_stacks(batch, kv, by_kind[None], window, shapes),
     )
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zinfer.kernels.paged import PageRows
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -93,6 +95,17 @@ class KvView(Protocol):
 
         Rows behind the end of a span are finite where its sequence's own rows are.
         """
+        ...
+
+    def pages(self, sequences: Sequence[int]) -> PageRows | None:
+        """Where the tokens of these sequences, staged ones included, lie in `planes`: the same in every layer.
+
+        None where the pages are not in the memory of `device`, or are none.
+        """
+        ...
+
+    def planes(self, layer: int) -> Sequence[Tensor]:
+        """One layer of the pages themselves, [2, slots, K, D]; for int8 pages also their scales [2, slots, K]."""
         ...
 
     def past(self, layer: int, sequence: int) -> Sequence[tuple[Tensor, Tensor]]:

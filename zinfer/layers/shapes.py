@@ -17,10 +17,12 @@ from torch import Tensor
 from zinfer.kernels.choice import agreeing_sizes
 from zinfer.kernels.remembered import remembered
 from zinfer.layers.partial import partial
+from zinfer.layers.varlen import varlen_serves
 from zinfer.spec.attention_cost import KV_BLOCK, QUERY_ROWS, stacked_pieces
 from zinfer.spec.records import ModelSpec
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KEYS = (32, 64, 96, 128, 192)  # beside KV_BLOCK itself
 _FEW = 5  # different sequences in the test
 
@@ -52,6 +54,10 @@ def prepare_attention(spec: ModelSpec, device: str) -> None:
     """Run the self-test of a model's shape now, before the weights take the memory that it needs."""
     group = spec.num_heads // spec.num_kv_heads
     agreeing_shapes(spec.num_kv_heads, group, spec.head_dim, device, torch.get_num_threads())
+    for is_windowed in {False, spec.sliding_window is not None}:
+        varlen_serves(
+            _DTYPES[spec.dtype], spec.num_heads, spec.num_kv_heads, spec.head_dim, device, is_windowed
+        )
 
 
 @cache
