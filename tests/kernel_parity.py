@@ -2,7 +2,11 @@
 
 import torch
 
+from zinfer.kernels import quant
+from zinfer.kernels.fused_quant import fill_slot, fused
 from zinfer.kernels.paged import PageRows, paged_decode, paged_decode_twin
+from zinfer.kernels.panels import dequantise
+from zinfer.kernels.quantise import quantise
 from zinfer.kvcache.planes import make_planes
 
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -47,3 +51,34 @@ def paged_error(device, dtype, lengths, *, splits=None, window=None, cap=0.0, **
     want = paged_decode_twin(q, planes, pages, **options)
     assert want.float().abs().max() > 0.1
     return float((found.float() - want.float()).abs().max())
+
+
+def quant_case(device, dtype, weights, rows, outputs, inputs, panel=64):
+    """Rows and a quantised weight with a scale and zero of its own per group."""
+    draw = torch.Generator().manual_seed(rows)
+    matrix = torch.randn(outputs, inputs, generator=draw) * torch.rand(outputs, 1, generator=draw) + 0.3
+    x = torch.randn(rows, inputs, generator=draw).to(dtype)
+    return x.to(device), quantise(matrix, weights, panel).to(torch.device(device))
+
+
+def fused_error(device, dtype, weights, rows, outputs, inputs, *, splits=None, panel=64):
+    """Relative error of the fused product against fp32 from the dequantised weight."""
+    x, weight = quant_case(device, dtype, weights, rows, outputs, inputs, panel)
+    found = fused(x, weight, splits=splits)
+    assert found.dtype == dtype
+    want = x.float() @ dequantise(weight).t()
+    assert found.shape == want.shape
+    return float((found.float() - want).norm() / want.norm())
+
+
+def slot_difference(device, weights, outputs, inputs, panel=64):
+    """How many elements of the unpacked slot differ from the torch code's.
+
+    The interpreter cuts bf16 off where devices round, so there the slot is fp32 and torch rounds.
+    """
+    _, weight = quant_case(device, torch.bfloat16, weights, 1, outputs, inputs, panel)
+    want = quant._fill_slot(weight.to(torch.device("cpu")))
+    dtype = torch.float32 if interprets() else torch.bfloat16
+    slot = torch.full(want.shape, float("nan"), dtype=dtype, device=device)
+    fill_slot(weight, slot)
+    return int((slot.cpu().bfloat16() != want).sum())

@@ -60,7 +60,7 @@ def test_splits_merge_as_partial_results_do():
 
 
 def test_splits_fill_the_device_and_are_never_tiny(monkeypatch):
-    monkeypatch.setattr("zinfer.kernels.paged._num_cores", lambda device: 100)
+    monkeypatch.setattr("zinfer.kernels.paged.num_cores", lambda device: 100)
     q, _, pages = pages_case("cpu", torch.float32, [1000])
     assert num_splits(q, 2, pages, None) == 3  # 1000 keys are not more than three times four tiles
     assert num_splits(q, 2, pages, 256) == 1

@@ -90,6 +90,19 @@ def fastest(
     return name if best[name] < _WORTH * best[first] else first
 
 
+def device_clock(device: str) -> Callable[[], float]:
+    """Seconds by which a device has ended what it was given; on the CPU those of the calling thread."""
+    if device != "cuda":
+        return time.thread_time
+    mark = torch.zeros(1, device=device)
+
+    def clock() -> float:
+        mark.item()  # comes to the host behind all that was issued before it
+        return time.perf_counter()
+
+    return clock
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Timings of one thread rank kernels as those of all do, and need no second core to be free."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from zinfer.kernels.served import operand, power
+from zinfer.kernels.served import num_cores, operand, power
 
 _BLOCK_KEYS = 64  # keys of one tile
 _MIN_SPLIT_BLOCKS = 4  # tiles that a split has at least: fewer do not pay for the merge
@@ -109,15 +108,8 @@ def paged_decode_twin(
 def num_splits(q_SHD: Tensor, kv_heads: int, pages: PageRows, window: int | None) -> int:
     """How many programs share a sequence's keys: enough to fill the device, none of them with too little to do."""
     keys = min(pages.longest, window or pages.longest)
-    wanted = _PROGRAMS_PER_CORE * _num_cores(q_SHD.device) // (q_SHD.shape[0] * kv_heads)
+    wanted = _PROGRAMS_PER_CORE * num_cores(q_SHD.device) // (q_SHD.shape[0] * kv_heads)
     return max(min(wanted, keys // (_BLOCK_KEYS * _MIN_SPLIT_BLOCKS), _MAX_SPLITS), 1)
-
-
-@cache
-def _num_cores(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(

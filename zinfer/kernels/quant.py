@@ -15,12 +15,13 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from zinfer.kernels.choice import agreeing_sizes, cover, fastest, one_thread, pad_rows
+from zinfer.kernels import fused_quant, served
+from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.kernels.products import SIZES, cancelling, linear, row_sizes
 from zinfer.kernels.remembered import remembered
 from zinfer.log import logger
-from zinfer.spec.quant import GROUP, PANELS, slot_outputs
+from zinfer.spec.quant import GPU_SLOT_BYTES, GROUP, PANELS, SLOT_BYTES, slot_outputs
 from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
 
@@ -33,7 +34,8 @@ def quant_linear(x_TI: Tensor, weight: QuantWeight, bias: Tensor | None = None, 
     """x [T, I] times the transposed weight [O, I], plus bias [O]: [T, O] in x's dtype; no gradients.
 
     With `exact` a row depends on nothing but the row: int4 is multiplied packed, int8 unpacked, whatever T is.
-    Without, whichever was faster at T rows, which is measured once per shape and machine.
+    Without, whichever was faster at T rows, which is measured once per shape and machine: packed or unpacked, on a
+    GPU fused or unpacked.
     """
     x = x_TI.to(torch.bfloat16).contiguous()  # the int4 kernel asks for that
     device = x.device.type
@@ -42,6 +44,8 @@ def quant_linear(x_TI: Tensor, weight: QuantWeight, bias: Tensor | None = None, 
         y = _packed_exact(x, weight)
     elif not exact and is_packed and x.shape[0] <= packed_rows(*_case(weight), torch.get_num_threads()):
         y = packed(x, weight)
+    elif not exact and x.shape[0] <= fused_rows(*_case(weight), device):
+        y = fused_quant.fused(x, weight)
     else:
         y = unpacked(x, weight, exact=exact)
     y = y.to(x_TI.dtype)
@@ -69,12 +73,14 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
         if exact and spec.weights == "int4" and has_kernel(panel, device):
             packed_sizes(panel, outputs, inputs, threads)
         elif exact:
-            step = slot_outputs(inputs, panel)
+            step = slot_outputs(inputs, panel, _slot_bytes(device))
             for piece in {min(step, outputs), outputs % step} - {0}:
                 width = round_up(piece, panel)
                 row_sizes(torch.bfloat16, device, width, inputs + inputs // GROUP, True, False, threads)
         elif has_kernel(panel, device):
             packed_rows(spec.weights, panel, outputs, inputs, threads)
+        else:
+            fused_rows(spec.weights, panel, outputs, inputs, device)
 
 
 def _unread_layout(spec: ModelSpec, device: str) -> str:
@@ -104,7 +110,7 @@ def unpacked(x_TI: Tensor, weight: QuantWeight, *, exact: bool) -> Tensor:
     rows, inputs = x_TI.shape
     sums = x_TI.view(rows, inputs // GROUP, GROUP).sum(2)
     x_extended = torch.cat((x_TI, sums), 1)
-    step = slot_outputs(inputs, weight.panel)
+    step = slot_outputs(inputs, weight.panel, _slot_bytes(x_TI.device.type))
     y_TO = x_TI.new_empty(rows, weight.outputs)
     for start in range(0, weight.outputs, step):
         part = weight.rows(start, min(start + step, weight.outputs))
@@ -157,6 +163,31 @@ def packed_rows(weights: str, panel: int, outputs: int, inputs: int, num_threads
 
     case = (weights, panel, outputs, inputs, num_threads)
     return int(remembered(f"packed rows {case}", lambda rows: rows in (0, *_CROSSINGS), find))
+
+
+@cache
+def fused_rows(weights: str, panel: int, outputs: int, inputs: int, device: str) -> int:
+    """The most rows at which a GPU multiplies the packed bytes faster than it unpacks them; 0 where it never does."""
+    if not served.serves(device):
+        return 0
+
+    def find() -> int:
+        weight = made_up(weights, panel, outputs, inputs).to(torch.device(device))
+        best = 0
+        with torch.no_grad():
+            for rows in _CROSSINGS[: _CROSSINGS.index(fused_quant.MOST_ROWS) + 1]:
+                x = torch.ones(rows, inputs, dtype=torch.bfloat16, device=device)
+                paths: dict[str, Callable[[], object]] = {
+                    "fused": partial(fused_quant.fused, x, weight),
+                    "unpacked": partial(unpacked, x, weight, exact=False),
+                }
+                if fastest(paths, device_clock(device)) != "fused":
+                    break
+                best = rows
+        return best
+
+    case = (served.device_name(device), weights, panel, outputs, inputs)
+    return int(remembered(f"fused rows {case}", lambda rows: rows in (0, *_CROSSINGS), find))
 
 
 @cache
@@ -225,8 +256,12 @@ def _fill_slot(weight: QuantWeight) -> Tensor:
     panels, inputs, half = weight.nibbles.shape
     groups, width = inputs // GROUP, panels * 2 * half
     numel, scratch = (inputs + groups) * width, panels * inputs * half
-    octets = _SLOTS.take(2 * numel + 2 * scratch, weight.nibbles.device)
+    is_fused = served.serves(weight.nibbles.device.type)
+    octets = _SLOTS.take(2 * numel + (0 if is_fused else 2 * scratch), weight.nibbles.device)
     slot = octets[: 2 * numel].view(torch.bfloat16).view(-1, width)
+    if is_fused:
+        fused_quant.fill_slot(weight, slot)
+        return slot
     halves = slot[:inputs].view(inputs, panels, 2, half).permute(2, 1, 0, 3)  # [2, P, I, panel / 2]
     one, two = octets[2 * numel :].view(2, panels, inputs, half).unbind()
     for upper in (False, True):
@@ -254,6 +289,10 @@ def _signed(weight: QuantWeight, upper: bool, one: Tensor, two: Tensor) -> None:
         torch.bitwise_left_shift(weight.nibbles, 4, out=one)
         torch.bitwise_and(weight.low, 15, out=two)
     one.bitwise_or_(two).bitwise_xor_(128)
+
+
+def _slot_bytes(device: str) -> int:
+    return GPU_SLOT_BYTES if device == "cuda" else SLOT_BYTES
 
 
 def _case(weight: QuantWeight) -> tuple[str, int, int, int]:

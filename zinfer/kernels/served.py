@@ -41,6 +41,20 @@ def operand(dtype: torch.dtype) -> Any:
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
+@cache
+def device_name(device_type: str) -> str:
+    """What a remembered choice belongs to."""
+    return torch.cuda.get_device_name() if device_type == "cuda" else device_type
+
+
+@cache
+def num_cores(device: torch.device) -> int:
+    """Multiprocessors of a device; the interpreter is one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def power(number: int) -> int:
     """The next power of two: what a tile's edge must be."""
     return 1 << (number - 1).bit_length()

@@ -331,7 +331,9 @@ class _Maker:
         return asked_workload(self.spec, self.resolved, workload, compute_bytes)
 
     def _reserve(self, settled: Workload) -> Reserve:
-        return reserve_for(self.spec, settled, exact=self.resolved.settings.exact)
+        return reserve_for(
+            self.spec, settled, exact=self.resolved.settings.exact, device=self.resolved.device
+        )
 
     def _curve(self, settled: Workload) -> Curve:
         engine = engine_of(self.machine, self.tier)

@@ -9,7 +9,7 @@ from zinfer.plan.records import Workload
 from zinfer.spec.attention_cost import arranged_bytes
 from zinfer.spec.cost import activation_bytes, attention_bytes
 from zinfer.spec.encoder_cost import encoder_peak_bytes
-from zinfer.spec.quant import op_bytes, workspace_bytes
+from zinfer.spec.quant import GPU_SLOT_BYTES, SLOT_BYTES, op_bytes, workspace_bytes
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
 from zinfer.units import KIB, round_up
 
@@ -66,18 +66,19 @@ def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
     return cache_tokens(workload) * spec.kv_token_bytes(workload.kv.dtype or spec.dtype)
 
 
-def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
+def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str = "cpu") -> Reserve:
     """What passes of at most `workload.prefill_rows` rows need beside weights, the cache included.
 
     Logits are wanted for one row per sequence, or for `workload.logit_rows`.  While one micro-batch computes, the
     others keep what they hold between two ops.  A cache below the device costs host memory: pages, and what attends
     or gathers there; pages that come up cost the device one sequence's layer.
     """
+    unpacking = workspace_bytes(spec, GPU_SLOT_BYTES if device.startswith("cuda") else SLOT_BYTES)
     rows, kv = workload.rows_at_once, workload.kv
     logit_rows = max(workload.logit_rows or 0, workload.batch)
     if spec.encoder is not None:  # texts are in one micro-batch, and keep nothing in a cache
         peak = encoder_peak_bytes(spec, workload.prefill_rows, logit_rows, workload.context, exact=exact)
-        return Reserve(kv=0, activations=peak + ROW_STAGING_BYTES + workspace_bytes(spec))
+        return Reserve(kv=0, activations=peak + ROW_STAGING_BYTES + unpacking)
     kv_dtype, context = kv.dtype or spec.dtype, workload.context
     costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
     waiting = max(cost.held for kind, cost in costs.items() if kind != "head")
@@ -85,7 +86,7 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool) -> Reserve:
     activations = max(cost.peak for cost in costs.values())
     parked = workload.num_micros * waiting if workload.parks else 0
     activations += 0 if workload.parks else (workload.num_micros - 1) * waiting
-    activations += arranged + ROW_STAGING_BYTES + workspace_bytes(spec)
+    activations += arranged + ROW_STAGING_BYTES + unpacking
     if kv.attend == "resident":
         return Reserve(kv_bytes(spec, workload), activations, host_activations=parked)
     if kv.attend == "device":

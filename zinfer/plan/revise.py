@@ -84,7 +84,7 @@ def _again(
 ) -> Candidate:
     """Place the plan's chunks anew and simulate."""
     tier = plan.placement.compute_tier
-    reserve = reserve_for(spec, workload, exact=plan.exact)
+    reserve = reserve_for(spec, workload, exact=plan.exact, device=plan.device)
     lookahead = plan.placement.lookahead or 1
     placement = place(plan.table, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
     schedule = build_schedule(plan.table, placement, parks=workload.parks)

@@ -110,7 +110,7 @@ def shrunk_workload(
         for count in rows:
             logit_rows = asked.logit_rows and max(asked.logit_rows * count // asked.prefill_rows, batch)
             workload = replace(asked, batch=batch, prefill_rows=count, logit_rows=logit_rows)
-            reserve = reserve_for(spec, workload, exact=resolved.settings.exact)
+            reserve = reserve_for(spec, workload, exact=resolved.settings.exact, device=resolved.device)
             need = smallest_budget(least, compute_tier=tier, reserve=reserve, lookahead=lookahead)
             if need.host <= budget.host and need.device <= budget.device:
                 fitting.append(workload)

@@ -31,6 +31,7 @@ PANELS = {
 PARTS = {"nibbles": "U8", "low": "U8", "scales": "BF16"}  # role -> dtype
 STORED_BYTES = DTYPE_BYTES | {"U8": 1}
 SLOT_BYTES = 4 * MIB  # of bf16 into which a piece of a matrix is unpacked; one panel at least
+GPU_SLOT_BYTES = 64 * MIB  # the same on a GPU, where a small product costs as much as a larger one
 RMS_LIMITS = {"int8": 0.006, "int4": 0.11}  # relative RMS error of a matrix that looks trained, at most
 WEIGHT_BYTES = {"int8": 8.5 / 8, "int4": 4.5 / 8}  # scale and zero of a group are 32 bits
 RATE_NAMES = {"int8": "I8", "int4": "I4"}  # under which a machine's profile has their products
@@ -54,17 +55,17 @@ def op_bytes(spec: ModelSpec, op: Op) -> int:
     return sum(part.numel * STORED_BYTES[part.dtype or spec.dtype] for part in op.reads)
 
 
-def slot_outputs(inputs: int, panel: int) -> int:
+def slot_outputs(inputs: int, panel: int, slot_bytes: int = SLOT_BYTES) -> int:
     """Outputs of the piece of a matrix that is unpacked at a time: it follows from the shape alone."""
-    return max(SLOT_BYTES // (2 * inputs * panel), 1) * panel
+    return max(slot_bytes // (2 * inputs * panel), 1) * panel
 
 
-def workspace_bytes(spec: ModelSpec) -> int:
+def workspace_bytes(spec: ModelSpec, slot_bytes: int = SLOT_BYTES) -> int:
     """The slot for unpacked weights and zeros, and the integers on their way into it; 0 where nothing is quantised."""
     parts = [part for op in spec.program for part in op.stored if part.role == "nibbles"]
     pieces = []
     for panels, inputs, half in (part.shape for part in parts):
-        pieces.append(inputs * min(slot_outputs(inputs, 2 * half), panels * 2 * half))
+        pieces.append(inputs * min(slot_outputs(inputs, 2 * half, slot_bytes), panels * 2 * half))
     return max((2 * numel + 2 * numel // GROUP + numel for numel in pieces), default=0)
 
 
