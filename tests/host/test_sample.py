@@ -12,7 +12,7 @@ from zinfer.runtime.live_bytes import LiveBytes
 from zinfer.sampling import sample as module
 from zinfer.sampling.params import SamplingParams
 from zinfer.sampling.philox import philox, uniform
-from zinfer.sampling.sample import sample
+from zinfer.sampling.sample import collect, draw, sample
 from zinfer.spec import sampling_cost
 
 
@@ -134,8 +134,8 @@ def test_draws_over_many_blocks_follow_the_distribution():
 def test_the_ends_of_the_unit_interval():
     probs = torch.zeros(1, 600)
     probs[0, 259], probs[0, 511] = 0.25, 0.75
-    for draw, token in [(0.0, 259), (0.2499, 259), (0.2501, 511), (1 - 2**-53, 511)]:
-        assert module._invert(probs, torch.tensor([draw], dtype=torch.float64)).tolist() == [token]
+    for number, token in [(0.0, 259), (0.2499, 259), (0.2501, 511), (1 - 2**-53, 511)]:
+        assert module._invert(probs, torch.tensor([number], dtype=torch.float64)).tolist() == [token]
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -182,13 +182,18 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("slab", [1, 3000, 2**20])
-def test_a_draw_does_not_depend_on_batch_mates(monkeypatch, slab):
-    logits = torch.randn(24, 1500, generator=torch.Generator().manual_seed(2)) * 3
+def mixed_rows(count=24, vocab=1500):
+    logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(2)) * 3
     rows = [
         Sequence(SamplingParams(**MIXED[i % len(MIXED)]), seed=i, prompt_ids=[i, 5], output_ids=[7] * i)
-        for i in range(24)
+        for i in range(count)
     ]
+    return logits, rows
+
+
+@pytest.mark.parametrize("slab", [1, 3000, 2**20])
+def test_a_draw_does_not_depend_on_batch_mates(monkeypatch, slab):
+    logits, rows = mixed_rows()
     alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(24)]
     monkeypatch.setattr(sampling_cost, "SLAB_LOGITS", slab)
     assert sample(logits, rows) == alone
@@ -198,6 +203,41 @@ def test_a_draw_does_not_depend_on_batch_mates(monkeypatch, slab):
     assert sample(logits, other_seeds) != alone
     next_step = [Sequence(row.params, row.seed, row.prompt_ids, [*row.output_ids, 7]) for row in rows]
     assert sample(logits, next_step) != alone
+
+
+def test_a_devices_sort_draws_what_the_processors_does(monkeypatch):
+    logits, rows = mixed_rows()
+    want = sample(logits, rows)
+    sorted_rows = []
+
+    def falling(probs):
+        sorted_rows.append(len(probs))
+        return probs.sort(-1, descending=True).values
+
+    monkeypatch.setattr(module, "_falling", falling)
+    assert sample(logits, rows) == want
+    assert sum(sorted_rows) == 9  # the rows with a top_p, and no others
+    monkeypatch.setattr(module, "_falling", lambda probs: falling(probs).flip(-1))
+    assert sample(logits, rows) != want
+
+
+def test_micro_batches_are_collected_together():
+    logits, rows = mixed_rows()
+    parts = [draw(logits[a:b], rows[a:b]) for a, b in [(0, 5), (5, 5), (5, 24)]]
+    assert [each for part in collect(parts) for each in part] == sample(logits, rows)
+    assert collect([]) == []
+
+
+def test_nothing_is_asked_of_a_device_before_the_draws_are_collected(monkeypatch):
+    """On the device that has no values: mixing it with the host's, or asking for a value, raises."""
+    monkeypatch.setattr(sampling_cost, "SLAB_LOGITS", 3000)
+    _, rows = mixed_rows(8)
+    rows[0].params = SamplingParams(min_tokens=5, repetition_penalty=1.2, min_p=0.1)
+    drawn = draw(torch.empty(8, 1500, device="meta"), rows, eos_ids=[1, 2])
+    assert drawn.numbers.device.type == "meta"
+    assert drawn.numbers.shape == (2 * 8 + 9,)  # id and largest logit; of one row also 4 log probabilities
+    with pytest.raises(NotImplementedError):
+        collect([drawn])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -19,7 +19,7 @@ from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Piece, Scheduler
 from zinfer.runtime.text import TextState
-from zinfer.sampling.sample import Draw, sample
+from zinfer.sampling.sample import Draw, Drawn, collect, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +91,15 @@ class Loop:
         outputs = self.executor.run(list(zip(batches, views, strict=True)))
         for view in views:
             view.commit()
-        for micro, logits_RV in zip(micros, outputs, strict=True):
-            yield from self._took(micro, logits_RV)
+        drawn = [self._draw(micro, logits_RV) for micro, logits_RV in zip(micros, outputs, strict=True)]
+        for micro, logits_RV, draws in zip(micros, outputs, collect(drawn), strict=True):
+            yield from self._took(micro, logits_RV, draws)
 
-    def _took(self, pieces: Sequence[Piece], logits_RV: Tensor) -> Iterator[Event]:
+    def _took(
+        self, pieces: Sequence[Piece], logits_RV: Tensor, draws_of_micro: Sequence[Draw]
+    ) -> Iterator[Event]:
         """Advance the requests of one micro-batch; its logits lie in the order of its pieces."""
-        counts = [request.num_logit_rows(start, start + len(ids)) for request, ids, start in pieces]
-        parts = torch.split(logits_RV, counts)
-        drawing = [
-            (piece.request, part)
-            for piece, part in zip(pieces, parts, strict=True)
-            if piece.request.is_sampling_at(piece.stop)
-        ]
-        draws = iter(self._draw(drawing, logits_RV))
+        parts, draws = _by_piece(pieces, logits_RV), iter(draws_of_micro)
         for piece, part in zip(pieces, parts, strict=True):
             is_sampling = piece.request.is_sampling_at(piece.stop)
             piece.request.num_committed = piece.stop
@@ -112,13 +108,16 @@ class Loop:
             elif piece.request.on_logits is not None:
                 yield from self._scored(piece.request, part)
 
-    def _draw(self, rows: Sequence[tuple[Request, Tensor]], whole_RV: Tensor) -> list[Draw]:
-        """A token per request, from its row; all rows at once, without a copy where none belongs to a score."""
-        if not rows:
-            return []
+    def _draw(self, pieces: Sequence[Piece], whole_RV: Tensor) -> Drawn:
+        """A token per request that samples now, on the logits' device; no copy where no row belongs to a score."""
+        rows = [
+            (piece.request, part)
+            for piece, part in zip(pieces, _by_piece(pieces, whole_RV), strict=True)
+            if piece.request.is_sampling_at(piece.stop)
+        ]
         is_whole = len(rows) == len(whole_RV)
-        logits_SV = whole_RV if is_whole else torch.cat([part for _, part in rows])
-        return sample(logits_SV, [request for request, _ in rows], self.executor.spec.eos_ids)
+        logits_SV = whole_RV if is_whole else torch.cat([whole_RV[:0], *(part for _, part in rows)])
+        return draw(logits_SV, [request for request, _ in rows], self.executor.spec.eos_ids)
 
     def _scored(self, request: Request, logits_nV: Tensor) -> Iterator[Event]:
         assert request.on_logits is not None, "only a request that wants logits is scored"
@@ -140,3 +139,10 @@ class Loop:
         if is_finished:
             self.drop(request)
         return Event(request, draw.token_id, delta, is_finished)
+
+
+def _by_piece(pieces: Sequence[Piece], logits_RV: Tensor) -> tuple[Tensor, ...]:
+    """The rows of logits that each piece has: views."""
+    return torch.split(
+        logits_RV, [request.num_logit_rows(start, start + len(ids)) for request, ids, start in pieces]
+    )
