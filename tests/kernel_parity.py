@@ -1,13 +1,17 @@
 """Every device kernel against its twin: one set of cases for the interpreter on the CPU and for a real GPU."""
 
+import pytest
 import torch
 
-from zinfer.kernels import quant
+from zinfer.kernels import quant, rows
 from zinfer.kernels.fused_quant import fill_slot, fused
 from zinfer.kernels.paged import PageRows, paged_decode, paged_decode_twin
 from zinfer.kernels.panels import dequantise
 from zinfer.kernels.quantise import quantise
 from zinfer.kvcache.planes import make_planes
+from zinfer.layers.mlp import close_gate, open_gate
+from zinfer.layers.norm import rms_norm
+from zinfer.layers.rotary import rotate
 
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -82,3 +86,47 @@ def slot_difference(device, weights, outputs, inputs, panel=64):
     slot = torch.full(want.shape, float("nan"), dtype=dtype, device=device)
     fill_slot(weight, slot)
     return int((slot.cpu().bfloat16() != want).sum())
+
+
+ROWS_CLOSE = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
+}  # the interpreter cuts bf16 off
+
+
+def twin(function, *args, **options):
+    """What a layer computes where nothing is fused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "fuses", lambda *tensors: False)
+        return function(*args, **options)
+
+
+def rows_error(device, dtype, kernel):
+    """Largest difference of a fused row kernel from its twin, relative to the values' size where that is above 1."""
+    draw = torch.Generator().manual_seed(3)
+    wide = torch.randn(5, 6 * 48 + 2, generator=draw).to(device, dtype)
+    match kernel:
+        case "norm":
+            weight = torch.rand(290, generator=draw).to(device, dtype)
+            found, want = rows.norm(wide, weight, 1e-5), twin(rms_norm, wide, weight, 1e-5)
+        case "rotate":
+            heads = wide[:, 1:-1].unflatten(1, (6, 48))[
+                :, 1:
+            ]  # five heads of a fused product, of which 2 * 20 turn
+            angles = torch.rand(5, 20, generator=draw) * 6
+            cos, sin = (part.to(device, dtype) for part in (angles.cos(), angles.sin()))
+            found, want = rows.rotate(heads, cos, sin), twin(rotate, heads, cos, sin)
+        case "gate":
+            gate, up = wide.chunk(2, -1)
+            opened = twin(open_gate, gate, "silu", exact=False)
+            found, want = rows.gated(gate, up), twin(close_gate, opened, up, "silu")
+        case "one row":
+            weight = torch.randn(77, 290, generator=draw).to(device, dtype) * 0.06
+            bias = torch.randn(77, generator=draw).to(device, dtype)
+            found = rows.one_row(wide[:1], weight, bias)
+            want = torch.nn.functional.linear(wide[:1], weight, bias)
+    assert found.dtype == dtype
+    assert found.shape == want.shape
+    assert float(want.float().abs().max()) > 0.5
+    return float(((found.float() - want.float()).abs() / want.float().abs().clamp(min=1)).max())

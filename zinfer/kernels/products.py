@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zinfer.kernels.choice import agreeing_sizes, cover, fastest, one_thread, pad_rows
+from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
 from zinfer.kernels.remembered import remembered
+from zinfer.kernels.rows import one_row
+from zinfer.kernels.served import device_name, serves
 from zinfer.spec.cost import EXACT_ROWS, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
@@ -106,10 +108,11 @@ def row_kernel(
 ) -> str:
     """The name of the fastest of KERNELS for one row: timed on made-up numbers, once per process.
 
-    Only half precision on the CPU has kernels that differ: with and without oneDNN by up to 2 in either direction,
-    depending on the machine; and kernels that are level on a weight in the cache differ by 2 on one that is not.
+    Only half precision has kernels that differ: on the CPU with and without oneDNN by up to 2 in either direction,
+    depending on the machine, and kernels that are level on a weight in the cache differ by 2 on one that is not.
     """
-    if device != "cpu" or dtype == torch.float32:
+    candidates = _candidates(device, transposed)
+    if len(candidates) == 1 or dtype == torch.float32:
         return "linear"
     outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
 
@@ -118,14 +121,16 @@ def row_kernel(
         count = max(_COLD_BYTES // (size * dtype.itemsize), 1)
         pool = _noise((count, outputs, inputs), dtype, device)
         turns = cycle([_laid_out(weight_OI, transposed) for weight_OI in pool])
-        x, bias = _noise((1, inputs), dtype, device), torch.zeros(outputs, dtype=dtype) if has_bias else None
+        x = _noise((1, inputs), dtype, device)
+        bias = torch.zeros(outputs, dtype=dtype, device=device) if has_bias else None
         with torch.no_grad(), one_thread():
-            return fastest({name: partial(_run_next, run, x, turns, bias) for name, run in KERNELS.items()})
+            runs = {name: partial(_run_next, KERNELS[name], x, turns, bias) for name in candidates}
+            return fastest(runs, device_clock(device))
 
-    case = (dtype, device, outputs, inputs, transposed, has_bias)
+    case = (dtype, device_name(device), outputs, inputs, transposed, has_bias)
     return str(
         remembered(
-            f"one-row kernel, cold {case}", lambda name: isinstance(name, str) and name in KERNELS, find
+            f"one-row kernel, cold {case}", lambda name: isinstance(name, str) and name in candidates, find
         )
     )
 
@@ -154,7 +159,15 @@ KERNELS: dict[str, Product] = {
     "vector": _vector,
     "linear without oneDNN": _linear_without_onednn,
     "vector without oneDNN": _vector_without_onednn,
+    "triton": one_row,
 }
+
+
+def _candidates(device: str, transposed: bool) -> list[str]:
+    """The names in KERNELS that are worth timing on a device; the first is taken unless another is clearly faster."""
+    if device == "cpu":
+        return [name for name in KERNELS if name != "triton"]
+    return ["linear", "triton"] if serves(device) and not transposed else ["linear"]
 
 
 @contextmanager

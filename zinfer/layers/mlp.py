@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.kernels import rows
 from zinfer.spec.cost import ACTIVATION_PIECE
 
 # On the CPU torch cuts elementwise work evenly among its threads, at least SHARE elements to each, and computes what
@@ -54,6 +55,20 @@ def activate(x: Tensor, kind: str, *, exact: bool) -> Tensor:
         padded = F.pad(piece, (0, missing)) if missing else piece
         result[start:stop] = function(padded)[: stop - start]
     return result.view(x.shape)
+
+
+def open_gate(gate: Tensor, kind: str, *, exact: bool) -> Tensor:
+    """What `close_gate` wants kept of a gate [T, F] until its rows `up` are there: activated, or as it is."""
+    return gate if _is_fused(gate, kind) else activate(gate, kind, exact=exact)
+
+
+def close_gate(opened: Tensor, up: Tensor, kind: str) -> Tensor:
+    """activation(gate) * up."""
+    return rows.gated(opened, up) if _is_fused(opened, kind) else opened * up
+
+
+def _is_fused(gate: Tensor, kind: str) -> bool:
+    return kind == "silu" and rows.fuses(gate)
 
 
 def whole_pieces(count: int, num_threads: int) -> Iterator[tuple[int, int]]:

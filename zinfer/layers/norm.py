@@ -6,12 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.kernels import rows
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467).
 
     Rounds to x's dtype before the weight is applied, as the published Llama does.
     """
+    if rows.fuses(x, weight):
+        return rows.norm(x, weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)

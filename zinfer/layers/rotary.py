@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zinfer.kernels import rows
 from zinfer.layers.packed import Packed
 from zinfer.spec.records import Rope
 
@@ -30,7 +31,7 @@ def rotary_tables(rope: Rope, batch: Packed, dtype: torch.dtype) -> tuple[Tensor
     else:
         cuts = zip(torch.split(positions_T, row_counts(batch)), lengths, strict=True)
         angles = torch.cat(
-            [rows[:, None] * inverse_frequencies(rope, length, rows.device) for rows, length in cuts]
+            [part[:, None] * inverse_frequencies(rope, length, part.device) for part, length in cuts]
         )
     scale = _scale(rope)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
@@ -38,6 +39,8 @@ def rotary_tables(rope: Rope, batch: Packed, dtype: torch.dtype) -> tuple[Tensor
 
 def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rotary_dim dimensions of every head, as pairs (i, i + rotary_dim / 2); the rest passes."""
+    if rows.fuses(x_THD):
+        return rows.rotate(x_THD, cos, sin)
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
     left, right, rest = x_THD[..., :half], x_THD[..., half : 2 * half], x_THD[..., 2 * half :]
@@ -48,7 +51,7 @@ def sequence_lengths(batch: Packed) -> tuple[int, ...]:
     """Known length of each sequence."""
     if batch.lengths is not None:
         return batch.lengths
-    return tuple(past + rows for past, rows in zip(batch.past, row_counts(batch), strict=True))
+    return tuple(past + count for past, count in zip(batch.past, row_counts(batch), strict=True))
 
 
 def row_counts(batch: Packed) -> list[int]:

@@ -16,7 +16,7 @@ from zinfer.kernels.panels import is_quantised, quant_weight
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import quant_linear
 from zinfer.layers.attention import attend
-from zinfer.layers.mlp import activate
+from zinfer.layers.mlp import activate, close_gate, open_gate
 from zinfer.layers.norm import layer_norm, rms_norm
 from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.rotary import rotary_tables, rotate
@@ -42,7 +42,7 @@ class Flow:
     output: Tensor | None = None  # of a product whose blocks are not all done
     query: Tensor | None = None  # [T, H, D]
     key: Tensor | None = None  # [T, K, D]
-    gate: Tensor | None = None  # [T, F], activated
+    gate: Tensor | None = None  # [T, F], as `open_gate` left it
     branch: Tensor | None = None  # [T, M], attention's output where the residual is parallel
     rotary: tuple[Tensor, Tensor] | None = None
     logits: Tensor | None = None
@@ -173,14 +173,14 @@ def _finish(
             value = _split_heads(spec, flow, batch)
             flow.input = _attention(op.layer, spec, flow, value, batch, kv, exact=exact)
         case "gate":
-            flow.gate = activate(flow.take("output"), spec.activation, exact=exact)
+            flow.gate = open_gate(flow.take("output"), spec.activation, exact=exact)
         case "up" if spec.gated_mlp:
-            flow.input = flow.take("gate") * flow.take("output")
+            flow.input = close_gate(flow.take("gate"), flow.take("output"), spec.activation)
         case "up":
             flow.input = activate(flow.take("output"), spec.activation, exact=exact)
         case "gate_up":
             gate, up = flow.take("output").chunk(2, dim=-1)
-            flow.input = activate(gate, spec.activation, exact=exact) * up
+            flow.input = close_gate(open_gate(gate, spec.activation, exact=exact), up, spec.activation)
         case "o" if spec.parallel_residual:
             flow.branch = flow.take("output")
         case "o" | "down":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zinfer.plan.place import Reserve
 from zinfer.plan.records import Workload
 from zinfer.spec.attention_cost import arranged_bytes
-from zinfer.spec.cost import activation_bytes, attention_bytes
+from zinfer.spec.cost import activation_bytes, attention_bytes, converted_bytes
 from zinfer.spec.encoder_cost import encoder_peak_bytes
 from zinfer.spec.quant import GPU_SLOT_BYTES, SLOT_BYTES, op_bytes, workspace_bytes
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
@@ -74,6 +74,7 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str
     or gathers there; pages that come up cost the device one sequence's layer.
     """
     unpacking = workspace_bytes(spec, GPU_SLOT_BYTES if device.startswith("cuda") else SLOT_BYTES)
+    unpacking += converted_bytes(spec)
     rows, kv = workload.rows_at_once, workload.kv
     logit_rows = max(workload.logit_rows or 0, workload.batch)
     if spec.encoder is not None:  # texts are in one micro-batch, and keep nothing in a cache

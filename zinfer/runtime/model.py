@@ -21,6 +21,7 @@ from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
 from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings, parse_settings
 from zinfer.errors import CheckpointError, UsageError
+from zinfer.kernels.precision import computable
 from zinfer.kernels.quant import any_linear
 from zinfer.log import logger
 from zinfer.plan.make import Plan, make_plan
@@ -152,7 +153,8 @@ class Model:
 def open_model(folder: Path, settings: Settings) -> Model:
     """Check the folder, read its config and headers, choose the machine profile.
 
-    Raises CheckpointError for whatever is wrong with the folder, MachineError when the device is not there.
+    Raises CheckpointError for whatever is wrong with the folder, MachineError when the device is not there, ZI-5361
+    when it cannot multiply the weights.
     """
     index = CheckpointIndex.open(folder)
     spec = read_spec(index.config, index.generation_config, index.dtypes)
@@ -171,6 +173,7 @@ def open_model(folder: Path, settings: Settings) -> Model:
     resolved = _resolved(settings, machine)
     if is_saved and resolved.device != "sim":
         machine = _as_it_is_now(machine, source.files, spec, resolved)
+    spec = computable(spec, resolved.device)
     return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
 
 

@@ -31,6 +31,13 @@ def quantised_product_bytes(rows: int, op: Op) -> int:
     return DTYPE_BYTES["BF16"] * rows * (2 * inputs + inputs // GROUP + outputs)
 
 
+def converted_bytes(spec: ModelSpec) -> int:
+    """The weights of one op in the dtype that is computed in; 0 where they are published in it."""
+    if spec.stored_dtype in ("", spec.dtype):
+        return 0
+    return max(sum(part.numel for part in op.reads) for op in spec.program) * DTYPE_BYTES[spec.dtype]
+
+
 def op_flops(op: Op, rows: int) -> int:
     """Multiplications and additions of the op's product; the head's rows are those whose logits are wanted."""
     return 2 * rows * op.matrix.numel if op.matrix else 0

@@ -132,7 +132,7 @@ class ModelSpec:
 
     architecture: str  # "LlamaForCausalLM"
     family: str  # "llama"
-    dtype: str  # of the published weights, "BF16" | "F16" | "F32"
+    dtype: str  # that is computed in, as a rule that of the published weights: "BF16" | "F16" | "F32"
     num_layers: int
     model_dim: int
     num_heads: int
@@ -168,6 +168,7 @@ class ModelSpec:
     program: tuple[Op, ...] = field(default=(), repr=False)
     lookups: tuple[RowLookup, ...] = ()
     num_parameters: int = 0
+    stored_dtype: str = ""  # of the published weights where `dtype` is another: each op converts its own
     weights: str = "published"  # the format of the matrices where they are stored: or "int8" | "int4"
 
     @property
