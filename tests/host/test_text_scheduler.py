@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zinfer.errors import BudgetError, MachineError, ZinferError
-from zinfer.students.opening import open_scheduler
+from zinfer.students.opening import measured, open_scheduler
 from zinfer.students.scheduler import Overloaded, TextScheduler
 from zinfer.tokenizer import Encoded
 
@@ -168,6 +168,26 @@ def test_opening_measures_every_number_of_students():
     seen = {(m, sum(map(len, texts))) for m, texts in answerer.passes[:-1]}
     assert seen == {(m, tokens) for m in (1, 2, 3) for tokens in (16, 64, 256, 300)}
     assert all(len(ids) <= answerer.max_tokens for _, texts in answerer.passes for ids in texts)
+
+
+def test_passes_longer_than_the_objective_are_not_tried_again_with_more_students():
+    now, answerer = [0.0], Sums()
+
+    def slow(texts, num_students):
+        now[0] += num_students * 0.001 * sum(len(one.ids) for one in texts)
+        return Sums.answer(answerer, texts, num_students)
+
+    answerer.answer = slow
+    table = measured(answerer, 2000, 0.1, clock=lambda: now[0])
+    assert table.tokens == (16, 64, 256), "the first pass that is too long is the largest"
+    for m in (1, 2, 3):
+        assert [table.at(m, tokens) for tokens in table.tokens] == pytest.approx(
+            [0.016 * m, 0.064 * m, 0.256 * m]
+        )
+    tried = [(m, sum(map(len, texts))) for m, texts in answerer.passes]
+    assert (2, 256) not in tried
+    assert (3, 64) not in tried
+    assert (2, 64) in tried
 
 
 @pytest.mark.parametrize(

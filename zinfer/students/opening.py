@@ -14,7 +14,7 @@ from zinfer.tokenizer import Encoded
 
 TOKENS = (16, 64, 256, 1024)  # passes that are measured, beside the largest
 TYPICAL = 64  # tokens of a text in them
-REPEATS = 3
+REPEATS, LONG_S = 3, 0.1
 
 
 @runtime_checkable
@@ -33,18 +33,37 @@ def sample_texts(tokens: int, max_tokens: int) -> list[Encoded]:
     return [Encoded((0,) * one, (0,) * one, is_cut=False) for one in lengths]
 
 
-def measured(answerer: Answerer, pass_tokens: int, clock: Clock = time.perf_counter) -> ServiceTable:
-    """Seconds of a pass by students and tokens, the median of three after one that is not counted."""
-    tokens = sorted({one for one in TOKENS if one < pass_tokens} | {pass_tokens})
-    seconds = []
+def measured(
+    answerer: Answerer, pass_tokens: int, objective_s: float, clock: Clock = time.perf_counter
+) -> ServiceTable:
+    """Seconds of a pass by students and tokens, up to passes that alone take longer than the objective.
+
+    What takes longer with fewer students is not tried with more: it takes more by as much as there are more.
+    """
+    sizes = sorted({one for one in TOKENS if one < pass_tokens} | {pass_tokens})
+    seconds: list[list[float]] = []
     for num_students in range(1, answerer.num_students + 1):
-        row = []
-        for one in tokens:
-            texts = sample_texts(one, answerer.max_tokens)
-            answerer.answer(texts, num_students)
-            row.append(median(_seconds(answerer, texts, num_students, clock) for _ in range(REPEATS)))
+        row: list[float] = []
+        for at, tokens in enumerate(sizes):
+            if seconds and seconds[-1][at] > objective_s:
+                row.append(seconds[-1][at] * num_students / (num_students - 1))
+                continue
+            row.append(_typical_s(answerer, tokens, num_students, clock))
+            if not seconds and row[-1] > objective_s:
+                del sizes[at + 1 :]
+                break
         seconds.append(row)
-    return isotonic(tokens, seconds)
+    return isotonic(sizes, seconds)
+
+
+def _typical_s(answerer: Answerer, tokens: int, num_students: int, clock: Clock) -> float:
+    """The median of three after one that is not counted; a pass that is long enough is measured once."""
+    texts = sample_texts(tokens, answerer.max_tokens)
+    _seconds(answerer, texts, num_students, clock)
+    found = [_seconds(answerer, texts, num_students, clock)]
+    while len(found) < REPEATS and found[0] < LONG_S:
+        found.append(_seconds(answerer, texts, num_students, clock))
+    return median(found)
 
 
 def _seconds(answerer: Answerer, texts: list[Encoded], num_students: int, clock: Clock) -> float:
@@ -78,12 +97,12 @@ def open_scheduler(
     if isinstance(answerer, Warms):
         answerer.warm_up()
     controller = None
-    if objective_s is not None:
-        if not 0 < objective_s < float("inf"):
-            raise UsageError(
-                "ZI-1162", f"an objective of {objective_s} s is no duration", remedy="objective_s=0.05"
-            )
-        table = measured(answerer, pass_tokens)
+    if objective_s is not None and not 0 < objective_s < float("inf"):
+        raise UsageError(
+            "ZI-1162", f"an objective of {objective_s} s is no duration", remedy="objective_s=0.05"
+        )
+    if objective_s is not None and is_adaptive:
+        table = measured(answerer, pass_tokens, objective_s)
         smallest_s = table.at(least, table.tokens[0])
         if smallest_s > SHARE * objective_s:
             raise BudgetError(
