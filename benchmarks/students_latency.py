@@ -1,6 +1,6 @@
 """A teacher against 1 to K of its students.  In: a group, its teacher.  Out: a record and a picture of the latencies.
 
-usage: students_latency.py [GROUP --teacher DIR] [--work DIR] [--results DIR] [--cell 0.3] [--rate-s 4] [--quick]
+usage: students_latency.py [GROUP --teacher DIR] [--work DIR] [--results DIR] [--cell 0.3] [--rate-s 3] [--quick]
 
 Without a group: the bundled one where it is there, else one with random weights of MiniLM-L6's shape.  Two parts, in
 one process, threads as zinfer chooses them.  "Model": seconds of a call with so many texts of so many tokens, the
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,9 +29,10 @@ from made_group import write_students, write_teacher
 from zinfer.config.load import load_settings
 from zinfer.runtime.encoder_engine import EncoderEngine
 from zinfer.runtime.texts import pack_texts
+from zinfer.students.controller import ServiceTable
 from zinfer.students.group import read_group
 from zinfer.students.intake import Overloaded
-from zinfer.students.opening import open_scheduler
+from zinfer.students.opening import measured, open_scheduler
 from zinfer.students.scheduler import Answerer, Served
 from zinfer.students.serving import GroupService
 from zinfer.students.tally import percentile
@@ -41,6 +41,7 @@ from zinfer.tokenizer import Encoded
 WIDTH, LAYERS, HEADS, STUDENTS = 384, 6, 12, 3
 LENGTHS, BATCHES, MOST_ROWS = (16, 32, 64, 128, 256), (1, 4, 16, 64), 4096
 SERVED_LENGTH, SERVED_AT_LEAST = (16, 64), 0.7
+PASS_TOKENS = 2048
 BUNDLED = Path(__file__).resolve().parent.parent / "zinfer" / "assets" / "classifier"
 Call = Callable[[list[Encoded]], Any]
 
@@ -160,11 +161,17 @@ def model_rows(
 
 
 def latencies(
-    answerer: Answerer, objective_s: float, rate: float, seconds: float, vocab: int, *, is_adaptive: bool
+    answerer: Answerer,
+    objective_s: float,
+    rate: float,
+    seconds: float,
+    vocab: int,
+    table: ServiceTable,
+    least: int,
 ) -> tuple[list[float], dict[int, int]]:
     """Seconds from each text's arrival to its answer, in an open loop at `rate` texts/s; and who answered.
 
-    Refused texts count as never answered.
+    Refused texts count as never answered.  `least` students answer at least.
     """
     draw = random.Random(3)
     arrivals, at_s = [], 0.0
@@ -179,7 +186,7 @@ def latencies(
 
     queue = int(2 * seconds * rate * SERVED_LENGTH[1]) + 10_000
     with open_scheduler(
-        answerer, objective_s=objective_s, max_queue_tokens=queue, is_adaptive=is_adaptive
+        answerer, objective_s=objective_s, max_queue_tokens=queue, least=least, table=table
     ) as scheduler:
         begin_s, num_taken = time.perf_counter(), 0
         for number, (due_s, text) in enumerate(arrivals):
@@ -197,21 +204,17 @@ def latencies(
 
 def capacity(
     name: str,
-    answerer: Answerer,
+    run: Callable[[float], tuple[list[float], dict[int, int]]],
     objective_s: float,
     guess: float,
-    vocab: int,
-    options: argparse.Namespace,
-    *,
-    is_adaptive: bool,
+    tries: int,
 ) -> dict[str, Any]:
     """The highest rate that holds the objective, by doubling or halving and then bisection; texts/s within 8 %."""
-    held, broken, tried = 0.0, float("inf"), []
+    held, broken = 0.0, float("inf")
+    tried: list[dict[str, Any]] = []
     rate = guess
-    while broken > 1.08 * held and len(tried) < (2 if options.quick else 9):
-        found, answers = latencies(
-            answerer, objective_s, rate, options.rate_s, vocab, is_adaptive=is_adaptive
-        )
+    while broken > 1.08 * held and len(tried) < tries:
+        found, answers = run(rate)
         p99_s = percentile(found, 0.99) or float("inf")
         tried.append({"rate": rate, "p50_s": percentile(found, 0.5), "p99_s": p99_s, "answers": answers})
         held, broken = (max(held, rate), broken) if p99_s <= objective_s else (held, min(broken, rate))
@@ -228,10 +231,22 @@ def served_rows(
     one = timed({"": teacher.answer}, lambda: drawn(1, middle, vocab, random.Random(4)), 0.2)[""]
     teacher_s = percentile(one, 0.5) or 1.0
     objective_s = options.objective or max(0.05, 6 * teacher_s)
-    entrants = (("teacher", teacher, False), ("all students", group, False), ("controller", group, True))
+    students = measured(group, PASS_TOKENS, objective_s)
+    entrants = (
+        ("teacher", teacher, measured(teacher, PASS_TOKENS, objective_s), 1),
+        ("all students", group, students, group.num_students),
+        ("controller", group, students, 1),
+    )
+
+    def run(
+        answerer: Answerer, table: ServiceTable, least: int, rate: float
+    ) -> tuple[list[float], dict[int, int]]:
+        return latencies(answerer, objective_s, rate, options.rate_s, vocab, table, least)
+
+    tries = 2 if options.quick else 8
     return [
-        capacity(name, answerer, objective_s, 0.7 / teacher_s, vocab, options, is_adaptive=is_adaptive)
-        for name, answerer, is_adaptive in entrants
+        capacity(name, partial(run, answerer, table, least), objective_s, 0.7 / teacher_s, tries)
+        for name, answerer, table, least in entrants
     ]
 
 
@@ -285,7 +300,7 @@ def options_of() -> argparse.Namespace:
     made.add_argument("--work", type=Path, default=Path("/tmp/zinfer-bench/students"))
     made.add_argument("--results", type=Path, default=RESULTS)
     made.add_argument("--cell", type=float, default=0.3, help="seconds per contestant, batch and length")
-    made.add_argument("--rate-s", type=float, default=4.0, help="seconds at each rate that is tried")
+    made.add_argument("--rate-s", type=float, default=3.0, help="seconds at each rate that is tried")
     made.add_argument("--threads", type=int, help="cores of a pass; default: all")
     made.add_argument("--objective", type=float, help="seconds; default 6 x the teacher's, at least 0.05")
     made.add_argument("--quick", action="store_true", help="does it run? two cells, two rates")
@@ -348,8 +363,10 @@ def main() -> None:
     )
     path = record.write(options.results)
     print(path)
-    if "matplotlib" in sys.modules or not options.quick:
+    try:
         draw_picture(rows, path.with_suffix(".png"))
+    except ModuleNotFoundError:
+        print("no picture: matplotlib is not installed")
     for engine in (group, wide, teacher):
         engine.close()
 

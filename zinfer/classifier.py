@@ -21,7 +21,7 @@ from zinfer.runtime.encoder_engine import EncoderEngine
 from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.labels import check_top_k, ranked, shaped
 from zinfer.spec.records import Encoder
-from zinfer.students.cascade import Cascade, check_threshold, threshold_for
+from zinfer.students.cascade import Cascade, Deferral, check_threshold, threshold_for
 from zinfer.students.serving import GroupService, is_group
 from zinfer.tokenizer import Encoded, Text, encode_texts
 
@@ -41,7 +41,8 @@ class Classifier:
 
     Of a group, answers whose confidence is below `defer_below` are given by `teacher`, which runs in what memory the
     group leaves; `target_accuracy` chooses the least threshold that reached it on unseen texts.  Without a teacher
-    such answers are marked.  A damaged group is refused, or with `degraded` serves its first whole students.
+    such answers are marked.  A damaged group is refused, or with `degraded` serves its first whole students.  `spread`
+    names devices over which the students are spread.
 
     Raises a ZinferError: UsageError (ZI-1134 for a model that is no encoder, ZI-1165 to ZI-1169 for a cascade that
     cannot be meant), CheckpointError, BudgetError, MachineError, IntegrityError.
@@ -56,6 +57,7 @@ class Classifier:
         defer_below: float | None = None,
         target_accuracy: float | None = None,
         degraded: bool = False,
+        spread: Sequence[str] = (),
         device: str | None = None,
         memory: Mapping[str, Any] | None = None,
         exact: bool | None = None,
@@ -82,13 +84,17 @@ class Classifier:
         self.cascade: Cascade | None = None
         self._teacher: EncoderEngine | None = None
         if is_group(path):
-            self.engine = GroupService(path, settings, students, is_degraded=degraded)
+            self.engine = GroupService(path, settings, students, devices=spread, is_degraded=degraded)
             try:
                 self._begin_cascade(teacher, defer_below, target_accuracy, watch)
             except BaseException:
                 self.engine.close()
                 raise
-        elif degraded or any(one is not None for one in (students, teacher, defer_below, target_accuracy)):
+        elif (
+            degraded
+            or spread
+            or any(one is not None for one in (students, teacher, defer_below, target_accuracy))
+        ):
             raise UsageError(
                 "ZI-1140",
                 f"{path} is one model, not a group of students",
@@ -163,6 +169,18 @@ class Classifier:
         rows_ND = normalised(rows_ND) if self.encoder.is_normalised else rows_ND
         result: npt.NDArray[np.float32] = rows_ND.numpy()
         return result
+
+    def deferral(self, *, max_queue_tokens: int = 65_536, pass_tokens: int = 2048) -> Deferral | None:
+        """The way from a scheduler before the group to the teacher; None without a teacher.  The scheduler owns it."""
+        if self.cascade is None or self._teacher is None:
+            return None
+        return Deferral(
+            self._teacher,
+            self.cascade.below,
+            self.encoder.scoring,
+            max_queue_tokens=max_queue_tokens,
+            pass_tokens=pass_tokens,
+        )
 
     def about(self) -> dict[str, Any]:
         """Who answers: {"plan", "stats"} of an offloaded model, {"students", "of", ...} of a group."""

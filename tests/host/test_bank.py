@@ -16,7 +16,7 @@ from text_models import CONFIGS, tokenizer
 
 from zinfer import Classifier
 from zinfer.cli.main import run
-from zinfer.errors import BudgetError, UsageError, ZinferError
+from zinfer.errors import BudgetError, MachineError, UsageError, ZinferError
 from zinfer.spec.read import read_spec
 from zinfer.students.bank import StudentBank
 from zinfer.students.group import read_group, write_group
@@ -154,6 +154,20 @@ def test_a_group_that_does_not_fit_is_refused_with_what_does(folder):
     with pytest.raises(BudgetError, match="ZI-2401") as caught:
         Classifier(folder, memory={"host": "64KiB"}, **CPU)
     assert "--host-mem" in caught.value.remedy
+
+
+def test_a_group_spread_over_devices_is_served_and_each_device_counts_its_own(folder):
+    with Classifier(folder, **CPU) as one, Classifier(folder, spread=("cpu", "cpu"), **CPU) as two:
+        given = ["the fox", ("a", "dog"), "x"]
+        assert np.abs(one.embed(given) - two.embed(given)).max() <= 1e-5
+        whole, shared = one.engine.ledger.reserved["students"], two.engine.ledger.reserved["students"]
+        students = sum(one.engine.bank.stacked[name][0].nbytes for name in one.engine.bank.stacked)
+        assert whole - shared == students, "of three students the first device holds two"
+        assert whole >= one.engine.bank.nbytes
+    with pytest.raises(UsageError, match="ZI-1164"):
+        Classifier(folder, spread=("cpu",) * 4, **CPU)
+    with pytest.raises(MachineError, match="ZI-5342"):
+        Classifier(folder, spread=("cpu", "cuda:63"), **CPU)
 
 
 def test_students_that_are_not_there(folder, tmp_path):

@@ -21,8 +21,9 @@ from zinfer.students.cascade import (
     deferral_table,
     threshold_for,
 )
+from zinfer.students.opening import open_scheduler
 from zinfer.students.scheduler import TextScheduler
-from zinfer.tokenizer import Encoded
+from zinfer.tokenizer import Encoded, encode_texts
 
 CPU = {"device": "cpu", "machine": "sim-default", "threads": 1, "memory": {"host": "64MiB"}}
 TEXTS = [
@@ -113,6 +114,22 @@ def test_the_teacher_may_be_streamed(folders):
         streamed = classifier.classify(TEXTS)
         assert classifier._teacher.plan.placement.slots, "something is streamed"
     assert streamed == resident
+
+
+def test_a_scheduler_before_a_group_defers_to_its_teacher(folders, below):
+    group, teacher = folders
+    with Classifier(group, teacher=teacher, defer_below=below, **CPU) as classifier:
+        wanted = classifier.classify(TEXTS, top_k=None, raw_scores=True)
+        texts = encode_texts(classifier.engine.tokenizer, TEXTS, classifier.engine.max_tokens)
+        with open_scheduler(classifier.engine, deferral=classifier.deferral()) as scheduler:
+            served = [future.result(60) for future in [scheduler.submit(one) for one in texts]]
+    assert [one.is_deferred for one in served] == [one[0]["answered_by"] == "teacher" for one in wanted]
+    for one, labels in zip(served, wanted, strict=True):
+        assert sorted(one.logits_C.tolist()) == pytest.approx(
+            sorted(label["score"] for label in labels), abs=1e-5
+        )
+    with Classifier(group, defer_below=below, **CPU) as classifier:
+        assert classifier.deferral() is None
 
 
 def test_without_a_teacher_unsure_answers_are_marked(folders, below):

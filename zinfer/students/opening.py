@@ -82,8 +82,11 @@ def open_scheduler(
     workers: int = 1,
     is_adaptive: bool = True,
     deferral: Defers | None = None,
+    table: ServiceTable | None = None,
 ) -> TextScheduler:
     """A scheduler whose controller knows what passes take here; without an objective all students always answer.
+
+    `table` is what an earlier one measured of the same answerer: it is then not measured again.
 
     Raises UsageError ZI-1162 for an objective that is no duration, ZI-1163 for a least number of students that there
     are not, BudgetError ZI-2207 for an objective shorter than the smallest pass of the fewest students.
@@ -102,7 +105,7 @@ def open_scheduler(
             "ZI-1162", f"an objective of {objective_s} s is no duration", remedy="objective_s=0.05"
         )
     if objective_s is not None and is_adaptive:
-        table = measured(answerer, pass_tokens, objective_s)
+        table = table or measured(answerer, pass_tokens, objective_s)
         smallest_s = table.at(least, table.tokens[0])
         if smallest_s > SHARE * objective_s:
             raise BudgetError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from zinfer.checkpoint.folder import open_folder
 from zinfer.checkpoint.index import CONFIG_FILE, SIDE_FILES
-from zinfer.checkpoint.read import regular_size
 from zinfer.checkpoint.sentence import read_object, sentence_files
 from zinfer.config.limits import memory_limits
 from zinfer.config.profiles import SIM_DEFAULT, load_machine
 from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings
-from zinfer.errors import CheckpointError, UsageError
+from zinfer.errors import CheckpointError, MachineError, UsageError
 from zinfer.memory.ledger import Ledger
 from zinfer.plan.records import Tier
 from zinfer.runtime.texts import group_texts, in_order, pack_texts
@@ -25,9 +25,10 @@ from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
 from zinfer.students.bank import StudentBank
 from zinfer.students.group import MANIFEST, read_group
+from zinfer.students.members import COMMON, part_of
 from zinfer.students.spread import Collective, CopyingCollective, SpreadBank
 from zinfer.students.student import encoder_of
-from zinfer.students.tensors import read_tensors
+from zinfer.students.tensors import read_sizes
 from zinfer.tokenizer import Encoded, Tokenizer, load_tokenizer
 
 MAX_ROWS, MAX_BATCH = 2048, 64
@@ -54,7 +55,8 @@ class GroupService:
     its first whole students.  Safe to call from several threads.
 
     Raises IntegrityError ZI-6091 to ZI-6093 for a damaged group, BudgetError ZI-2401 where it does not fit, UsageError
-    ZI-1159 for more students than it has, MachineError ZI-5001 for a device that is not there.
+    ZI-1159 for more students than it has, ZI-1164 for fewer than devices, MachineError ZI-5001, ZI-5342 for a device
+    that is not there.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class GroupService:
         if tokenizer is None:
             raise CheckpointError("ZI-4601", f"{path} has no tokenizer.json", remedy=f"copy {path} again")
         # The published names say whether the teacher's checkpoint left its prefix out.
-        names = [name.removeprefix("shared/") for name in read_tensors(weights)[0]]
+        sizes = read_sizes(weights)
+        names = [name.removeprefix("shared/") for name in sizes]
         teacher = read_spec(read_object(side_files[CONFIG_FILE]), None, dict.fromkeys(names, "F32"))
         teacher = with_sentence_files(teacher, *sentence_files(side_files))
         self.resolved = resolved_for(settings)
@@ -88,7 +91,8 @@ class GroupService:
         self.devices = tuple(devices) or (
             self.resolved.device if self.resolved.device.startswith("cuda") else "cpu",
         )
-        self.ledger = self._ledger(regular_size(weights))
+        _check_devices(self.devices)
+        self.ledger = self._ledger(sizes)
         group, self.manifest = read_group(path, teacher, is_degraded=is_degraded)
         self.written = int(self.manifest["students"])
         rows_bytes = _ALIVE * 4 * MAX_ROWS * teacher.mlp_dim
@@ -100,8 +104,13 @@ class GroupService:
             self.bank = StudentBank(group, self.devices[0])
         self.num_students = self.checked(num_students)
 
-    def _ledger(self, weights_bytes: int) -> Ledger:
+    def _ledger(self, sizes: Mapping[str, int]) -> Ledger:
         """Of the memory that the students live in; with several devices of the one that holds most."""
+        parts: Counter[str] = Counter()
+        for name, nbytes in sizes.items():
+            parts[part_of(name)] += nbytes
+        common = parts.pop(COMMON, 0)
+        weights_bytes = common + sum(list(parts.values())[:: len(self.devices)])
         if self.devices[0].startswith("cuda"):
             ledger = Ledger(Tier.DEVICE, self.resolved.device_bytes)
         else:
@@ -173,3 +182,15 @@ def resolved_for(settings: Settings) -> Resolved:
         free, total = torch.cuda.mem_get_info(int(at) if at and int(at) < num_gpus else 0)
         machine = machine.model_copy(update={"device_bytes": total})
     return resolve(settings, machine, limits=memory_limits(), num_gpus=num_gpus, free_device_bytes=free)
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    """Raises MachineError ZI-5342 for a device that is not there."""
+    there = {"cpu", *(f"cuda:{at}" for at in range(torch.cuda.device_count()))}
+    missing = [device for device in devices if device not in there]
+    if missing:
+        raise MachineError(
+            "ZI-5342",
+            f"students were to live on {missing[0]}, there are {', '.join(sorted(there))}",
+            remedy="--device cpu",
+        )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from zinfer.checkpoint.header import LENGTH_BYTES, parse_header
+from zinfer.checkpoint.header import LENGTH_BYTES, WeightEntry, parse_header
 from zinfer.checkpoint.read import read_range, regular_size
 from zinfer.errors import MachineError
 
@@ -43,13 +43,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote.  Raises CheckpointError ZI-41xx for a file that is damaged."""
-    size = regular_size(path)
-    length = int.from_bytes(read_range(path, 0, min(LENGTH_BYTES, size)), "little")
-    raw = read_range(path, LENGTH_BYTES, min(length, size))
+    raw, entries = _header(path)
     tensors = {}
-    for entry in parse_header(raw, size, str(path)):
+    for entry in entries:
         data = bytearray(read_range(path, entry.offset, entry.nbytes))
         flat = torch.frombuffer(data, dtype=DTYPES[entry.dtype]) if data else torch.empty(0)
         tensors[entry.name] = flat.view(entry.shape)
     notes: dict[str, Any] = json.loads(json.loads(raw).get("__metadata__", {}).get("notes", "{}"))
     return tensors, notes
+
+
+def read_sizes(path: Path) -> dict[str, int]:
+    """Bytes of each tensor by name, from the header alone.  Raises CheckpointError as `read_tensors`."""
+    return {entry.name: entry.nbytes for entry in _header(path)[1]}
+
+
+def _header(path: Path) -> tuple[bytes, tuple[WeightEntry, ...]]:
+    size = regular_size(path)
+    length = int.from_bytes(read_range(path, 0, min(LENGTH_BYTES, size)), "little")
+    raw = read_range(path, LENGTH_BYTES, min(length, size))
+    return raw, parse_header(raw, size, str(path))
