@@ -3,12 +3,15 @@
 tests/gpu has the test of what then happens; this one needs no GPU.
 """
 
+import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from zinfer.runtime.captured import Captured, shared_pool
+from zinfer.runtime.captured import Captured, SharedPool
+
+HOST = SharedPool(torch.device("cpu"))
 
 
 class Stream:
@@ -47,6 +50,9 @@ class Runtime:
         yield
         self.calls.append("recorded")
 
+    def graph_pool_handle(self):
+        return "pool"
+
     def CUDAGraph(self):
         return self
 
@@ -65,7 +71,7 @@ class OnDevice(torch.Tensor):
 @pytest.fixture
 def runtime(monkeypatch):
     fake = Runtime()
-    for name in ("Stream", "current_stream", "stream", "device", "graph", "CUDAGraph"):
+    for name in ("Stream", "current_stream", "stream", "device", "graph", "graph_pool_handle", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     return fake
 
@@ -77,7 +83,7 @@ def test_warm_ups_come_first_on_a_stream_of_their_own_and_each_call_is_one_repla
         return (x,)
 
     example = torch.zeros(3).as_subclass(OnDevice)
-    captured = Captured(run, example, "pool")
+    captured = Captured(run, example, SharedPool(torch.device("cuda:0")))
     assert runtime.calls == [
         "side waits for current",
         "on side",
@@ -99,14 +105,38 @@ def test_warm_ups_come_first_on_a_stream_of_their_own_and_each_call_is_one_repla
 
 def test_without_a_device_the_twin_runs_on_the_fixed_input():
     seen = []
-    captured = Captured(lambda x: (seen.append(x.data_ptr()), x + 1)[1:], torch.zeros(2))
+    captured = Captured(lambda x: (seen.append(x.data_ptr()), x + 1)[1:], torch.zeros(2), HOST)
     assert captured(torch.tensor([1.0, 2.0]))[0].tolist() == [2, 3]
     assert captured(torch.tensor([5.0, 6.0]))[0].tolist() == [6, 7]
     assert len(set(seen)) == 1
-    assert shared_pool(torch.device("cpu")) is None
+    assert HOST.handle is None
+
+
+def test_graphs_that_share_memory_take_turns():
+    """One's outputs may lie where another computes: the second must not begin before the first is copied out."""
+    begun, go, seen = threading.Event(), threading.Event(), []
+
+    def slow(x):
+        begun.set()
+        assert go.wait(30)
+        seen.append("slow")
+        return (x,)
+
+    pool = SharedPool(torch.device("cpu"))
+    one = Captured(slow, torch.zeros(1), pool)
+    two = Captured(lambda x: (seen.append("quick"), x)[1:], torch.zeros(1), pool)
+    first = threading.Thread(target=one, args=(torch.ones(1),))
+    first.start()
+    assert begun.wait(30)
+    second = threading.Thread(target=two, args=(torch.ones(1),))
+    second.start()
+    go.set()
+    first.join(30)
+    second.join(30)
+    assert seen == ["slow", "quick"]
 
 
 def test_an_input_of_another_shape_is_refused():
-    captured = Captured(lambda x: (x,), torch.zeros(2))
+    captured = Captured(lambda x: (x,), torch.zeros(2), HOST)
     with pytest.raises(RuntimeError):
         captured(torch.zeros(3))

@@ -17,31 +17,43 @@ Outputs = tuple[Tensor, ...]
 _WARM_UPS = 3  # before recording: libraries choose kernels and take workspaces on first use
 
 
+class SharedPool:
+    """Memory for what graphs of one device compute, and the turn that they take.
+
+    A graph's outputs may lie where another one's intermediates do, so each is copied out before the next replays;
+    whoever calls does so on the device's current stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.turn = device, threading.Lock()
+        self.handle: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 class Captured:
     """`run(x)` for x of one shape and dtype, without gradients; it may ask nothing of the device while it runs.
 
-    Keeps its input and its outputs at fixed addresses; `pool` is memory that graphs which never run at once share.
-    Calls from several threads take turns, and each gets copies of its own, ordered on the device's current stream.
+    Keeps its input and its outputs at fixed addresses.  Calls from several threads take turns with all that share the
+    pool, and each gets copies of its own.
     """
 
-    def __init__(self, run: Callable[[Tensor], Outputs], example: Tensor, pool: Any = None) -> None:
-        self._run, self._input = run, example.clone()
-        self._turn = threading.Lock()
+    def __init__(self, run: Callable[[Tensor], Outputs], example: Tensor, pool: SharedPool) -> None:
+        self._run, self._input, self._pool = run, example.clone(), pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Outputs = ()
         if example.device.type == "cuda":
-            self._capture(pool)
+            with pool.turn:
+                self._capture()
 
     def __call__(self, x: Tensor) -> Outputs:
         """What `run(x)` gives, on the device; x may lie in host memory."""
-        with self._turn, torch.no_grad():
+        with self._pool.turn, torch.no_grad():
             self._input.copy_(x)
             if self._graph is None:
                 return self._run(self._input)
             self._graph.replay()
             return tuple(output.clone() for output in self._outputs)
 
-    def _capture(self, pool: Any) -> None:
+    def _capture(self) -> None:
         device = self._input.device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -54,11 +66,6 @@ class Captured:
         with (
             torch.no_grad(),
             torch.cuda.device(device),
-            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(self._graph, pool=self._pool.handle, capture_error_mode="thread_local"),
         ):
             self._outputs = self._run(self._input)
-
-
-def shared_pool(device: torch.device) -> Any:
-    """Memory for graphs of one device that never run at once; None where there is nothing to record."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.layers.packed import Packed
-from zinfer.runtime.captured import Captured, Outputs, shared_pool
+from zinfer.runtime.captured import Captured, Outputs, SharedPool
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024)
 TEXTS = (1, 4, 16, 64)
@@ -71,7 +71,7 @@ class Replays:
 
     def __init__(self, run: Run, device: torch.device) -> None:
         self._run, self._device = run, device
-        self._pool = shared_pool(device)
+        self._pool = SharedPool(device)
         self.recorded: dict[tuple[Bucket, int], Captured] = {}
         self.num_replayed = 0
 
