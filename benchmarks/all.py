@@ -22,6 +22,7 @@ ALONE = {
     "offload_decode.py": 420,
     "offload_prefill.py": 420,
     "prediction.py": 300,
+    "students_latency.py": 400,
 }
 QUEUES = {  # seconds; together at most half an hour
     "throughput.py": 800,
@@ -33,6 +34,7 @@ QUEUES = {  # seconds; together at most half an hour
 BENCHMARKS = ALONE | QUEUES
 TAKES_NO_OPTIONS = ("overlap.py",)
 QUICK_IS_UNKNOWN = ("roofs.py",)
+TAKES_ONLY_QUICK = ("students_latency.py",)
 
 
 def chosen(words: list[str]) -> tuple[list[str], list[str]]:
@@ -48,6 +50,8 @@ def options_of(script: str, words: list[str]) -> list[str]:
     """Those of the given options that a script understands."""
     if script in TAKES_NO_OPTIONS:
         return []
+    if script in TAKES_ONLY_QUICK:
+        return [word for word in words if word == "--quick"]
     return [word for word in words if not (word == "--quick" and script in QUICK_IS_UNKNOWN)]
 
 
