@@ -5,8 +5,8 @@ import torch
 from dense_attention import WORDS, causal, dense, packed, qkv
 from kernel_parity import CLOSE, interprets, paged_error, pages_case
 
-from zinfer.kernels import served
-from zinfer.kernels.paged import num_splits, paged_decode, paged_decode_twin, paged_partials
+from zinfer.kernels import paged, served
+from zinfer.kernels.paged import num_splits, paged_decode, paged_decode_twin, paged_partials, paged_serves
 from zinfer.kvcache.cache import PagedKv, PagedView
 from zinfer.layers import on_device, varlen
 from zinfer.layers.attention import attend
@@ -69,6 +69,74 @@ def test_splits_fill_the_device_and_are_never_tiny(monkeypatch):
 
 
 @pytest.fixture
+def fresh_self_test(monkeypatch):
+    monkeypatch.setattr(served, "serves", lambda device_type: True)
+    paged_serves.cache_clear()
+    yield
+    paged_serves.cache_clear()
+
+
+@pytest.mark.parametrize(("dtype", "is_int8"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_the_self_test_passes(dtype, is_int8, fresh_self_test):
+    assert paged_serves(dtype, 6, 2, 12, is_int8, "cpu")
+
+
+def test_a_kernel_that_is_wrong_or_does_not_compile_is_not_used(fresh_self_test, monkeypatch, caplog):
+    monkeypatch.setattr(paged, "paged_decode", lambda q, *args, **options: q)
+    assert not paged_serves(torch.float32, 4, 2, 12, False, "cpu")
+
+    def refuses(*args, **options):
+        raise ValueError("out of resource: shared memory")
+
+    monkeypatch.setattr(paged, "paged_decode", refuses)
+    assert not paged_serves(torch.float32, 4, 2, 24, False, "cpu")
+    assert [record.getMessage().split("(")[1] for record in caplog.records] == [
+        "it gives wrong numbers)",
+        "out of resource: shared memory)",
+    ]
+
+
+def test_torchs_packed_attention_is_asked_for_in_its_own_words(monkeypatch):
+    """Once as torch 2.13 takes it, once as an older one; right answers serve, and a wrong window does not."""
+    from torch.nn.attention import varlen as torchs
+
+    def answered(q, k, v, row_ends, key_ends, scale, window):
+        rows, keys = row_ends.diff().tolist(), key_ends.diff().tolist()
+        return varlen.varlen_twin(q, k, v, rows, keys, scale=scale, window=window).to(q.dtype)
+
+    def new(q, k, v, row_ends, key_ends, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        assert window_size[1] == 0
+        left = window_size[0]
+        return answered(q, k, v, row_ends, key_ends, scale, None if left == -1 else left + 1)
+
+    def old(q, k, v, row_ends, key_ends, max_q, max_k, is_causal=False):
+        assert is_causal
+        return answered(q, k, v, row_ends, key_ends, q.shape[2] ** -0.5, None)
+
+    def off_by_one(q, k, v, row_ends, key_ends, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return answered(q, k, v, row_ends, key_ends, scale, window_size[0] + 2)
+
+    found = {}
+    monkeypatch.setattr(varlen, "_KERNELLESS", ())
+    for function in (new, old, off_by_one):
+        monkeypatch.setattr(torchs, "varlen_attn", function)
+        for is_windowed in (False, True):
+            varlen.varlen_serves.cache_clear()
+            case = (torch.bfloat16, 4, 2, 16, "cpu", is_windowed)
+            found[function.__name__, is_windowed] = varlen.varlen_serves(*case)
+    varlen.varlen_serves.cache_clear()
+    assert found.pop(("off_by_one", False)) is False
+    assert found == {
+        ("new", False): True,
+        ("new", True): True,
+        ("old", False): True,
+        ("old", True): False,
+        ("off_by_one", True): False,
+    }
+
+
+@pytest.fixture
 def as_device(monkeypatch):
     """The CPU as a device that has all kernels; counts the calls of each."""
     calls = {"varlen": 0, "paged": 0}
@@ -79,15 +147,17 @@ def as_device(monkeypatch):
         assert (pack.most_rows, pack.most_keys) == (max(rows), max(keys))
         return varlen.varlen_twin(q, k, v, rows, keys, scale=scale, window=window).to(q.dtype)
 
-    def paged(*args, **options):
+    def over_pages(*args, **options):
         calls["paged"] += 1
         return paged_decode(*args, **options)
 
     monkeypatch.setattr(on_device, "varlen_serves", lambda *case: True)
     monkeypatch.setattr(on_device, "varlen", packed_attention)
-    monkeypatch.setattr(on_device, "paged_decode", paged)
+    monkeypatch.setattr(on_device, "paged_decode", over_pages)
     monkeypatch.setattr(served, "serves", lambda device_type: True)
-    return calls
+    paged_serves.cache_clear()
+    yield calls
+    paged_serves.cache_clear()
 
 
 COUNTS = [(30, 0), (1, 130), (7, 20), (1, 16), (40, 0), (1, 0)]  # new rows, past

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zinfer.kernels.panels import QuantWeight
-from zinfer.kernels.served import num_cores, operand, power
+from zinfer.kernels.served import launching, num_cores, operand, power
 from zinfer.spec.quant import GROUP
 
 MOST_ROWS = 16  # of one tile; more rows go through the slot
@@ -33,27 +33,29 @@ def fused(x_TI: Tensor, weight: QuantWeight, *, splits: int | None = None) -> Te
     share = -(-groups // (splits or num_splits(panels, groups, x_TI.device)))
     count = -(-groups // share)
     sums = torch.empty((count, num_rows, width), dtype=torch.float32, device=x_TI.device)
-    multiply_panels[(panels, count)](
-        x_TI,
-        weight.nibbles,
-        _low(weight),
-        weight.scales,
-        sums,
-        num_rows,
-        groups,
-        width,
-        share,
-        GROUP=GROUP,
-        HALF=half,
-        BLOCK_M=MOST_ROWS,
-        OPERAND=operand(x_TI.dtype),
-        IS_INT8=weight.low is not None,
-    )
+    with launching(x_TI):
+        multiply_panels[(panels, count)](
+            x_TI,
+            weight.nibbles,
+            _low(weight),
+            weight.scales,
+            sums,
+            num_rows,
+            groups,
+            width,
+            share,
+            GROUP=GROUP,
+            HALF=half,
+            BLOCK_M=MOST_ROWS,
+            OPERAND=operand(x_TI.dtype),
+            IS_INT8=weight.low is not None,
+        )
     y_TO = x_TI.new_empty(num_rows, weight.outputs)
     block = min(power(weight.outputs), _BLOCK)
-    add_splits[(num_rows, -(-weight.outputs // block))](
-        sums, y_TO, count, weight.outputs, width, num_rows, BLOCK=block
-    )
+    with launching(x_TI):
+        add_splits[(num_rows, -(-weight.outputs // block))](
+            sums, y_TO, count, weight.outputs, width, num_rows, BLOCK=block
+        )
     return y_TO
 
 
@@ -62,17 +64,18 @@ def fill_slot(weight: QuantWeight, slot: Tensor) -> None:
     from zinfer.kernels.jit.quant import unpack_panels
 
     panels, inputs, half = weight.nibbles.shape
-    unpack_panels[(panels, inputs // GROUP)](
-        weight.nibbles,
-        _low(weight),
-        weight.scales,
-        slot,
-        inputs // GROUP,
-        panels * 2 * half,
-        GROUP=GROUP,
-        HALF=half,
-        IS_INT8=weight.low is not None,
-    )
+    with launching(slot):
+        unpack_panels[(panels, inputs // GROUP)](
+            weight.nibbles,
+            _low(weight),
+            weight.scales,
+            slot,
+            inputs // GROUP,
+            panels * 2 * half,
+            GROUP=GROUP,
+            HALF=half,
+            IS_INT8=weight.low is not None,
+        )
 
 
 @cache

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from zinfer.kernels.served import num_cores, operand, power
+from zinfer.kernels import served
+from zinfer.kernels.served import launching, num_cores, operand, power
+from zinfer.log import logger
 
 _BLOCK_KEYS = 64  # keys of one tile
 _MIN_SPLIT_BLOCKS = 4  # tiles that a split has at least: fewer do not pay for the merge
 _MAX_SPLITS = 64
 _PROGRAMS_PER_CORE = 2  # of a full device
+_TRIAL_TOKENS = 256  # of the self-test, two sequences' pages
+_CLOSE = 0.03  # of values of about 1, rounded to half precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +62,10 @@ def paged_decode(
 
     num_rows, num_heads, dim = q_SHD.shape
     out = torch.empty_like(q_SHD, memory_format=torch.contiguous_format)
-    merge_splits[(num_rows * num_heads,)](
-        total, weight, top, out, splits, DIM=dim, BLOCK_D=power(dim), BLOCK_S=power(splits)
-    )
+    with launching(q_SHD):
+        merge_splits[(num_rows * num_heads,)](
+            total, weight, top, out, splits, DIM=dim, BLOCK_D=power(dim), BLOCK_S=power(splits)
+        )
     return out
 
 
@@ -105,6 +111,38 @@ def paged_decode_twin(
     return torch.stack(rows).to(q_SHD.dtype)
 
 
+@cache
+def paged_serves(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, is_int8: bool, device: str
+) -> bool:
+    """Whether `paged_decode` is right for such heads and pages on such a device: tried, once per process.
+
+    That also compiles it; a device may have too little of its shared memory for a shape.
+    """
+    if not served.serves(device):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(2, heads, head_dim, generator=draw).to(device, dtype)
+    plain = torch.randn(2, _TRIAL_TOKENS, kv_heads, head_dim, generator=draw)
+    planes = [plain.to(device, dtype)]
+    if is_int8:
+        scales = torch.rand(2, _TRIAL_TOKENS, kv_heads, generator=draw) / 64
+        planes = [(plain * 40).round().clamp(-127, 127).to(device, torch.int8), scales.to(device)]
+    table = torch.arange(2 * _TRIAL_TOKENS // 32, dtype=torch.int32).flip(0).view(2, -1).to(device)
+    lengths = torch.tensor([37, table.shape[1] * 16 - 3], dtype=torch.int32, device=device)
+    pages = PageRows(table, lengths, int(table.shape[1] * 16 - 3), 16)
+    try:
+        want = paged_decode_twin(q, planes, pages, scale=0.2, window=30).float()
+        found = [paged_decode(q, planes, pages, scale=0.2, window=30, splits=n).float() for n in (1, 2)]
+        is_right = all(bool(((each - want).abs() <= _CLOSE).all()) for each in found)
+        reason = "it gives wrong numbers"
+    except Exception as error:  # the compiler raises what it likes
+        is_right, reason = False, str(error)
+    if not is_right:
+        logger.warning("attention over pages in place does not work for heads of %d (%s)", head_dim, reason)
+    return is_right
+
+
 def num_splits(q_SHD: Tensor, kv_heads: int, pages: PageRows, window: int | None) -> int:
     """How many programs share a sequence's keys: enough to fill the device, none of them with too little to do."""
     keys = min(pages.longest, window or pages.longest)
@@ -133,32 +171,33 @@ def _launch(
         total = torch.empty((*shape, dim), dtype=torch.float32, device=q_SHD.device)
         weight, top = torch.empty((2, *shape), dtype=torch.float32, device=q_SHD.device)
     codes, scales = planes[0], planes[-1]  # plain pages have no scales, and the kernel reads none
-    attend_pages[(num_rows, kv_heads, splits)](
-        q_SHD,
-        codes[0],
-        codes[1],
-        scales[0],
-        scales[1],
-        pages.table,
-        pages.lengths,
-        total,
-        weight,
-        top,
-        scale,
-        cap,
-        window or 0,
-        pages.table.stride(0),
-        splits,
-        HEADS=num_heads,
-        KV_HEADS=kv_heads,
-        DIM=dim,
-        PAGE=pages.page_tokens,
-        BLOCK_G=max(power(num_heads // kv_heads), 16),
-        BLOCK_D=max(power(dim), 16),
-        BLOCK_N=_BLOCK_KEYS,
-        OPERAND=operand(q_SHD.dtype),
-        HAS_SCALES=len(planes) > 1,
-        HAS_CAP=cap > 0,
-        IS_WHOLE=splits == 1,
-    )
+    with launching(q_SHD):
+        attend_pages[(num_rows, kv_heads, splits)](
+            q_SHD,
+            codes[0],
+            codes[1],
+            scales[0],
+            scales[1],
+            pages.table,
+            pages.lengths,
+            total,
+            weight,
+            top,
+            scale,
+            cap,
+            window or 0,
+            pages.table.stride(0),
+            splits,
+            HEADS=num_heads,
+            KV_HEADS=kv_heads,
+            DIM=dim,
+            PAGE=pages.page_tokens,
+            BLOCK_G=max(power(num_heads // kv_heads), 16),
+            BLOCK_D=max(power(dim), 16),
+            BLOCK_N=_BLOCK_KEYS,
+            OPERAND=operand(q_SHD.dtype),
+            HAS_SCALES=len(planes) > 1,
+            HAS_CAP=cap > 0,
+            IS_WHOLE=splits == 1,
+        )
     return total, weight, top

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.kernels import served
 from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
 from zinfer.kernels.remembered import remembered
 from zinfer.kernels.rows import one_row
-from zinfer.kernels.served import device_name, serves
+from zinfer.kernels.served import device_name
 from zinfer.spec.cost import EXACT_ROWS, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
@@ -167,7 +168,7 @@ def _candidates(device: str, transposed: bool) -> list[str]:
     """The names in KERNELS that are worth timing on a device; the first is taken unless another is clearly faster."""
     if device == "cpu":
         return [name for name in KERNELS if name != "triton"]
-    return ["linear", "triton"] if serves(device) and not transposed else ["linear"]
+    return ["linear", "triton"] if served.serves(device) and not transposed else ["linear"]
 
 
 @contextmanager

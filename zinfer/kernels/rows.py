@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zinfer.kernels.served import power, serves
+from zinfer.kernels import served
+from zinfer.kernels.served import launching, power
 
 _BLOCK = 1024
 _BLOCK_HEADS = 8
@@ -20,7 +21,7 @@ _BLOCK_INPUTS = 512
 
 def fuses(*tensors: Tensor) -> bool:
     """Whether these kernels serve the tensors: on a device that has them, where no gradient is wanted."""
-    if not serves(tensors[0].device.type):
+    if not served.serves(tensors[0].device.type):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
@@ -31,7 +32,8 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x = x.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
-    norm_rows[(x.numel() // width,)](x, weight, y, eps, width, BLOCK=power(width))
+    with launching(x):
+        norm_rows[(x.numel() // width,)](x, weight, y, eps, width, BLOCK=power(width))
     return y
 
 
@@ -44,19 +46,20 @@ def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     num_rows, num_heads, dim = x_THD.shape
     y_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
     block = min(power(num_heads), _BLOCK_HEADS)
-    rotate_rows[(num_rows, -(-num_heads // block))](
-        x_THD,
-        cos.contiguous(),
-        sin.contiguous(),
-        y_THD,
-        x_THD.stride(0),
-        x_THD.stride(1),
-        num_heads,
-        DIM=dim,
-        HALF=cos.shape[1],
-        BLOCK_H=block,
-        BLOCK_D=power(dim),
-    )
+    with launching(x_THD):
+        rotate_rows[(num_rows, -(-num_heads // block))](
+            x_THD,
+            cos.contiguous(),
+            sin.contiguous(),
+            y_THD,
+            x_THD.stride(0),
+            x_THD.stride(1),
+            num_heads,
+            DIM=dim,
+            HALF=cos.shape[1],
+            BLOCK_H=block,
+            BLOCK_D=power(dim),
+        )
     return y_THD
 
 
@@ -67,9 +70,10 @@ def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     num_rows, width = gate_TF.shape
     y_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype, device=gate_TF.device)
     block = min(power(width), _BLOCK)
-    gate_rows[(num_rows, -(-width // block))](
-        gate_TF, up_TF, y_TF, gate_TF.stride(0), up_TF.stride(0), width, BLOCK=block
-    )
+    with launching(gate_TF):
+        gate_rows[(num_rows, -(-width // block))](
+            gate_TF, up_TF, y_TF, gate_TF.stride(0), up_TF.stride(0), width, BLOCK=block
+        )
     return y_TF
 
 
@@ -79,13 +83,14 @@ def one_row(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
 
     outputs, inputs = weight_OI.shape
     y_1O = x_1I.new_empty(1, outputs)
-    multiply_row[(-(-outputs // _BLOCK_OUTPUTS),)](
-        x_1I.contiguous(),
-        weight_OI,
-        y_1O,
-        outputs,
-        inputs,
-        BLOCK_O=_BLOCK_OUTPUTS,
-        BLOCK_I=min(power(inputs), _BLOCK_INPUTS),
-    )
+    with launching(x_1I):
+        multiply_row[(-(-outputs // _BLOCK_OUTPUTS),)](
+            x_1I.contiguous(),
+            weight_OI,
+            y_1O,
+            outputs,
+            inputs,
+            BLOCK_O=_BLOCK_OUTPUTS,
+            BLOCK_I=min(power(inputs), _BLOCK_INPUTS),
+        )
     return y_1O if bias is None else y_1O + bias

@@ -6,28 +6,43 @@ where they do not serve.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from zinfer.log import logger
 
 
 def serves(device_type: str) -> bool:
-    """Whether Triton kernels run on such a device.  Without Triton on CUDA their torch twins do, which is logged."""
+    """Whether Triton kernels run on such a device.  Where Triton does not work on CUDA their torch twins do: logged."""
     return device_type == "cuda" and _has_triton()
 
 
 @cache
 def _has_triton() -> bool:
-    """Imported here for the first time, and nowhere where there is no CUDA device."""
+    """Imported and tried here for the first time: it may lack a compiler, or know nothing of the device."""
     try:
-        import triton.language  # noqa: F401
+        from zinfer.kernels.jit.rows import gate_rows
+
+        x = torch.full((1, 16), 2.0, device="cuda")
+        y = torch.empty_like(x)
+        gate_rows[(1, 1)](x, x, y, 16, 16, 16, BLOCK=16)
+        is_right = bool(((y - 2 * F.silu(x)).abs() < 1e-3).all())
+        reason = "a first kernel gives wrong numbers"
     except Exception as error:  # a broken compiler or driver raises what it likes
-        logger.warning("Triton cannot be imported (%s): slower torch code replaces its kernels", error)
-        return False
-    return True
+        is_right, reason = False, str(error)
+    if not is_right:
+        logger.warning("Triton does not work here (%s): slower torch code replaces its kernels", reason)
+    return is_right
+
+
+def launching(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels launched inside run on the device of `x`, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 @cache

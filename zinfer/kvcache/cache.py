@@ -20,6 +20,7 @@ from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, pages_for
 from zinfer.kvcache.planes import Planes, make_planes
 from zinfer.kvcache.spill import SpilledCopy
 from zinfer.layers.packed import Span
+from zinfer.memory.upload import upload
 from zinfer.spec.attention_cost import KV_BLOCK
 
 Attend = Literal["resident", "device", "host"]
@@ -300,8 +301,8 @@ class PagedView:
         for row, sequence, end in zip(table, sequences, ends, strict=True):
             firsts = self._tables[sequence].pages(pages_for(end))
             row[: len(firsts)] = firsts
-        lengths = torch.tensor(ends, dtype=torch.int32).to(self._device)
-        return PageRows(torch.from_numpy(table).to(self._device), lengths, max(ends), PAGE_TOKENS)
+        lengths = upload(torch.tensor(ends, dtype=torch.int32), self._device)
+        return PageRows(upload(torch.from_numpy(table), self._device), lengths, max(ends), PAGE_TOKENS)
 
     def planes(self, layer: int) -> list[Tensor]:
         """One layer of the pages: views."""

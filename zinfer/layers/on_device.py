@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from zinfer.kernels import served
-from zinfer.kernels.paged import PageRows, paged_decode
+from zinfer.kernels.paged import PageRows, paged_decode, paged_serves
 from zinfer.layers.packed import KvView, Packed, Span
 from zinfer.layers.varlen import Pack, varlen, varlen_serves
+from zinfer.memory.upload import indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,10 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
     pieces = kinds["piece"] if is_packing and is_here else []
     singles = kinds["single"]
     pages = kv.pages(singles) if singles and is_here and served.serves(device.type) else None
+    if pages is not None:
+        is_int8 = len(kv.planes(0)) > 1
+        case = (q_THD.dtype, q_THD.shape[1], kv_heads, q_THD.shape[2], is_int8, device.type)
+        pages = pages if paged_serves(*case) else None
     singles = singles if pages is not None else []
     counts = [batch.bounds[s + 1] - batch.bounds[s] for s in prompts]
     return DeviceWork(
@@ -111,7 +116,7 @@ def _rows(batch: Packed, sequences: Sequence[int], device: torch.device) -> Tens
     if len(sequences) == batch.num_sequences:
         return None
     spans = list(pairwise(batch.bounds))
-    return torch.tensor([row for s in sequences for row in range(*spans[s])], device=device)
+    return indices([row for s in sequences for row in range(*spans[s])], device)
 
 
 def _piece(

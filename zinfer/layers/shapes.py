@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zinfer.kernels.choice import agreeing_sizes
+from zinfer.kernels.paged import paged_serves
 from zinfer.kernels.remembered import remembered
 from zinfer.layers.partial import partial
 from zinfer.layers.varlen import varlen_serves
@@ -50,14 +51,21 @@ class Shapes:
         return next(size for size in self.keys if size >= count)
 
 
-def prepare_attention(spec: ModelSpec, device: str) -> None:
-    """Run the self-test of a model's shape now, before the weights take the memory that it needs."""
-    group = spec.num_heads // spec.num_kv_heads
-    agreeing_shapes(spec.num_kv_heads, group, spec.head_dim, device, torch.get_num_threads())
+def prepare_attention(
+    spec: ModelSpec, device: str, *, exact: bool = True, kv_dtype: str | None = None
+) -> None:
+    """Run the self-tests of a model's shape now, before the weights take the memory that they need.
+
+    `kv_dtype` is the format of the pages, without it the model's.
+    """
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    agreeing_shapes(kv_heads, heads // kv_heads, dim, device, torch.get_num_threads())
+    if exact:
+        return
+    dtype = _DTYPES[spec.dtype]
     for is_windowed in {False, spec.sliding_window is not None}:
-        varlen_serves(
-            _DTYPES[spec.dtype], spec.num_heads, spec.num_kv_heads, spec.head_dim, device, is_windowed
-        )
+        varlen_serves(dtype, heads, kv_heads, dim, device, is_windowed)
+    paged_serves(dtype, heads, kv_heads, dim, kv_dtype == "INT8", device)
 
 
 @cache

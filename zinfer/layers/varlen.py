@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zinfer.memory.upload import upload
+
 _CLOSE = 0.03  # of values of about 1, rounded to half precision
 _TRIALS = (((7, 7), (33, 33)), ((5, 40),), ((1, 3), (9, 9)))  # (new rows, keys) of the sequences of one call
 _WINDOW = 6
+_KERNELLESS = ("cpu",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,8 @@ class Pack:
     def of(cls, rows: Sequence[int], keys: Sequence[int], device: torch.device | str) -> Pack:
         """int32 [S + 1] each, as the kernel wants them."""
         ends = [torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (rows, keys)]
-        return cls(ends[0].to(device), ends[1].to(device), max(rows), max(keys))
+        row_ends, key_ends = (upload(counted, torch.device(device)) for counted in ends)
+        return cls(row_ends, key_ends, max(rows), max(keys))
 
 
 def varlen(
@@ -74,7 +78,7 @@ def varlen_serves(
 
     Never on a CPU, where torch has no kernel for it.
     """
-    if device == "cpu" or dtype == torch.float32:
+    if device in _KERNELLESS or dtype == torch.float32:
         return False
     draw = torch.Generator().manual_seed(0)
     window = _WINDOW if is_windowed else None

@@ -202,7 +202,8 @@ def open_executor(
     for prepare in (products.prepare, quant.prepare):
         prepare(model.spec, device_type, exact=plan.exact)
     if model.spec.encoder is None:
-        prepare_attention(model.spec, device_type)
+        kv_dtype = plan.workload.kv.dtype
+        prepare_attention(model.spec, device_type, exact=plan.exact, kv_dtype=kv_dtype)
     manager = open_manager(
         plan.table,
         plan.placement,

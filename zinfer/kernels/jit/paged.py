@@ -6,8 +6,6 @@ afterwards (flash decoding, Dao et al. 2023).  The query heads of one key-value 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -17,21 +15,21 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def attend_pages(
-    q: Any,
-    k: Any,
-    v: Any,
-    k_scales: Any,
-    v_scales: Any,
-    table: Any,
-    lengths: Any,
-    total: Any,
-    weight: Any,
-    top: Any,
-    scale: Any,
-    cap: Any,
-    window: Any,
-    table_stride: Any,
-    num_splits: Any,
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
+    table: tl.tensor,
+    lengths: tl.tensor,
+    total: tl.tensor,
+    weight: tl.tensor,
+    top: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    window: tl.tensor,
+    table_stride: tl.tensor,
+    num_splits: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -100,11 +98,11 @@ def attend_pages(
 
 @triton.jit
 def merge_splits(
-    total: Any,
-    weight: Any,
-    top: Any,
-    out: Any,
-    num_splits: Any,
+    total: tl.tensor,
+    weight: tl.tensor,
+    top: tl.tensor,
+    out: tl.tensor,
+    num_splits: tl.tensor,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,

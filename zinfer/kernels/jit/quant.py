@@ -5,14 +5,14 @@ A panel's rows (one input each) lie one after the other, so a tile of inputs is 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _steps(nibbles: Any, low: Any, place: Any, is_upper: tl.constexpr, IS_INT8: tl.constexpr) -> Any:
+def _steps(
+    nibbles: tl.tensor, low: tl.tensor, place: tl.tensor, is_upper: tl.constexpr, IS_INT8: tl.constexpr
+) -> tl.tensor:
     """Integers of a panel's lower or upper half, less what stands for zero, fp32."""
     shift: tl.constexpr = 4 if is_upper else 0
     steps = ((tl.load(nibbles + place) >> shift) & 15).to(tl.float32) - 8
@@ -23,15 +23,15 @@ def _steps(nibbles: Any, low: Any, place: Any, is_upper: tl.constexpr, IS_INT8: 
 
 @triton.jit
 def multiply_panels(
-    x: Any,
-    nibbles: Any,
-    low: Any,
-    scales: Any,
-    sums: Any,
-    num_rows: Any,
-    num_groups: Any,
-    width: Any,
-    share: Any,
+    x: tl.tensor,
+    nibbles: tl.tensor,
+    low: tl.tensor,
+    scales: tl.tensor,
+    sums: tl.tensor,
+    num_rows: tl.tensor,
+    num_groups: tl.tensor,
+    width: tl.tensor,
+    share: tl.tensor,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,7 +69,13 @@ def multiply_panels(
 
 @triton.jit
 def add_splits(
-    sums: Any, y: Any, num_splits: Any, outputs: Any, width: Any, num_rows: Any, BLOCK: tl.constexpr
+    sums: tl.tensor,
+    y: tl.tensor,
+    num_splits: tl.tensor,
+    outputs: tl.tensor,
+    width: tl.tensor,
+    num_rows: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Program (row, block of outputs): add up the splits, always in the same order; y [T, O]."""
     row = tl.program_id(0)
@@ -83,12 +89,12 @@ def add_splits(
 
 @triton.jit
 def unpack_panels(
-    nibbles: Any,
-    low: Any,
-    scales: Any,
-    slot: Any,
-    num_groups: Any,
-    width: Any,
+    nibbles: tl.tensor,
+    low: tl.tensor,
+    scales: tl.tensor,
+    slot: tl.tensor,
+    num_groups: tl.tensor,
+    width: tl.tensor,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
     IS_INT8: tl.constexpr,

@@ -5,14 +5,14 @@ Each rounds where its twin in `zinfer.layers` rounds: after every step that torc
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def norm_rows(x: Any, weight: Any, y: Any, eps: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def norm_rows(
+    x: tl.tensor, weight: tl.tensor, y: tl.tensor, eps: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     """Program (row): x / rms(x) * weight over rows of `width` elements."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     is_in = at < width
@@ -25,13 +25,13 @@ def norm_rows(x: Any, weight: Any, y: Any, eps: Any, width: Any, BLOCK: tl.const
 
 @triton.jit
 def rotate_rows(
-    x: Any,
-    cos: Any,
-    sin: Any,
-    y: Any,
-    row_stride: Any,
-    head_stride: Any,
-    num_heads: Any,
+    x: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    y: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    num_heads: tl.tensor,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -60,7 +60,13 @@ def rotate_rows(
 
 @triton.jit
 def gate_rows(
-    gate: Any, up: Any, y: Any, gate_stride: Any, up_stride: Any, width: Any, BLOCK: tl.constexpr
+    gate: tl.tensor,
+    up: tl.tensor,
+    y: tl.tensor,
+    gate_stride: tl.tensor,
+    up_stride: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
 ) -> None:
     """Program (row, block of columns): silu(gate) * up."""
     row = tl.program_id(0).to(tl.int64)
@@ -74,7 +80,13 @@ def gate_rows(
 
 @triton.jit
 def multiply_row(
-    x: Any, weight: Any, y: Any, outputs: Any, inputs: Any, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr
+    x: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ) -> None:
     """Program (block of outputs): one row of x [1, I] times weight [O, I]."""
     o, i = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
