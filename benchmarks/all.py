@@ -18,6 +18,7 @@ from harness import ENVIRONMENT
 
 ALONE = {
     "overlap.py": 60,
+    "several_devices.py": 90,
     "roofs.py": 120,
     "offload_decode.py": 420,
     "offload_prefill.py": 420,
@@ -32,7 +33,7 @@ QUEUES = {  # seconds; together at most half an hour
     "prediction_grid.py": 370,
 }
 BENCHMARKS = ALONE | QUEUES
-TAKES_NO_OPTIONS = ("overlap.py",)
+TAKES_NO_OPTIONS = ("overlap.py", "several_devices.py")
 QUICK_IS_UNKNOWN = ("roofs.py",)
 TAKES_ONLY_QUICK = ("students_latency.py",)
 

@@ -288,3 +288,25 @@ def test_doctor_says_when_others_were_working():
     assert "40%" in told
     assert "BF16, 512 rows" in told
     assert "other processes" not in "\n".join(warnings_for(machine, memory_limits(), is_small=False))
+
+
+def test_doctor_describes_the_links_of_several_devices(monkeypatch):
+    from zinfer.cli.doctor import describe_links, with_links
+    from zinfer.config.profiles import load_machine
+    from zinfer.errors import MachineError
+    from zinfer.parallel import topology
+
+    two = load_machine("sim-default")
+    shared = [link.model_copy(update={"together_bytes_per_s": 12e9}) for link in two.links]
+    lines = list(describe_links(two.model_copy(update={"links": tuple(shared)})))
+    assert [line.count("shares its way") for line in lines] == [1, 1, 0]
+    assert "24.00 GB/s together: 1.00 times one" in lines[-1]
+    assert list(describe_links(two.using(1))) == []
+    monkeypatch.setattr(topology, "cuda_links", lambda num_devices: two.links)
+    assert with_links(two.using(1)).links == two.links
+
+    def refused(num_devices):
+        raise MachineError("ZI-5383", "no", remedy="look")
+
+    monkeypatch.setattr(topology, "cuda_links", refused)
+    assert with_links(two.using(1)).links == (), "one link is still a profile"

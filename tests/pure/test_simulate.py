@@ -3,33 +3,16 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from links_of import machine_with
 from plan_tables import page_counts, table_of
 
 from zinfer.chunks.table import PAGE
-from zinfer.config.machine import Compute as Rates
-from zinfer.config.machine import Link, Machine, Overlap, ProductRate
+from zinfer.config.machine import Overlap
 from zinfer.errors import InternalError
 from zinfer.plan.place import Reserve, place, smallest_budget
 from zinfer.plan.records import Budget, Compute, Schedule, Tier
 from zinfer.plan.schedule import build_schedule, serial_schedule
 from zinfer.plan.simulate import Simulator, simulate
-
-RATES = Rates(
-    products={"BF16": (ProductRate(rows=1, seconds_per_gb=0.1),)}, attention_flops_per_s=1e12, op_overhead_s=0
-)
-
-
-def machine_with(disk, h2d=None):
-    """Links that move `disk` and `h2d` pages a second."""
-    return Machine(
-        name="test",
-        host_bytes=2**30,
-        device_bytes=2**30,
-        disk_read=Link(bytes_per_s=disk * PAGE),
-        h2d=Link(bytes_per_s=h2d * PAGE) if h2d else None,
-        host=RATES,
-        device=RATES,
-    )
 
 
 def two_tiers(count, resident, lookahead, compute_s, disk=1.0):

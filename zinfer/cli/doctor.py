@@ -14,6 +14,7 @@ from zinfer.cli.progress import Progress
 from zinfer.config.limits import MemoryLimits, memory_limits
 from zinfer.config.machine import Compute, Machine
 from zinfer.config.profiles import save_machine
+from zinfer.errors import MachineError
 from zinfer.plan.profile import matrix_shapes
 from zinfer.units import Bytes, rate_text, seconds_text
 
@@ -55,6 +56,7 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
             formats=formats,
             seconds=seconds,
         )
+        machine = with_links(machine)
     others = others_share(before_s, _processor_seconds())
     if not as_json:
         for line in describe_machine(machine, limits):
@@ -66,6 +68,39 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
         click.echo(f"saved      {path}", err=as_json)
     if as_json:
         click.echo(json.dumps(machine.model_dump(mode="json")))
+
+
+def with_links(machine: Machine) -> Machine:
+    """The machine with the links of all its devices, each measured alone and with the others, where it has several.
+
+    Where they cannot be measured that is said, and one device's link is what the profile has.
+    """
+    import torch
+
+    from zinfer.parallel.topology import cuda_links
+
+    try:
+        links = cuda_links(num_devices=torch.cuda.device_count() if machine.device is not None else 0)
+    except MachineError as error:
+        click.echo(f"warning    {error}", err=True)
+        return machine
+    return machine.model_copy(update={"links": links})
+
+
+def describe_links(machine: Machine) -> Iterator[str]:
+    """Each device's link alone and with all others at work, and what they come to."""
+    from zinfer.parallel.topology import sharing
+
+    shared = sharing(machine.links)
+    for at, link in enumerate(machine.links):
+        sent = f" · on to device 0 {rate_text(link.peer.bytes_per_s)}" if link.peer else ""
+        yield (
+            f"link {at:<6}alone {rate_text(link.h2d.bytes_per_s)} · with the others "
+            f"{rate_text(link.together_bytes_per_s)}{' (shares its way)' if at in shared else ''}{sent}"
+        )
+    if machine.links and machine.h2d:
+        gain = machine.up_bytes_per_s / machine.h2d.bytes_per_s
+        yield f"links      {rate_text(machine.up_bytes_per_s)} together: {gain:.2f} times one (runtime.devices=auto)"
 
 
 def describe_machine(machine: Machine, limits: MemoryLimits) -> Iterator[str]:
@@ -86,6 +121,7 @@ def describe_machine(machine: Machine, limits: MemoryLimits) -> Iterator[str]:
         return
     down = f" · down {rate_text(machine.d2h.bytes_per_s)}" if machine.d2h else ""
     yield f"device     {Bytes(machine.device_bytes)} · up {rate_text(machine.h2d.bytes_per_s)}{down}"
+    yield from describe_links(machine)
     yield from _describe_compute("device", machine.device)
 
 

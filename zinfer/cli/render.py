@@ -11,6 +11,7 @@ from zinfer.units import Bytes, rate_text, seconds_text
 WHY = {
     "disk": "the disk's read rate",
     "h2d": "the host-to-device link",
+    "peer": "the link between two devices",
     "compute": "computation",
     "overhead": "the fixed cost of many small steps",
 }
@@ -50,7 +51,8 @@ def stats_lines(stats: Stats) -> Iterator[str]:
     peaks = ", ".join(f"{tier} {Bytes(count)}" for tier, count in stats.peak_bytes.items())
     yield f"memory     at most {peaks}"
     if stats.is_slow():
+        binding = stats.forecast.binding.partition(":")[0]  # of several devices: "h2d:1"
         yield (
-            f"warning    {predicted_s / stats.pass_s:.0%} of the predicted speed: {WHY[stats.forecast.binding]} is "
-            "what binds, and something else is using it, or it changed since it was measured (zinfer doctor)"
+            f"warning    {predicted_s / stats.pass_s:.0%} of the predicted speed: {WHY[binding]} is what binds, and "
+            "something else is using it, or it changed since it was measured (zinfer doctor)"
         )

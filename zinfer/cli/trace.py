@@ -12,7 +12,14 @@ import click
 from zinfer.errors import CheckpointError, MachineError
 from zinfer.units import seconds_text
 
-COLOURS = {"disk": "#4c72b0", "h2d": "#dd8452", "compute": "#55a868", "wait": "#c44e52", "rows": "#8172b3"}
+COLOURS = {
+    "peer": "#64b5cd",
+    "disk": "#4c72b0",
+    "h2d": "#dd8452",
+    "compute": "#55a868",
+    "wait": "#c44e52",
+    "rows": "#8172b3",
+}
 
 
 @click.command()
@@ -80,7 +87,11 @@ def draw_lanes(lanes: dict[str, list[tuple[float, float]]], begin_s: float, end_
     figure, axes = pyplot.subplots(figsize=(12, 0.7 * len(lanes) + 1.2), layout="constrained")
     for row, (lane, spans) in enumerate(sorted(lanes.items(), reverse=True)):
         axes.broken_barh(
-            spans, (row - 0.4, 0.8), color=COLOURS.get(lane, "#937860"), edgecolor="white", linewidth=0.2
+            spans,
+            (row - 0.4, 0.8),
+            color=COLOURS.get(lane.partition(":")[0], "#937860"),
+            edgecolor="white",
+            linewidth=0.2,
         )
         axes.text(end_s, row, f" {busy_share(spans, begin_s, end_s):.0%}", va="center")
     axes.set_yticks(range(len(lanes)), sorted(lanes, reverse=True))

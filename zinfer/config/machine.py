@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ProductRate(BaseModel):
@@ -80,6 +80,25 @@ class Link(BaseModel):
         return self.latency_s + nbytes / self.bytes_per_s
 
 
+class DeviceLink(BaseModel):
+    """One device's own link to host memory, and the way from that device to the one that computes.
+
+    `together_bytes_per_s` is what reaches the computing device by this way while all the others work too: a shared
+    root port, switch or last hop shows in it and nowhere else.  `peer` is None for the device that computes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    h2d: Link  # alone
+    together_bytes_per_s: float = Field(gt=0)
+    peer: Link | None = None
+
+    @property
+    def at_once(self) -> Link:
+        """The link as it is while all of them work."""
+        return Link(bytes_per_s=self.together_bytes_per_s, latency_s=self.h2d.latency_s)
+
+
 class Overlap(BaseModel):
     """What reading from disk and computing in host memory cost each other: seconds at once over seconds alone."""
 
@@ -102,6 +121,7 @@ class Machine(BaseModel):
     disk_row_latency_s: float = 1e-4  # one small read, for embedding rows
     h2d: Link | None = None
     d2h: Link | None = None
+    links: tuple[DeviceLink, ...] = ()  # of several devices, that which computes first; none: h2d is all
     host_copy_bytes_per_s: float | None = None  # within host memory; for the reader, no plan uses it
     host: Compute
     overlap: Overlap = Overlap()
@@ -110,3 +130,23 @@ class Machine(BaseModel):
     measured: bool = False  # False: declared numbers, or shipped profile
     fingerprint: str = ""  # of CPU, kernel, torch, GPU: a profile measured elsewhere is announced
     disk_device: str = ""  # the block device that disk_read was measured on; another one has other rates
+
+    @model_validator(mode="after")
+    def _links_lead_to_one_device(self) -> Machine:
+        if self.links and (
+            self.h2d is None or self.links[0].peer or not all(link.peer for link in self.links[1:])
+        ):
+            raise ValueError("links: the first device computes and has no peer link, every other one has one")
+        return self
+
+    @property
+    def up_bytes_per_s(self) -> float:
+        """What all links that are used carry to the computing device together; 0 without a device."""
+        if self.links:
+            return sum(link.together_bytes_per_s for link in self.links)
+        return self.h2d.bytes_per_s if self.h2d else 0.0
+
+    def using(self, devices: int) -> Machine:
+        """This machine with the first so many links in use; their rates stay those of all links at once."""
+        links = self.links[:devices] if devices > 1 else ()
+        return self if links == self.links else self.model_copy(update={"links": links})

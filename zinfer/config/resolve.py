@@ -9,18 +9,20 @@ from zinfer.config.limits import MemoryLimits
 from zinfer.config.machine import Machine
 from zinfer.config.schema import Settings
 from zinfer.errors import MachineError, UsageError
-from zinfer.units import Bytes
+from zinfer.units import Bytes, rate_text
 
 _AUTO_HOST_SHARE = 0.8  # the rest is for the interpreter, the page tables and the neighbours
 _AUTO_DEVICE_SHARE = 0.9  # the rest is for the driver's context and library workspaces
+_GAIN = 1.05  # several links are worth their devices' memory when they carry so many times what one does
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """Settings whose machine-dependent part is settled; what depends on the model is left to the plan.
 
-    `device` is "cpu", "sim" or "cuda:N"; `reasons` says for each key that was not taken literally why it is what
-    it is; the limits are the most that a larger setting would be granted.
+    `device` is "cpu", "sim" or "cuda:N", `devices` how many bring weights to it, itself included; `reasons` says for
+    each key that was not taken literally why it is what it is; the limits are the most that a larger setting would be
+    granted.
     """
 
     settings: Settings
@@ -31,6 +33,7 @@ class Resolved:
     device_limit_bytes: int
     threads: int
     reasons: dict[str, str] = field(default_factory=dict)
+    devices: int = 1
 
 
 def resolve(
@@ -45,7 +48,8 @@ def resolve(
 
     `limits` are those of the machine we run on; None plans for another machine, and only its declared capacities
     count.  Shares are of the clamped memory; what was asked beyond it is cut, and the reason says so.
-    Raises MachineError ZI-5001 for a GPU that is not there, UsageError ZI-1009 for a simulation of no device.
+    Raises MachineError ZI-5001 for a GPU that is not there, UsageError ZI-1009 for a simulation of no device,
+    ZI-1196 to ZI-1198 for several devices that cannot serve one.
     """
     reasons: dict[str, str] = {}
     device = _device(settings, machine, limits is None, num_gpus, reasons)
@@ -76,7 +80,8 @@ def resolve(
     if threads == "auto":
         threads = len(os.sched_getaffinity(0))
         reasons["runtime.threads"] = f"auto: the {threads} cores this process may use"
-    return Resolved(settings, device, host, device_bytes, host_free, free, threads, reasons)
+    devices = _devices(settings, machine, device, None if limits is None else num_gpus, reasons)
+    return Resolved(settings, device, host, device_bytes, host_free, free, threads, reasons, devices)
 
 
 def _device(
@@ -118,3 +123,38 @@ def _budget(
     if wanted > free:
         reasons[key] = f"cut from {Bytes(wanted)} to the {Bytes(free)} available ({owner})"
     return min(wanted, free)
+
+
+def _devices(
+    settings: Settings, machine: Machine, device: str, num_gpus: int | None, reasons: dict[str, str]
+) -> int:
+    """How many devices' links bring weights to the first one; `num_gpus` None: planned for another machine."""
+    wanted, there = settings.runtime.devices, max(len(machine.links), 1)
+    if device.startswith("cuda") and num_gpus is not None:
+        there = min(there, num_gpus)
+    if wanted == 1 or (wanted == "auto" and (device not in ("sim", "cuda:0") or there == 1)):
+        return 1
+    if device not in ("sim", "cuda:0"):
+        raise UsageError(
+            "ZI-1196" if device == "cpu" else "ZI-1198",
+            f"runtime.devices = {wanted} was asked for on {device}: shares are gathered on the first device",
+            remedy="--set runtime.devices=1",
+        )
+    if wanted != "auto" and wanted > there:
+        raise UsageError(
+            "ZI-1197",
+            f"runtime.devices = {wanted} was asked for, of {machine.name!r} {there} "
+            f"{'link is' if there == 1 else 'links are'} known",
+            remedy=f"--set runtime.devices={there}"
+            + ("" if device == "sim" else ", or measure the links: zinfer doctor"),
+        )
+    used = machine.using(there if wanted == "auto" else wanted)
+    gain = used.up_bytes_per_s / machine.using(1).up_bytes_per_s
+    found = f"{len(used.links)} links carry {rate_text(used.up_bytes_per_s)} together, {gain:.2f} times the first alone"
+    if gain < _GAIN:
+        found += ": no gain, they share a port, or what is gathered takes the first link's way"
+    if wanted == "auto" and gain < _GAIN:
+        reasons["runtime.devices"] = f"auto: 1; {found}"
+        return 1
+    reasons["runtime.devices"] = f"auto: {found}" if wanted == "auto" else found
+    return len(used.links)

@@ -36,6 +36,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.watch_moments=false",
     "runtime.preempt=auto",
     "runtime.park=auto",
+    "runtime.devices=1",
     "machine=sim-default",
 )
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -97,6 +98,7 @@ class Runtime(_Group):
     park: Literal["auto", "always", "never"] = (
         "auto"  # hidden states of waiting micro-batches below the device
     )
+    devices: Annotated[int, Field(ge=1, le=16)] | Auto = 1  # whose links bring weights; auto: all that gain
     preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from zinfer.chunks.table import ChunkTable, Read
 from zinfer.config.machine import Machine
@@ -26,6 +28,8 @@ from zinfer.plan.records import Budget, Placement, Tier
 
 _MOST_SLOTS = 9  # the largest look-ahead, and one
 
+MakeTransfer: TypeAlias = Callable[[Reader, Sequence[Tensor], LinkLog], Transfer]  # staging slots lie between
+
 
 def open_manager(
     table: ChunkTable,
@@ -40,11 +44,13 @@ def open_manager(
     verify: Verify = "always",
     wants_direct: bool = True,
     sim_mode: SimMode = "copy",
+    make_transfer: MakeTransfer | None = None,
 ) -> ChunkManager:
     """Ledgers first, then memory, then threads; nothing is read yet.
 
     `device` is "cpu" (the placement computes in host memory), "sim" (needs `machine`, whose disk and h2d rates pace
-    it) or "cuda:N"; `reservations` are bytes per tier and name (KV, activations, ...) beside weights and staging.
+    it) or "cuda:N"; `make_transfer` makes what brings chunks there, if that is not the device's own link alone;
+    `reservations` are bytes per tier and name (KV, activations, ...) beside weights and staging.
     Raises BudgetError ZI-2401 when reservations and staging alone exceed a budget, ZI-2402 when the system grants
     less than the budget.
     """
@@ -82,10 +88,13 @@ def open_manager(
         transfer: Transfer = HostTransfer(reader)
         if compute is Tier.DEVICE:
             staging = tiers[Tier.HOST].lend_slots("staging")
-            if device == "sim" and machine and machine.h2d:
+            if make_transfer is not None:
+                transfer = make_transfer(reader, staging, log)
+            elif device == "sim" and machine and machine.h2d:
                 transfer = SimTransfer(reader, staging, log, machine.h2d, d2h=machine.d2h, mode=sim_mode)
             else:
                 transfer = CudaTransfer(reader, staging, log, torch.device(device))
+            if device != "sim":
                 tiers[Tier.HOST].pin(torch.cuda.cudart())  # type: ignore[no-untyped-call]
         undo.callback(transfer.close)
         manager = ChunkManager(

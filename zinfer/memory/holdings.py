@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import LinkLog
 from zinfer.memory.nvme import Files, Reader
 from zinfer.memory.rows import RowReader
@@ -23,6 +24,11 @@ class Memory:
     rows: RowReader
     transfer: Transfer  # into the compute tier
     log: LinkLog
+
+    @property
+    def ledgers(self) -> dict[str, Ledger]:
+        """Of every tier, and of further devices that the transfer uses, by name."""
+        return {str(tier): memory.ledger for tier, memory in self.tiers.items()} | dict(self.transfer.ledgers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,10 +124,11 @@ class Pace:
         self._free_s = 0.0
         self._lock = threading.Lock()
 
-    def reserve(self, nbytes: int) -> float:
-        """When a transfer of `nbytes` that is issued now would end."""
+    def reserve(self, nbytes: int, begin_s: float | None = None) -> float:
+        """When a transfer of `nbytes` that is issued now, or can begin at `begin_s`, would end."""
+        begin_s = time.perf_counter() if begin_s is None else begin_s
         with self._lock:
-            self._free_s = max(self._free_s, time.perf_counter()) + nbytes / self._link.bytes_per_s
+            self._free_s = max(self._free_s, begin_s) + nbytes / self._link.bytes_per_s
             return self._free_s + self._link.latency_s
 
 

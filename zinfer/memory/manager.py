@@ -216,13 +216,15 @@ class ChunkManager:
 
     def stats(self) -> MemoryStats:
         """Totals so far."""
-        peaks = {str(tier): memory.ledger.peak_bytes for tier, memory in self._memory.tiers.items()}
+        peaks = {name: ledger.peak_bytes for name, ledger in self._memory.ledgers.items()}
         return MemoryStats(self.log.num_bytes, self._num_fetches, self._wait_s, peaks, self.surprises)
 
     def check(self) -> None:
         """Ledgers balance, no live places overlap, states and places agree.  Raises InternalError otherwise."""
         self._settle()
         self._residency.check()
+        for ledger in self._memory.ledgers.values():
+            ledger.check()
         for tier, memory in self._memory.tiers.items():
             memory.check()
             known = set(self._residency.chunks(tier, State.ARRIVING, State.RESIDENT, State.LEASED))
@@ -389,9 +391,7 @@ class ChunkManager:
     def _end_lease(self, chunk: ChunkId, place: Place) -> None:
         tier = self.placement.compute_tier
         memory = self._memory.tiers[tier]
-        if (
-            memory.places.get(chunk) == place
-        ):  # else the chunk was dropped, or all was closed, under the lease
+        if memory.places.get(chunk) == place:  # else it was dropped, or all was closed, under the lease
             memory.fences[place.offset] = self._memory.transfer.fence()
             self._residency.move(chunk, tier, Event.RELEASE)
 

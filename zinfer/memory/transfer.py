@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from zinfer.chunks.table import Chunk
 from zinfer.errors import InternalError
+from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import Ticket
 from zinfer.memory.nvme import Reader
 
@@ -44,6 +46,7 @@ class Transfer(Protocol):
     """
 
     device: torch.device
+    ledgers: Mapping[str, Ledger]  # of further devices whose memory it uses, by name
 
     def begin(self, order: Order) -> Ticket: ...
 
@@ -72,6 +75,7 @@ class HostTransfer:
     """Host memory is compute memory: disk -> place, nothing is copied."""
 
     device = torch.device("cpu")
+    ledgers: Mapping[str, Ledger] = MappingProxyType({})
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -117,6 +121,8 @@ class StagedTransfer(ABC):
 
     `_copy` is the second hop: it must call `_copied` once the source may be overwritten, and land the ticket.
     """
+
+    ledgers: Mapping[str, Ledger] = MappingProxyType({})
 
     def __init__(self, reader: Reader, staging: Sequence[Tensor], device: torch.device) -> None:
         self.device = device

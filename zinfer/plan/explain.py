@@ -12,8 +12,9 @@ from zinfer.plan.make import Plan
 from zinfer.plan.place import place, size_flag
 from zinfer.plan.records import Budget, KvPlan, Tier
 from zinfer.plan.schedule import build_schedule
+from zinfer.plan.shares import COMPUTE, ROWS, largest_share, link_seconds, num_share_slots, ways_up
 from zinfer.spec.records import ModelSpec
-from zinfer.units import Bytes, seconds_text
+from zinfer.units import Bytes, rate_text, seconds_text
 
 _MAP_WIDTH = 72
 _LETTERS = {Tier.DEVICE: "D", Tier.HOST: "H", Tier.DISK: "."}
@@ -63,6 +64,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         f"chunks     {_map(plan)}",
         "           in order of use: " + " · ".join(_legend(plan)),
         "",
+        *_link_lines(plan),
         f"pass       {seconds_text(forecast.pass_s)} per {kind} pass, bound by {forecast.binding}: "
         + " · ".join(f"{lane} {seconds_text(seconds)}" for lane, seconds in busy),
         f"           a pass carries up to {forecast.token_rows} rows before computation binds",
@@ -124,6 +126,30 @@ def _tier_lines(plan: Plan) -> list[str]:
             f"{'disk':<11}{Bytes(sum(chunk.nbytes for chunk in on_disk))!s:>12}   read in every pass"
         )
     return lines
+
+
+def _link_lines(plan: Plan) -> list[str]:
+    """Of several devices: what each link carries while all do, which of them bind, and what they cost in memory."""
+    ways = ways_up(plan.machine)
+    if len(ways) < 2:
+        return []
+    rates = [way.bytes_per_s for way in ways]
+    busy_s = plan.forecast.busy_s
+    bind_s = link_seconds(busy_s)
+    shares = [
+        f"{way.hops[0][0]} {rate_text(way.bytes_per_s)} ({way.bytes_per_s / sum(rates):.0%})" for way in ways
+    ]
+    binding = [
+        lane for lane, seconds in busy_s.items() if seconds >= 0.95 * bind_s and lane not in (COMPUTE, ROWS)
+    ]
+    staging = [
+        f"{Bytes(num_share_slots(plan.placement) * largest_share(plan.placement.slot_bytes, rates, at))} on device {at}"
+        for at in range(1, len(ways))
+    ]
+    return [
+        f"links      {' + '.join(shares)} = {rate_text(sum(rates))} · gathered on the first device",
+        f"           bound by {' and '.join(binding) or 'none'} · staging for shares: {', '.join(staging)}",
+    ]
 
 
 def _map(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Compute, Machine
 from zinfer.plan.cost import ChunkSeconds, PassLoad, chunk_seconds
 from zinfer.plan.records import Forecast, Placement, Schedule, Tier, Workload
+from zinfer.plan.shares import COMPUTE, ROWS
 from zinfer.plan.simulate import PassRun, simulate
 from zinfer.spec.records import ModelSpec
 
@@ -115,6 +116,8 @@ def engine_of(machine: Machine, compute_tier: Tier) -> Compute:
 def _binding(steady: PassRun, costs: list[ChunkSeconds]) -> str:
     """The engine or link that works longest in a steady pass; fixed costs count apart from computation."""
     work, overhead = sum(cost.work for cost in costs), sum(cost.overhead for cost in costs)
-    busy_s = {lane: steady.busy_s.get(lane, 0.0) for lane in ("disk", "h2d")} | {"compute": work + overhead}
+    busy_s = {lane: seconds for lane, seconds in steady.busy_s.items() if lane != ROWS} | {
+        COMPUTE: work + overhead
+    }
     longest = max(busy_s, key=lambda lane: busy_s[lane])
-    return "overhead" if longest == "compute" and overhead > work else longest
+    return "overhead" if longest == COMPUTE and overhead > work else longest

@@ -19,12 +19,13 @@ from zinfer.plan.choose import choose
 from zinfer.plan.curve import Curve, compute_curve
 from zinfer.plan.forecast import engine_of, forecast
 from zinfer.plan.kv import kv_plans, kv_reasons
-from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost, link_seconds
+from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
 from zinfer.plan.place import Reserve, tier_uses
 from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, reserve_for
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.settle import asked_workload, shrunk_workload
+from zinfer.plan.shares import link_seconds
 from zinfer.spec.quant import op_bytes
 from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
@@ -183,7 +184,7 @@ def make_plan(
     model's.
     """
     source = as_read(source, device=resolved.device, exact=resolved.settings.exact)
-    maker = _Maker(spec, source, resolved, machine)
+    maker = _Maker(spec, source, resolved, machine.using(resolved.devices))
     workload = workload or Workload()
     if batches:
         candidate, reasons = maker.cheapest(workload, batches)

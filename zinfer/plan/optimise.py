@@ -19,6 +19,7 @@ from zinfer.plan.curve import Curve
 from zinfer.plan.place import Reserve
 from zinfer.plan.queue import QueueRun, queue_passes, run_queue
 from zinfer.plan.records import Budget, Tier, Workload
+from zinfer.plan.shares import link_seconds
 from zinfer.plan.tokens import TokenBudget
 
 C = TypeVar("C")
@@ -45,11 +46,6 @@ class Candidate:
     def pass_s(self, rows: int) -> float:
         """Seconds of a steady pass of `rows` rows, on the pattern of the simulated decode pass."""
         return scaled_pass_s(self.choice, self.curve, self.workload, rows)
-
-
-def link_seconds(busy_s: dict[str, float]) -> float:
-    """Of a simulated pass: the busiest link."""
-    return max(busy_s.get("disk", 0.0), busy_s.get("h2d", 0.0))
 
 
 def scaled_pass_s(choice: Choice, curve: Curve, workload: Workload, rows: int) -> float:
@@ -141,7 +137,7 @@ def least_cost(
         return 0.0
     room = (budget.device if tier is Tier.DEVICE else budget.host) - reserve.total
     missing = max(weight_bytes - max(room, 0), 0)
-    stream_s = missing / (machine.h2d or machine.disk_read).bytes_per_s if tier is Tier.DEVICE else 0.0
+    stream_s = missing / machine.up_bytes_per_s if tier is Tier.DEVICE else 0.0
     unhoused = missing - budget.host if tier is Tier.DEVICE else missing
     stream_s = max(stream_s, unhoused / machine.disk_read.bytes_per_s)
     per_row_s = curve.at(workload.prefill_rows) / workload.prefill_rows

@@ -113,7 +113,11 @@ def _corrected(machine: Machine, stream_scale: float) -> Machine:
     h2d = machine.h2d and machine.h2d.model_copy(
         update={"bytes_per_s": machine.h2d.bytes_per_s / stream_scale}
     )
-    return machine.model_copy(update={"disk_read": disk, "h2d": h2d})
+    links = tuple(
+        link.model_copy(update={"together_bytes_per_s": link.together_bytes_per_s / stream_scale})
+        for link in machine.links
+    )
+    return machine.model_copy(update={"disk_read": disk, "h2d": h2d, "links": links})
 
 
 def _move_s(plan: Plan, other: Candidate, machine: Machine) -> float:

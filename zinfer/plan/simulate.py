@@ -11,6 +11,7 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import InternalError
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step, Tier
+from zinfer.plan.shares import DISK, cut, is_peer, ways_up
 
 _STEADY_PASSES = 2  # after so many the first pass no longer shows
 
@@ -18,7 +19,7 @@ _STEADY_PASSES = 2  # after so many the first pass no longer shows
 class Stretch(NamedTuple):
     """One engine or link at work on one chunk (-1: on embedding rows), seconds on the virtual clock."""
 
-    lane: str  # "compute" | "disk" | "h2d" | "rows"
+    lane: str  # "compute" | "disk" | "h2d" | "rows"; of further devices "h2d:1", "peer:1", ...
     chunk: int
     begin_s: float
     end_s: float
@@ -48,23 +49,26 @@ class Simulator:
         self.placement = placement
         self.now_s = 0.0
         self._chunks = table.chunks
-        self._bytes = {
-            "disk": [chunk.read_bytes for chunk in table.chunks],
-            "h2d": [chunk.nbytes for chunk in table.chunks],
-        }
         self._overlap, self._disk_slowdown = machine.overlap, 1.0
-        disk, h2d = machine.disk_read, machine.h2d
+        disk = machine.disk_read
+        self._bytes = {DISK: [chunk.read_bytes for chunk in table.chunks]}
         self._seconds = {
-            "disk": [
+            DISK: [
                 len(chunk.reads) * disk.latency_s + nbytes / disk.bytes_per_s
-                for chunk, nbytes in zip(table.chunks, self._bytes["disk"], strict=True)
-            ],
-            "h2d": [h2d.seconds(nbytes) for nbytes in self._bytes["h2d"]] if h2d else [],
+                for chunk, nbytes in zip(table.chunks, self._bytes[DISK], strict=True)
+            ]
         }
+        self._ways = ways_up(machine)
+        shares = [cut(chunk.nbytes, [way.bytes_per_s for way in self._ways]) for chunk in table.chunks]
+        for at, way in enumerate(self._ways):
+            sizes = [share[at].nbytes for share in shares]
+            for lane, link in way.hops:
+                self._bytes[lane] = sizes
+                self._seconds[lane] = [link.seconds(nbytes) for nbytes in sizes]
         self._ready_s: dict[int, float] = {}  # chunks in the compute tier -> when they are there
         self._host_s: dict[int, float] = {}  # chunks in host memory below a device -> likewise
         self._staging_s = deque([0.0] * placement.staging)  # when each staging slot is free again
-        self._busy: dict[str, deque[Stretch]] = {"disk": deque(), "h2d": deque()}
+        self._busy: dict[str, deque[Stretch]] = {lane: deque() for lane in self._bytes}
         self._held = {Tier.HOST: placement.staging * placement.slot_bytes, Tier.DEVICE: 0}
 
     def side_by_side(self, steps: Iterable[Step], compute_s: Sequence[float]) -> Sequence[float]:
@@ -77,7 +81,7 @@ class Simulator:
         if self.placement.compute_tier is not Tier.HOST or both.disk * both.compute == 1:
             return compute_s
         steps = tuple(steps)
-        disk_s = sum(self._seconds["disk"][step.chunk] for step in steps if isinstance(step, Fetch))
+        disk_s = sum(self._seconds[DISK][step.chunk] for step in steps if isinstance(step, Fetch))
         work_s = sum(compute_s[step.chunk] for step in steps if isinstance(step, Compute))
         if not disk_s or not work_s:
             return compute_s
@@ -125,30 +129,41 @@ class Simulator:
         home, tier = self.placement.home[chunk], self.placement.compute_tier
         stays_s = self._host_s.get(chunk)
         if tier is Tier.HOST or not self._chunks[chunk].ops:
-            moves = [self._move(chunk, "disk", self.now_s)]
+            moves = [self._move(chunk, DISK, self.now_s)]
         elif home is Tier.HOST:
-            moves = [self._move(chunk, "disk", self.now_s)] if stays_s is None else []
+            moves = [self._move(chunk, DISK, self.now_s)] if stays_s is None else []
             if moves:
-                self._held[Tier.HOST] += self._bytes["h2d"][chunk]
+                self._held[Tier.HOST] += self._chunks[chunk].nbytes
                 stays_s = self._host_s[chunk] = moves[0].end_s
-            moves.append(self._move(chunk, "h2d", max(self.now_s, stays_s or 0.0)))
+            moves += self._rise(chunk, max(self.now_s, stays_s or 0.0))
         else:
-            moves = [self._move(chunk, "disk", max(self.now_s, self._staging_s.popleft()))]
-            moves.append(self._move(chunk, "h2d", moves[0].end_s))
-            self._staging_s.append(moves[1].end_s)
-        self._ready_s[chunk] = moves[-1].end_s
+            moves = [self._move(chunk, DISK, max(self.now_s, self._staging_s.popleft()))]
+            moves += self._rise(chunk, moves[0].end_s)
+            self._staging_s.append(max(move.end_s for move in moves if not is_peer(move.lane)))
+        self._ready_s[chunk] = max(move.end_s for move in moves)
         where = tier if self._chunks[chunk].ops else Tier.HOST
-        self._held[where] += self._bytes["h2d"][chunk] if home is where else self.placement.slot_bytes
+        self._held[where] += self._chunks[chunk].nbytes if home is where else self.placement.slot_bytes
+        return moves
+
+    def _rise(self, chunk: int, ready_s: float) -> list[Stretch]:
+        """Every way takes its share; one over another device is pulled there first, then sent on."""
+        moves = []
+        for way in self._ways:
+            at_s = ready_s
+            for lane, _ in way.hops:
+                if self._bytes[lane][chunk]:
+                    moves.append(self._move(chunk, lane, at_s))
+                    at_s = moves[-1].end_s
         return moves
 
     def _move(self, chunk: int, lane: str, ready_s: float) -> Stretch:
         """Occupy the link in its first gap from `ready_s` on; the disk serves in the order of issue, so has none."""
-        seconds = self._seconds[lane][chunk] * (self._disk_slowdown if lane == "disk" else 1.0)
+        seconds = self._seconds[lane][chunk] * (self._disk_slowdown if lane == DISK else 1.0)
         busy = self._busy[lane]
         while busy and busy[0].end_s <= self.now_s:
             busy.popleft()
         at = 0
-        if lane == "disk" and busy:
+        if lane == DISK and busy:
             at, ready_s = len(busy), max(ready_s, busy[-1].end_s)
         while at < len(busy) and busy[at].begin_s < ready_s + seconds:
             ready_s = max(ready_s, busy[at].end_s)

@@ -18,6 +18,7 @@ from zinfer.layers.shapes import prepare_attention
 from zinfer.memory.assemble import open_manager
 from zinfer.memory.heap import give_freed_memory_back
 from zinfer.memory.manager import ChunkManager
+from zinfer.parallel.aggregate import by_several_links
 from zinfer.plan.make import Plan
 from zinfer.plan.records import Tier
 from zinfer.plan.tokens import TokenBudget
@@ -213,6 +214,7 @@ def open_executor(
         reservations=_reservations(plan),
         verify=model.resolved.settings.runtime.verify,
         wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
+        make_transfer=by_several_links(plan.table, plan.placement, plan.budget, plan.machine, plan.device),
     )
     executor = Executor(
         model.spec,

@@ -1,0 +1,1 @@
+"""Several devices that serve one model, in one process."""
