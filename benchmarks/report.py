@@ -1,8 +1,9 @@
 """Records as a table and a picture.  In: JSON records.  Out: Markdown on standard output, and a PNG with --png.
 
-usage: report.py [RECORD ...] [--png OUT.png]
+usage: report.py [RECORD ...] [--png OUT.png] [--gpu]
 
-Without a name, the newest record of each benchmark in results/ is taken.
+Without a name, the newest record of each benchmark in results/ is taken.  --gpu: one table of the figures that a GPU
+run must show, "not measured" where no record holds one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gpu_figures
 from harness import MIB, RESULTS
 
 GREY, BLUE, ORANGE = "#9aa0a6", "#1f6feb", "#d9822b"
@@ -127,8 +129,14 @@ def main() -> None:
     )
     parser.add_argument("records", nargs="*", type=Path)
     parser.add_argument("--png", type=Path)
+    parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
     records = [json.loads(path.read_text()) for path in options.records or newest()]
+    if options.gpu:
+        print("\n".join(gpu_figures.table(records)))
+        if options.png:
+            gpu_figures.draw(records, options.png)
+        return
     print("\n".join(markdown(record) for record in records))
     if options.png:
         draw(records, options.png)

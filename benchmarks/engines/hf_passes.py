@@ -29,7 +29,8 @@ def run(job: Job, load: Callable[[Job], tuple[Any, dict[str, Any]]]) -> Outcome:
 
 def decode(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outcome:
     """One prompt, `job.steps` tokens, each pass fed with the reference's token."""
-    ids, cache = torch.tensor([job.prompts[0]]), None
+    device = job.options.get("device", "cpu")
+    ids, cache = torch.tensor([job.prompts[0]], device=device), None
     forced = job.forced[0] if job.forced else None
     seconds, rows, reads, first_token_s = [], [], [], 0.0
     for step in range(job.steps):
@@ -38,8 +39,8 @@ def decode(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outc
         cache, logits = out.past_key_values, out.logits[0, -1].float()
         token = int(logits.argmax())
         stop = clock()
-        rows.append(logits.numpy())
-        ids = torch.tensor([[forced[step] if forced else token]])
+        rows.append(logits.cpu().numpy())
+        ids = torch.tensor([[forced[step] if forced else token]], device=device)
         if step == 0:
             first_token_s = stop - began
         else:
