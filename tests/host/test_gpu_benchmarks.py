@@ -151,7 +151,8 @@ def test_a_block_that_is_run_alone_finds_what_it_imports():
             if any((at / f"{name}.py").exists() for at in (GPU, GPU.parent, GPU / "engines"))
         ]
         first[path.stem] = own[0] if own else None
-    for name in block_names():
+    for block in block_names():
+        name = block
         while name != "setting":
             assert first[name] in first, (
                 f"{name} imports {first[name]} before anything that knows where it is"
