@@ -13,6 +13,7 @@ from text_models import write_encoder
 from zinfer import Classifier
 from zinfer.cli.main import run
 from zinfer.errors import UsageError
+from zinfer.students import report
 from zinfer.students.cascade import (
     THRESHOLDS,
     Deferral,
@@ -21,6 +22,7 @@ from zinfer.students.cascade import (
     deferral_table,
     threshold_for,
 )
+from zinfer.students.measure import Figures
 from zinfer.students.opening import open_scheduler
 from zinfer.students.scheduler import TextScheduler
 from zinfer.tokenizer import Encoded, encode_texts
@@ -370,3 +372,36 @@ def test_a_group_without_classes_defers_nothing():
         check_pair(bare, None, "softmax")
     with pytest.raises(UsageError, match="ZI-1166"):
         check_pair(Fixed(), None, "none")
+
+
+def test_a_scheduler_that_cannot_be_opened_closes_its_deferral():
+    before = threading.active_count()
+    deferral = Deferral(Fixed(), 0.9, "softmax", max_queue_tokens=10, pass_tokens=10)
+    with pytest.raises(UsageError, match="ZI-1162"):
+        open_scheduler(Fixed(), objective_s=-1.0, deferral=deferral)
+    assert threading.active_count() == before
+
+
+def test_the_report_says_what_each_threshold_costs_and_buys():
+    draw = torch.Generator().manual_seed(1)
+    ours, theirs = (2 * torch.randn(50, 3, generator=draw) for _ in range(2))
+    table = deferral_table(ours, theirs, theirs.argmax(-1), "softmax")
+    figures = [Figures(1, 0.5, 0.9), Figures(2, 0.4, 0.9, 0.8, deferral=table)]
+    notes = {
+        "teacher": {"architecture": "Bert", "layers": 3, "parameters": 9},
+        "texts": {"train": 1, "held": 1, "dev": 50},
+        "settings": {"layers": 1, "students": 2, "seed": 0},
+        "rounds": [],
+        "polish": "kept",
+    }
+    lines = list(report._lines(figures, notes, has_picture=False))
+    at = lines.index("## Deferring to the teacher (all students)")
+    shown = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[at + 4 : at + 4 + len(table)]
+    ]
+    assert [float(row[0]) for row in shown] == list(THRESHOLDS)
+    assert [row[1] for row in shown] == [f"{row['share']:.1%}" for row in table]
+    both = [float(row[3]) for row in shown]
+    assert both == sorted(both), "without labels the teacher is right by definition: more of it is better"
+    plain = list(report._lines(figures[:1], notes, has_picture=False))
+    assert not any("Deferring" in line for line in plain)

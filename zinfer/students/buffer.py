@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import merge
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 BINS = (16, 32, 64, 128, 256, 512)  # tokens up to which a text belongs to a bin; longer ones share the last
@@ -75,39 +78,35 @@ class LengthBuffer(Generic[T]):
         First the oldest, then all that have waited for `overdue_s` by age, then those of the oldest's bin and of its
         two neighbours, nearest bin first.
         """
-        order = self._order(now_s, overdue_s)
-        taken: list[Waiting[T]] = []
+        taken: dict[int, Waiting[T]] = {}
         tokens = 0
-        for number in order:
+        for number, one in self._order(max_tokens, now_s, overdue_s):
             if len(taken) == max_texts or (taken and tokens >= max_tokens):
                 break
-            one = self._find(number)
-            if not taken or tokens + one.tokens <= max_tokens:
-                taken.append(one)
+            if number not in taken and (not taken or tokens + one.tokens <= max_tokens):
+                taken[number] = one
                 tokens += one.tokens
-                self.discard(number)
-        return taken
+        for number in taken:
+            self.discard(number)
+        return list(taken.values())
 
-    def _order(self, now_s: float, overdue_s: float) -> list[int]:
-        """Numbers in the order in which a pass wants them, each once."""
-        numbers = [next(iter(waiting)) for waiting in self._bins if waiting]
-        if not numbers:
-            return []
-        first = min(numbers)
-        home = bin_of(self._find(first).tokens)
+    def _order(self, max_tokens: int, now_s: float, overdue_s: float) -> Iterator[tuple[int, Waiting[T]]]:
+        """Texts in the order in which a pass wants them, some of them twice; a bin that never fits is passed over."""
+        heads = [next(iter(waiting.items())) for waiting in self._bins if waiting]
+        if not heads:
+            return
+        first = min(heads)
+        yield first
+        # In a bin the oldest come first, so those that are late stand together at its head.
         late = [
-            number
+            takewhile(lambda entry: now_s - entry[1].since_s >= overdue_s, waiting.items())
             for waiting in self._bins
-            for number, one in waiting.items()
-            if now_s - one.since_s >= overdue_s
         ]
-        near = [
-            number
-            for at in (home, home - 1, home + 1)
-            if 0 <= at < len(self._bins)
-            for number in self._bins[at]
-        ]
-        return list(dict.fromkeys([first, *sorted(late), *near]))
+        yield from merge(*late)
+        home, room = bin_of(first[1].tokens), max_tokens - first[1].tokens
+        for at in (home, home - 1, home + 1):
+            if 0 <= at < len(self._bins) and (BINS[at - 1] if at else 0) < room:
+                yield from self._bins[at].items()
 
     def _find(self, number: int) -> Waiting[T]:
         return next(waiting[number] for waiting in self._bins if number in waiting)

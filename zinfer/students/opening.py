@@ -91,31 +91,20 @@ def open_scheduler(
     Raises UsageError ZI-1162 for an objective that is no duration, ZI-1163 for a least number of students that there
     are not, BudgetError ZI-2207 for an objective shorter than the smallest pass of the fewest students.
     """
-    if not 1 <= least <= answerer.num_students:
-        raise UsageError(
-            "ZI-1163",
-            f"at least {least} students were asked for, there are {answerer.num_students}",
-            remedy=f"least={answerer.num_students}",
+    try:
+        controller = _controller(
+            answerer,
+            objective_s,
+            pass_tokens=pass_tokens,
+            least=least,
+            workers=workers,
+            is_adaptive=is_adaptive,
+            table=table,
         )
-    if isinstance(answerer, Warms):
-        answerer.warm_up()
-    controller = None
-    if objective_s is not None and not 0 < objective_s < float("inf"):
-        raise UsageError(
-            "ZI-1162", f"an objective of {objective_s} s is no duration", remedy="objective_s=0.05"
-        )
-    if objective_s is not None and is_adaptive:
-        table = table or measured(answerer, pass_tokens, objective_s)
-        smallest_s = table.at(least, table.tokens[0])
-        if smallest_s > SHARE * objective_s:
-            raise BudgetError(
-                "ZI-2207",
-                f"a pass of {table.tokens[0]} tokens takes {smallest_s:.4f} s with {least} of {answerer.num_students} "
-                f"students, the objective is {objective_s:.4f} s",
-                remedy=f"objective_s={2 * smallest_s:.4f}",
-            )
-        if is_adaptive:
-            controller = Controller(table, objective_s, pass_tokens=pass_tokens, least=least, workers=workers)
+    except BaseException:
+        if deferral is not None:  # it was to be the scheduler's own
+            deferral.close()
+        raise
     return TextScheduler(
         answerer,
         objective_s=objective_s,
@@ -125,3 +114,40 @@ def open_scheduler(
         workers=workers,
         deferral=deferral,
     )
+
+
+def _controller(
+    answerer: Answerer,
+    objective_s: float | None,
+    *,
+    pass_tokens: int,
+    least: int,
+    workers: int,
+    is_adaptive: bool,
+    table: ServiceTable | None,
+) -> Controller | None:
+    """Check what was asked, let the answerer get ready, measure it."""
+    if not 1 <= least <= answerer.num_students:
+        raise UsageError(
+            "ZI-1163",
+            f"at least {least} students were asked for, there are {answerer.num_students}",
+            remedy=f"least={answerer.num_students}",
+        )
+    if objective_s is not None and not 0 < objective_s < float("inf"):
+        raise UsageError(
+            "ZI-1162", f"an objective of {objective_s} s is no duration", remedy="objective_s=0.05"
+        )
+    if isinstance(answerer, Warms):
+        answerer.warm_up()
+    if objective_s is None or not is_adaptive:
+        return None
+    table = table or measured(answerer, pass_tokens, objective_s)
+    smallest_s = table.at(least, table.tokens[0])
+    if smallest_s > SHARE * objective_s:
+        raise BudgetError(
+            "ZI-2207",
+            f"a pass of {table.tokens[0]} tokens takes {smallest_s:.4f} s with {least} of {answerer.num_students} "
+            f"students, the objective is {objective_s:.4f} s",
+            remedy=f"objective_s={2 * smallest_s:.4f}",
+        )
+    return Controller(table, objective_s, pass_tokens=pass_tokens, least=least, workers=workers)
