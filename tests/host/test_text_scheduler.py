@@ -106,6 +106,7 @@ def test_what_is_cancelled_is_not_computed():
         assert answerer.begun.acquire(timeout=30)
         cancelled = scheduler.submit(text(*range(2, 12)))
         assert cancelled.cancel()
+        assert wait([cancelled], 30).not_done == set(), "who waits for several futures hears of it"
         assert not running.cancel(), "a pass that has begun goes on"
         kept = scheduler.submit(text(*range(20, 30)))  # the cancelled text's room is free at once
         answerer.gate.set()
@@ -151,9 +152,10 @@ def test_closing_cancels_what_waits_and_ends_the_threads():
     waiting = [scheduler.submit(text(at)) for at in range(5)]
     closing = threading.Thread(target=scheduler.close)
     closing.start()
+    assert wait(waiting, 30).not_done == set()
     for future in waiting:
         with pytest.raises(CancelledError):
-            future.result(30)
+            future.result(0)
     answerer.gate.set()
     closing.join(30)
     assert [future.result(0).representation_D.item() for future in running] == [0, 1]

@@ -150,7 +150,9 @@ class TextScheduler:
                 )
             number = self._intake.put(job, len(text.ids))
             self._change.notify()
-        job.future.add_done_callback(lambda future: self._discard(number) if future.cancelled() else None)
+        job.future.add_done_callback(
+            lambda future: self._discard(number, job) if future.cancelled() else None
+        )
         return job.future
 
     def drain(self, timeout_s: float | None = None) -> bool:
@@ -177,6 +179,7 @@ class TextScheduler:
             self._change.notify_all()
         for job in waiting:
             job.future.cancel()
+            job.future.set_running_or_notify_cancel()
         for thread in self._threads:
             thread.join()
         if self._deferral is not None:
@@ -202,11 +205,13 @@ class TextScheduler:
     ) -> None:
         self.close()
 
-    def _discard(self, number: int) -> None:
+    def _discard(self, number: int, job: _Job) -> None:
         with self._change:
-            if self._intake.buffer.discard(number):
-                self._tally.cancelled += 1
-                self._change.notify_all()
+            if not self._intake.buffer.discard(number):
+                return  # a worker has it, or close
+            self._tally.cancelled += 1
+            self._change.notify_all()
+        job.future.set_running_or_notify_cancel()  # only now do those wake who wait for several futures
 
     def _work(self) -> None:
         while True:
