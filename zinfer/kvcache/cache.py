@@ -20,6 +20,7 @@ from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, pages_for
 from zinfer.kvcache.planes import Planes, make_planes
 from zinfer.kvcache.spill import SpilledCopy
 from zinfer.layers.packed import Span
+from zinfer.memory.upload import indices as on_device
 from zinfer.memory.upload import upload
 from zinfer.spec.attention_cost import KV_BLOCK
 
@@ -331,7 +332,7 @@ class PagedView:
             if list(indices) != list(range(len(indices))):  # a prefix lies in its place already
                 target = _index(table.slots(table.length, table.length + len(indices)), self._device)
                 staged = _index(table.slots(table.length, table.length + count), self._device)
-                self._planes.move(staged[torch.tensor(indices, device=self._device)], target)
+                self._planes.move(staged[on_device(indices, self._device)], target)
             table.length += len(indices)
 
     def _locate(self, spans: Sequence[Span], size: int) -> Place:
@@ -345,9 +346,9 @@ class PagedView:
                 row_n[at : at + len(run)] = np.arange(run.start, run.stop)
                 at += len(run)
             row_n[at:] = row_n[at - 1]
-        return Place(torch.from_numpy(slots_Sn).view(-1).to(self._device), tuple(spans), size)
+        return Place(upload(torch.from_numpy(slots_Sn).view(-1), self._device), tuple(spans), size)
 
 
 def _index(runs: Sequence[range], device: torch.device) -> Tensor:
     """The slots of all runs, one after the other, as an index tensor."""
-    return torch.tensor([slot for run in runs for slot in run], dtype=torch.long, device=device)
+    return on_device([slot for run in runs for slot in run], device)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.memory.upload import indices
+
 
 def attend_whole(
     q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, bounds: Sequence[int], *, scale: float, exact: bool
@@ -26,7 +28,7 @@ def attend_whole(
         return _attend(q_THD, k_THD, v_THD, len(bounds) - 1, scale)
     rows_T, pieces = [], []
     for starts, length in _by_length(bounds):
-        rows = torch.cat([torch.arange(start, start + length) for start in starts]).to(q_THD.device)
+        rows = indices([row for start in starts for row in range(start, start + length)], q_THD.device)
         pieces.append(_attend(q_THD[rows], k_THD[rows], v_THD[rows], len(starts), scale))
         rows_T.append(rows)
     return torch.cat(pieces)[torch.argsort(torch.cat(rows_T))]

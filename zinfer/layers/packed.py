@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from zinfer.kernels.paged import PageRows
+from zinfer.memory.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,14 @@ class Packed:
     lengths: tuple[int, ...] | None = None
     segments_T: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, name: Literal["positions_T", "logit_rows"], device: torch.device) -> Tensor:
+        """A field where the activations are, sent there once for all layers.  The fields themselves are the host's."""
+        key = ("on", name, device)
+        if key not in self.memo:
+            self.memo[key] = upload(getattr(self, name), device)
+        found: Tensor = self.memo[key]
+        return found
 
     @property
     def num_rows(self) -> int:

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from zinfer.kernels import rows
 from zinfer.layers.packed import Packed
+from zinfer.memory.upload import upload
 from zinfer.spec.records import Rope
 
 
-def rotary_tables(rope: Rope, batch: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the pass's rows, each [T, rotary_dim / 2] in `dtype`.
+def rotary_tables(
+    rope: Rope, batch: Packed, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the pass's rows, each [T, rotary_dim / 2] in `dtype`, on `device` (None: the host).
 
     The kinds that switch on length take each sequence's own known length, never that of a batch mate.
     """
-    positions_T = batch.positions_T.float()
+    positions_T = batch.on("positions_T", device or batch.positions_T.device).float()
     lengths = [_length_class(rope, length) for length in sequence_lengths(batch)]
     if len(set(lengths)) == 1:
         angles = positions_T[:, None] * inverse_frequencies(rope, lengths[0], positions_T.device)
@@ -95,7 +98,7 @@ def _frequencies(
     wavelengths = base**exponents
     if kind == "longrope":
         extra = given["long_factor" if length > given["original_context"] else "short_factor"]
-        return (1.0 / (torch.tensor(extra, dtype=torch.float32) * wavelengths)).to(device)
+        return upload(1.0 / (torch.tensor(extra, dtype=torch.float32) * wavelengths), device)
     frequencies = 1.0 / wavelengths
     if kind == "linear":
         frequencies = frequencies / given["factor"]
@@ -103,7 +106,7 @@ def _frequencies(
         frequencies = _yarn(wavelengths, theta, dim, given)
     elif kind == "llama3":
         frequencies = _llama3(frequencies, given)
-    return frequencies.to(device)
+    return upload(frequencies, device)
 
 
 def _dynamic_base(theta: float, dim: int, factor: float, max_context: int, length: int) -> Tensor:

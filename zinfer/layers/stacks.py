@@ -16,6 +16,7 @@ from torch import Tensor
 from zinfer.kernels.choice import cover
 from zinfer.layers.packed import KvView, Packed, Span
 from zinfer.layers.shapes import Shapes
+from zinfer.memory.upload import indices, upload
 from zinfer.spec.attention_cost import KV_BLOCK
 from zinfer.units import round_up
 
@@ -82,10 +83,10 @@ class Visibility:
                 hidden |= new_n <= rows_R[:, None] - self.window
             return hidden
         edge_n = new_n.clamp(0, self.num_new - 1)
-        table = self.ancestors.to(device)[rows_R][:, edge_n]
+        table = upload(self.ancestors, device)[rows_R][:, edge_n]
         hidden = ~((new_n < 0) | ((new_n < self.num_new) & table))
         if self.window is not None:
-            positions_N = self.positions_N.to(device)
+            positions_N = upload(self.positions_N, device)
             key_positions = torch.where(new_n < 0, keys_n, positions_N[edge_n])
             hidden |= key_positions <= positions_N[rows_R][:, None] - self.window
         return hidden
@@ -120,15 +121,18 @@ def exact_stacks(
             end = seen.past + (stop if seen.ancestors is None else seen.num_new)
             last_keys = shapes.keys_for(min(end - blocks[-1] * KV_BLOCK, KV_BLOCK))
             groups[size, blocks, last_keys].append(_Piece(s, start, stop - 1, seen))
-    stacks = []
+    stacks: list[tuple[int, Stack]] = []
     for (size, blocks, last_keys), pieces in groups.items():
         at_once = shapes.at_once(size, KV_BLOCK if len(blocks) > 1 else last_keys)
         at_once = min(at_once, batch.num_sequences)  # what the bound on the workspace counts with
         keys = [range(b * KV_BLOCK, (b + 1) * KV_BLOCK) for b in blocks[:-1]]
         keys.append(range(blocks[-1] * KV_BLOCK, blocks[-1] * KV_BLOCK + last_keys))
         for at in range(0, len(pieces), at_once):
-            stacks.append(_stack(batch, kv, pieces[at : at + at_once], size, keys))
-    return sorted(stacks, key=lambda stack: int(stack.rows_N[0]))  # pieces of one sequence read the same keys
+            together = pieces[at : at + at_once]
+            first_row = batch.bounds[together[0].sequence] + together[0].first
+            stacks.append((first_row, _stack(batch, kv, together, size, keys)))
+    # Pieces of one sequence read the same keys.
+    return [stack for _, stack in sorted(stacks, key=lambda found: found[0])]
 
 
 def decode_stacks(
@@ -160,10 +164,10 @@ def _decode_stack(batch: Packed, kv: KvView, pieces: Sequence[_Piece], window: i
         for piece, end in zip(pieces, ends, strict=True)
     ]
     counts = [span.stop - span.start for span in spans]
-    rows_N = torch.tensor([batch.bounds[piece.sequence] for piece in pieces], device=device)
+    rows_N = indices([batch.bounds[piece.sequence] for piece in pieces], device)
     hidden = None
     if min(counts) < max(counts):
-        counts_S11 = torch.tensor(counts, device=device)[:, None, None]
+        counts_S11 = indices(counts, device)[:, None, None]
         hidden = torch.arange(max(counts), device=device) >= counts_S11
     place = kv.locate(spans, max(counts))
     return Stack(len(pieces), rows_N, None, rows_N, (Block(place, hidden),))
@@ -175,13 +179,13 @@ def _stack(batch: Packed, kv: KvView, pieces: Sequence[_Piece], size: int, keys:
         [min(piece.first + i, piece.last) for i in range(size)] for piece in pieces
     ]  # within the sequence
     starts = [batch.bounds[piece.sequence] for piece in pieces]
-    rows_SR = torch.tensor(rows, device=device)
-    rows_N = (rows_SR + torch.tensor(starts, device=device)[:, None]).flatten()
+    rows_SR = indices(rows, device)
+    rows_N = (rows_SR + indices(starts, device)[:, None]).flatten()
     counts = [piece.last - piece.first + 1 for piece in pieces]
     kept, target = None, rows_N
     if min(counts) < size:
         places = [s * size + i for s, count in enumerate(counts) for i in range(count)]
-        kept = torch.tensor(places, device=device)
+        kept = indices(places, device)
         target = rows_N[kept]
     blocks = tuple(_block(kv, pieces, rows_SR, span) for span in keys)
     return Stack(len(pieces), rows_N, kept, target, blocks)
@@ -203,7 +207,7 @@ def _block(kv: KvView, pieces: Sequence[_Piece], rows_SR: Tensor, keys: range) -
             [piece.seen.hidden(rows, keys) for piece, rows in zip(pieces, rows_SR, strict=True)]
         )
         return Block(place, hidden)
-    pasts = torch.tensor([piece.seen.past for piece in pieces], device=rows_SR.device)
+    pasts = indices([piece.seen.past for piece in pieces], rows_SR.device)
     at_SR1 = (rows_SR + pasts[:, None])[..., None]  # positions
     keys_n = torch.arange(keys.start, keys.stop, device=rows_SR.device)
     hidden = keys_n > at_SR1

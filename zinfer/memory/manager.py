@@ -19,6 +19,7 @@ from zinfer.memory.residency import Event, Residency, State
 from zinfer.memory.row_source import RowSource
 from zinfer.memory.tier import Place, Split, homes_in
 from zinfer.memory.transfer import HostTransfer, Order
+from zinfer.memory.upload import upload
 from zinfer.plan.evict import Belady, Lru, Pinned, Policy
 from zinfer.plan.records import Placement, Tier
 
@@ -65,7 +66,7 @@ class ChunkManager:
         self._wait_s = 0.0
         self._is_closed = False
         self._to_host = HostTransfer(memory.reader)
-        self._rows = RowSource(table, memory.rows, self._gather)
+        self._rows = RowSource(table, memory.rows, self._gather, memory.transfer)
 
     def prefetch(self, chunk: ChunkId) -> Ticket:
         """Begin to bring a chunk to where it computes (a row table: into host memory); never blocks.
@@ -179,7 +180,7 @@ class ChunkManager:
         the bytes are the same.  Raises as RowReader.read.
         """
         self._settle()
-        return self._rows.read(name, ids_T, self.device)
+        return self._rows.read(name, ids_T)
 
     def adopt(self, placement: Placement, budget: Mapping[Tier, int], reserved: Reserved) -> None:
         """Between passes: other homes, budgets, reservations.  Who has a home as before stays; nothing is read.
@@ -382,9 +383,9 @@ class ChunkManager:
         memory = self._memory.tiers[tier]
         view = self._views.of(self.table.chunks[chunk], memory)[key]
         if tier is not self.placement.compute_tier:
-            return view.index_select(0, ids_N).to(self.device)
+            return view.index_select(0, ids_N)
         self._memory.transfer.ready(self._tickets[chunk, tier])
-        rows = view.index_select(0, ids_N.to(self.device))
+        rows = view.index_select(0, upload(ids_N, self.device))
         memory.fences[memory.places[chunk].offset] = self._memory.transfer.fence()
         return rows
 

@@ -112,7 +112,7 @@ def _enter(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor], b
     stream = flow.take("stream")
     if op.layer == spec.num_layers:
         flow.rotary = None
-        stream = stream[batch.logit_rows]
+        stream = stream.index_select(0, batch.on("logit_rows", stream.device))
     if not op.normed:
         entered = stream
     elif spec.norm == "rms":
@@ -201,7 +201,7 @@ def _heads(output: Tensor, spec: ModelSpec, flow: Flow, batch: Packed, norm: Ten
     if spec.rope is None:
         return heads
     if flow.rotary is None:
-        flow.rotary = rotary_tables(spec.rope, batch, heads.dtype)
+        flow.rotary = rotary_tables(spec.rope, batch, heads.dtype, heads.device)
     return rotate(heads, *flow.rotary)
 
 

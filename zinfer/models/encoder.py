@@ -21,6 +21,7 @@ from zinfer.layers.mlp import activate
 from zinfer.layers.norm import layer_norm
 from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.pooling import pool
+from zinfer.memory.upload import indices
 from zinfer.models.decoder import DTYPES
 from zinfer.spec.quant import PARTS
 from zinfer.spec.records import Encoder, ModelSpec, Op
@@ -161,7 +162,7 @@ def _finish(
             flow.input = activate(output, spec.activation, exact=exact)
         case "pool":
             flow.pooled = pool(output, batch.bounds, encoder.pooling).float()
-            first_SM = output[torch.tensor(batch.bounds[:-1], device=output.device)]
+            first_SM = output.index_select(0, indices(batch.bounds[:-1], output.device))
             flow.first, flow.input = first_SM.float(), first_SM
         case "dense":
             flow.input = activate(output, encoder.head_activation, exact=exact)
