@@ -3,12 +3,12 @@
 tests/gpu has the tests of what then happens; this one needs no GPU.
 """
 
-import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import chunk_files
 import pytest
 import torch
+from cuda_double import Library, runtime  # noqa: F401
 
 from zinfer.errors import MachineError
 from zinfer.memory import assemble
@@ -21,65 +21,6 @@ from zinfer.memory.transfer import Order
 from zinfer.plan.records import Budget, Tier
 
 PAGES = [3, 3, 3, 3]
-
-
-class Runtime:
-    """Stands for torch.cuda: every call is noted; synchronize() blocks until `finish` is set, or raises `error`."""
-
-    def __init__(self):
-        self.calls, self.num_events, self.finish, self.error = [], 0, threading.Event(), None
-        self.finish.set()
-        self.compute = self.Stream(None)
-        self.compute.name = "compute"
-
-    def Stream(self, device):
-        return FakeStream(self)
-
-    def Event(self, **_):
-        self.num_events += 1
-        return FakeEvent(self, self.num_events)
-
-    def current_stream(self, device):
-        return self.compute
-
-    @contextmanager
-    def stream(self, stream):
-        yield
-
-
-class FakeStream:
-    def __init__(self, runtime, name="copy"):
-        self.runtime, self.name = runtime, name
-
-    def wait_stream(self, other):
-        self.runtime.calls.append((self.name, "waits for", other.name))
-
-    def wait_event(self, event):
-        self.runtime.calls.append((self.name, "waits for", event.number))
-
-
-class FakeEvent:
-    def __init__(self, runtime, number):
-        self.runtime, self.number = runtime, number
-
-    def record(self, stream):
-        self.runtime.calls.append((stream.name, "records", self.number))
-
-    def synchronize(self):
-        self.runtime.finish.wait(20)
-        if self.runtime.error:
-            raise self.runtime.error
-
-    def elapsed_time(self, end):
-        return 1000.0
-
-
-@pytest.fixture
-def runtime(monkeypatch):
-    fake = Runtime()
-    for name in ("Stream", "Event", "current_stream", "stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    return fake
 
 
 @pytest.fixture
@@ -99,7 +40,7 @@ def seam(tmp_path, runtime):
 
 def test_events_order_the_copy_behind_the_last_reader_and_computation_behind_the_copy(seam, runtime):
     table, contents, transfer, places = seam
-    assert runtime.calls == [("copy", "waits for", "compute")]
+    assert runtime.calls == [(name, "waits for", "compute") for name in ("weights", "up", "down")]
     runtime.calls.clear()
     fence = transfer.fence()
     ticket = transfer.begin(Order(table.chunks[0], places[0], after=fence))
@@ -107,9 +48,9 @@ def test_events_order_the_copy_behind_the_last_reader_and_computation_behind_the
     transfer.ready(ticket)
     assert runtime.calls == [
         ("compute", "records", 1),
-        ("copy", "waits for", 1),
-        ("copy", "records", 2),
-        ("copy", "records", 3),
+        ("weights", "waits for", 1),
+        ("weights", "records", 2),
+        ("weights", "records", 3),
         ("compute", "waits for", 3),
     ]
     assert chunk_files.bytes_of(dict(views(table.chunks[0], places[0])), table.chunks[0]) == contents[0]
@@ -140,7 +81,7 @@ def test_a_copy_that_fails_on_the_device_surfaces_at_the_next_lease(seam, runtim
     ticket = transfer.begin(Order(table.chunks[0], places[0]))
     ticket.wait()
     transfer.close()
-    with pytest.raises(MachineError, match=r"ZI-5331.*chunk 0.*illegal memory access"):
+    with pytest.raises(MachineError, match=r"ZI-5332.*chunk 0.*illegal memory access"):
         transfer.ready(ticket)
     assert len(transfer._free) == 1
 
@@ -167,20 +108,8 @@ def test_nothing_is_recorded_on_torchs_allocator_and_nothing_synchronises_the_de
 def test_a_manager_on_the_recorded_runtime(tmp_path, runtime, monkeypatch):
     """The whole path but the device: slab, page-locking, fences at the end of leases, closing in order."""
     table, contents = chunk_files.write_chunks(tmp_path, PAGES)
-    locked = {}
-
-    class Library:
-        @staticmethod
-        def cudaHostRegister(address, nbytes, flags):
-            locked[address] = nbytes
-            return 0
-
-        @staticmethod
-        def cudaHostUnregister(address):
-            del locked[address]
-            return 0
-
-    monkeypatch.setattr(torch.cuda, "cudart", Library)
+    library = Library()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
     monkeypatch.setattr(assemble, "DeviceSlab", lambda nbytes, device: HostSlab(nbytes))
     monkeypatch.setattr(assemble.torch, "device", lambda name: torch.empty(0).device)
     placement = chunk_files.sim_placement(table, (0,), (1,), 1, 1)
@@ -195,14 +124,15 @@ def test_a_manager_on_the_recorded_runtime(tmp_path, runtime, monkeypatch):
                 manager.evict(number)
             manager.check()
     fences = [call for call in runtime.calls if call[:2] == ("compute", "records")]
-    reused = [call for call in runtime.calls[1:] if call[:2] == ("copy", "waits for")]
+    reused = [call for call in runtime.calls[1:] if call[:2] == ("weights", "waits for")]
     assert len(fences) == 8  # one per lease
     assert (
         len(reused) == 5
     )  # chunks 2 and 3 of the first pass, 1 to 3 of the second: the slot had a reader before
     assert {call[2] for call in reused} <= {call[2] for call in fences}
-    manager._memory.tiers[Tier.HOST].slab._pin._thread.join()
-    assert sum(locked.values()) == 2 * table.slot_bytes
+    manager._memory.locks[0].settle()
+    assert manager.stats().locked_bytes == 2 * table.slot_bytes
+    assert sum(library.locked.values()) == 2 * table.slot_bytes
     manager.close()
     assert manager.log.num_bytes["h2d"] == 7 * table.slot_bytes  # counted when a copy has been seen to end
-    assert locked == {}
+    assert library.locked == {}

@@ -13,6 +13,7 @@ from zinfer.kernels import products
 from zinfer.kvcache.cache import PagedKv
 from zinfer.layers import attention
 from zinfer.layers.shapes import Shapes
+from zinfer.memory.clock import HostClock
 from zinfer.memory.lease import DTYPES
 from zinfer.memory.upload import indices, upload
 from zinfer.plan.records import Compute, FetchRows, Forecast, Schedule
@@ -37,7 +38,7 @@ class MetaManager:
     def __init__(self, spec):
         self.spec = spec
         self.log = SimpleNamespace(num_bytes=Counter())
-        self.transfer = SimpleNamespace(to_device=None, to_host=None)
+        self.transfer = SimpleNamespace(park=None, unpark=None, to_host=None, clock=HostClock())
         self.table = SimpleNamespace(
             chunks=[SimpleNamespace(id=0, ops=range(len(spec.program)), nbytes=1)],
             streamable=[SimpleNamespace(nbytes=1)],

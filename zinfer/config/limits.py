@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,12 @@ def memory_limits(root: Path = Path("/")) -> MemoryLimits:
         if limit < total:
             total, binding = limit, str(folder)
     return MemoryLimits(total, min(available, total), binding, meminfo.get("SwapTotal", 0))
+
+
+def lock_limit() -> int | None:
+    """Bytes that this process may lock (`ulimit -l`); None: no limit.  Drivers differ in whether they ask."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _memory_cgroups(root: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 from typing import TypeAlias
 
 import torch
@@ -17,7 +18,9 @@ from zinfer.memory.holdings import Memory
 from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import LinkLog, Pace
 from zinfer.memory.manager import ChunkManager
+from zinfer.memory.numa import Near, near_device
 from zinfer.memory.nvme import Files, Reader, Verify
+from zinfer.memory.pinning import Pinning
 from zinfer.memory.rows import RowReader
 from zinfer.memory.sim import SimMode, SimTransfer
 from zinfer.memory.slab import DeviceSlab, HostSlab, Slab
@@ -45,11 +48,13 @@ def open_manager(
     wants_direct: bool = True,
     sim_mode: SimMode = "copy",
     make_transfer: MakeTransfer | None = None,
+    parking_bytes: int = 0,
 ) -> ChunkManager:
     """Ledgers first, then memory, then threads; nothing is read yet.
 
     `device` is "cpu" (the placement computes in host memory), "sim" (needs `machine`, whose disk and h2d rates pace
     it) or "cuda:N"; `make_transfer` makes what brings chunks there, if that is not the device's own link alone;
+    `parking_bytes` of host memory, reserved among the activations there, hold what waits below it;
     `reservations` are bytes per tier and name (KV, activations, ...) beside weights and staging.
     Raises BudgetError ZI-2401 when reservations and staging alone exceed a budget, ZI-2402 when the system grants
     less than the budget.
@@ -81,11 +86,13 @@ def open_manager(
         pace = Pace(machine.disk_read) if device == "sim" and machine else None
         files = Files(table.files, wants_direct=wants_direct)
         undo.callback(files.close)
-        reader = Reader(files, log, verify=verify, pace=pace)
+        near = near_device(torch.device(device)) if device.startswith("cuda") else Near()
+        reader = Reader(files, log, verify=verify, pace=pace, enter=near.bind_thread)
         undo.callback(reader.close)
         rows = RowReader(files, log, blocks=_row_blocks(table) if verify == "always" else {}, pace=pace)
         undo.callback(rows.close)
         transfer: Transfer = HostTransfer(reader)
+        locks: list[Pinning] = []
         if compute is Tier.DEVICE:
             staging = tiers[Tier.HOST].lend_slots("staging")
             if make_transfer is not None:
@@ -93,14 +100,16 @@ def open_manager(
             elif device == "sim" and machine and machine.h2d:
                 transfer = SimTransfer(reader, staging, log, machine.h2d, d2h=machine.d2h, mode=sim_mode)
             else:
-                transfer = CudaTransfer(reader, staging, log, torch.device(device))
+                transfer = CudaTransfer(
+                    reader, staging, log, torch.device(device), near=near, parking_bytes=parking_bytes
+                )
             if device != "sim":
-                tiers[Tier.HOST].pin(torch.cuda.cudart())  # type: ignore[no-untyped-call]
+                locks = _lock(tiers[Tier.HOST], transfer, near)
         undo.callback(transfer.close)
         manager = ChunkManager(
             table,
             placement,
-            Memory(tiers, files, reader, rows, transfer, log),
+            Memory(tiers, files, reader, rows, transfer, log, tuple(locks)),
             policy=policy,
             moments=moments,
         )
@@ -108,6 +117,16 @@ def open_manager(
             tiers[Tier.HOST].touch()
         undo.pop_all()
         return manager
+
+
+def _lock(host: TierMemory, transfer: Any, near: Near) -> list[Pinning]:
+    """Begin to page-lock what copies start from or end in."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    locks = [host.pin(runtime, near=near, enter=transfer.enter)]
+    slab = transfer.crossing.parking.slab
+    if parking_bytes := len(slab.bytes_N):
+        locks.append(slab.pin([0, parking_bytes], runtime, near=near, enter=transfer.enter))
+    return [lock for lock in locks if lock is not None]
 
 
 def _tier_memory(

@@ -5,36 +5,63 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from zinfer.chunks.table import Chunk
-from zinfer.errors import MachineError
+from zinfer.errors import MachineError, ZinferError
+from zinfer.memory.clock import Clock, CudaClock
+from zinfer.memory.crossing import Crossing
+from zinfer.memory.faults import explained
 from zinfer.memory.links import LinkLog, Movement, Ticket
+from zinfer.memory.numa import Near
 from zinfer.memory.nvme import Reader
 from zinfer.memory.transfer import StagedTransfer, Trip
 
 
 class CudaTransfer(StagedTransfer):
-    """One copy stream of its own, one DMA per chunk.
+    """A stream for weights, one DMA per chunk; a stream each way for everything else.
 
     Order comes from events alone: a copy waits on the device for the fence of the place's last reader; computation
     waits on the device for the copy's arrival event; a staging slot is reused when the host has seen that event.
     A ticket lands when its copy is queued, so `lease` blocks the host for the disk, never for the DMA.  Nothing
     synchronises the device, and torch's allocator is told nothing: the places are ours until close().
+
+    torch hands a copy with `non_blocking` to the runtime as it is, whatever memory it comes from; the runtime knows
+    what was page-locked by cudaHostRegister.  From other memory it waits for the stream first, which is why copies
+    are issued by a thread of their own.
     """
 
-    def __init__(self, reader: Reader, staging: Sequence[Tensor], log: LinkLog, device: torch.device) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        staging: Sequence[Tensor],
+        log: LinkLog,
+        device: torch.device,
+        *,
+        near: Near | None = None,
+        parking_bytes: int = 0,
+    ) -> None:
         super().__init__(reader, staging, device)
+        self.clock: Clock = CudaClock(device)
         self._log = log
+        self._near = near or Near()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(
             torch.cuda.current_stream(device)
         )  # the slab may be recycled memory with work pending
-        self._issuer = ThreadPoolExecutor(1, "zinfer-h2d")  # a copy from pageable memory blocks who issues it
-        self._retirer = ThreadPoolExecutor(1, "zinfer-h2d-done")
-        self._failure: MachineError | None = None  # of a copy whose ticket had landed; set once, read by all
+        self.crossing = Crossing(device, log, parking_bytes)
+        self._issuer = ThreadPoolExecutor(1, "zinfer-h2d", initializer=self.enter)
+        self._retirer = ThreadPoolExecutor(1, "zinfer-h2d-done", initializer=self.enter)
+        self._failure: ZinferError | None = None  # of a copy whose ticket had landed; set once, read by all
+
+    def enter(self) -> None:
+        """What each thread that speaks to the device does first: stand near it, and make no context elsewhere."""
+        self._near.bind_thread()
+        with suppress(Exception):  # a lost device refuses: what is asked of it next says so
+            torch.cuda.set_device(self.device)
 
     def ready(self, ticket: Ticket) -> None:
         """Order the computation that is issued next behind the arrival.  Raises what a DMA died of."""
@@ -52,23 +79,30 @@ class CudaTransfer(StagedTransfer):
         """The next copy into the place waits for its fence; nothing else to do."""
 
     def to_device(self, x: Tensor) -> Tensor:
-        """A copy on the computation's own stream, ordered with what is issued there; blocks for pageable memory."""
-        begin_s = time.perf_counter()
-        copy = x.to(self.device)
-        self._log.add(Movement("h2d", None, x.nbytes, begin_s, time.perf_counter()))
-        return copy
+        """As `Crossing.to_device`."""
+        return self.crossing.to_device(x)
 
     def to_host(self, x: Tensor) -> Tensor:
-        """A copy, complete when this returns: the computation before it is waited for."""
-        begin_s = time.perf_counter()
-        copy = x.to("cpu")
-        self._log.add(Movement("d2h", None, x.nbytes, begin_s, time.perf_counter()))
-        return copy
+        """As `Crossing.to_host`: complete when this returns."""
+        return self.crossing.to_host(x)
+
+    def park(self, x: Tensor) -> Tensor:
+        """As `Crossing.park`: for `unpark` alone."""
+        return self.crossing.park(x)
+
+    def unpark(self, x: Tensor) -> Tensor:
+        """As `Crossing.unpark`."""
+        return self.crossing.unpark(x)
+
+    def forget(self) -> None:
+        """Nobody will come for what is parked."""
+        self.crossing.forget()
 
     def close(self) -> None:
-        """End both workers; the last DMA has then ended."""
+        """End the workers; the last DMA has then ended."""
         self._issuer.shutdown()
         self._retirer.shutdown()
+        self.crossing.close()
 
     def _copy(self, trip: Trip) -> None:
         self._issuer.submit(self._issue, trip)
@@ -78,8 +112,9 @@ class CudaTransfer(StagedTransfer):
         try:
             trip.ticket.refuse_if_cancelled()
             assert trip.source_N is not None, "a trip is copied from a place"
-            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            # Blocking: who waits for one sleeps, where it would spin on a core.
+            begin = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._stream):
                 if trip.order.after is not None:
                     self._stream.wait_event(trip.order.after)
@@ -88,7 +123,7 @@ class CudaTransfer(StagedTransfer):
                 end.record(self._stream)
         except BaseException as error:
             self._copied(trip)
-            trip.ticket.land(error if isinstance(error, MachineError) else _refused(chunk, error))
+            trip.ticket.land(error if isinstance(error, ZinferError) else _refused(chunk, error))
             return
         trip.ticket.arrival = end
         trip.ticket.land()
@@ -105,8 +140,9 @@ class CudaTransfer(StagedTransfer):
         self._copied(trip)
 
 
-def _refused(chunk: Chunk, error: BaseException) -> MachineError:
-    return MachineError(
+def _refused(chunk: Chunk, error: BaseException) -> ZinferError:
+    """A copy's error: the device's own where it is lost, else that of this copy."""
+    return explained(error, f"while chunk {chunk.id} was copied to it") or MachineError(
         "ZI-5331",
         f"chunk {chunk.id} ({chunk.nbytes} bytes) could not be copied to the device: {error}",
         remedy="nvidia-smi   # is the device healthy, and is its memory free?",

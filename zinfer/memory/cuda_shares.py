@@ -51,6 +51,7 @@ class CudaShares(StagedTransfer):
         self.ledgers = {f"device:{at}": helper.ledger for at, helper in helpers.items()}
         self._log, self._ways, self._helpers = log, ways, helpers
         self._near = CudaTransfer(reader, [], log, self.device)
+        self.clock, self.crossing, self.enter = self._near.clock, self._near.crossing, self._near.enter
         self._routes = [_Route(way, self.device, helpers[at] if at else None) for at, way in enumerate(ways)]
         self._issuer = ThreadPoolExecutor(1, "zinfer-shares")
         self._retirer = ThreadPoolExecutor(1, "zinfer-shares-done")
@@ -77,6 +78,18 @@ class CudaShares(StagedTransfer):
     def to_host(self, x: Tensor) -> Tensor:
         """Over the computing device's own link."""
         return self._near.to_host(x)
+
+    def park(self, x: Tensor) -> Tensor:
+        """Over the computing device's own link."""
+        return self._near.park(x)
+
+    def unpark(self, x: Tensor) -> Tensor:
+        """Over the computing device's own link."""
+        return self._near.unpark(x)
+
+    def forget(self) -> None:
+        """Nobody will come for what is parked."""
+        self._near.forget()
 
     def close(self) -> None:
         """End the workers; the last copy has then ended, and the further devices' memory goes back."""
@@ -159,7 +172,7 @@ class _Route:
             self._gather.wait_event(trip.order.after)
         with torch.cuda.stream(self._gather):
             sent_begin, slot.sent = _timed_copy(self._send, target_N, slot_N, pulled)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrived.record(self._gather)  # torch has made it wait for the copy
         return _Move(share, [(self.lane, begin, pulled), (self._peer_lane, sent_begin, slot.sent)], arrived)
 
@@ -174,7 +187,7 @@ def _stream(device: torch.device) -> Any:
 def _timed_copy(stream: Any, target_N: Tensor, source_N: Tensor, after: Any) -> tuple[Any, Any]:
     """Queue one copy on the stream, behind `after`; the events around it."""
     begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         if after is not None:
             stream.wait_event(after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,15 @@ from zinfer.config.machine import Link
 from zinfer.errors import MachineError
 
 
-def started_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
-    """A pool whose threads run already.
+def started_pool(
+    num_threads: int, name: str, enter: Callable[[], None] | None = None
+) -> ThreadPoolExecutor:
+    """A pool whose threads run already; `enter` is what each does first.
 
     Starting one maps its stack, which waits for every page fault of the process that is under way: in the first pass,
     while weights land in fresh memory, tens of milliseconds each.
     """
-    pool = ThreadPoolExecutor(num_threads, name)
+    pool = ThreadPoolExecutor(num_threads, name, initializer=enter)
     gate = threading.Barrier(num_threads + 1)
     for _ in range(num_threads):
         pool.submit(gate.wait)

@@ -142,6 +142,7 @@ class ChunkManager:
                 self._end_lease(chunk, memory.places[chunk])
             self.evict(chunk)
         self._failed.clear()
+        self.transfer.forget()
 
     def advance(self, moment: int) -> None:
         """Before a moment begins: make room for what it needs beside weights (PatrickStar 1.1), and reserve it.
@@ -217,8 +218,7 @@ class ChunkManager:
 
     def stats(self) -> MemoryStats:
         """Totals so far."""
-        peaks = {name: ledger.peak_bytes for name, ledger in self._memory.ledgers.items()}
-        return MemoryStats(self.log.num_bytes, self._num_fetches, self._wait_s, peaks, self.surprises)
+        return self._memory.stats(self._num_fetches, self._wait_s, self.surprises)
 
     def check(self) -> None:
         """Ledgers balance, no live places overlap, states and places agree.  Raises InternalError otherwise."""

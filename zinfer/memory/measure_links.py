@@ -136,8 +136,7 @@ def measure_copies(
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     slab = HostSlab(nbytes)
     slab.bytes_N.fill_(0)
-    address = slab.bytes_N.data_ptr()
-    is_pinned = not int(runtime.cudaHostRegister(address, nbytes, 0))
+    slab.pin([0, nbytes], runtime, is_quiet=True).settle()
     on_device = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def copy_seconds(target: torch.Tensor, source: torch.Tensor) -> float:
@@ -151,8 +150,6 @@ def measure_copies(
     try:
         up_s, down_s = copy_seconds(on_device, slab.bytes_N), copy_seconds(slab.bytes_N, on_device)
     finally:
-        if is_pinned:
-            runtime.cudaHostUnregister(address)
         slab.close()
     return CopyRates(
         h2d=Link(bytes_per_s=nbytes / up_s, latency_s=_COPY_LATENCY_S),
@@ -207,12 +204,11 @@ def _pinnable_bytes(free_bytes: int, seconds: float) -> int | None:
     end_s = time.perf_counter() + seconds
     try:
         while (len(held) + 1) * GIB < free_bytes // 2 and time.perf_counter() < end_s:
-            slab = HostSlab(GIB)
-            if int(runtime.cudaHostRegister(slab.bytes_N.data_ptr(), GIB, 0)):
-                return len(held) * GIB
-            held.append(slab)
+            held.append(HostSlab(GIB))
+            locked = held[-1].pin([0, GIB], runtime, is_quiet=True).settle()
+            if locked.nbytes < GIB:
+                return (len(held) - 1) * GIB
         return None
     finally:
         for slab in held:
-            runtime.cudaHostUnregister(slab.bytes_N.data_ptr())
             slab.close()

@@ -25,6 +25,7 @@ from zinfer.chunks.table import PAGE, Read
 from zinfer.errors import IntegrityError, InternalError, MachineError
 from zinfer.log import logger
 from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until, started_pool
+from zinfer.memory.pinning import no_entry
 
 IN_FLIGHT = 4  # four reads of 16 MiB reach the disk's own rate
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -173,17 +174,23 @@ class Reader:
     """Reads chunks in its own threads: pieces in the order of issue, IN_FLIGHT at a time.
 
     Writes only into the places it was given, from `begin` until `landed` is called (in one of its threads).  `pace`
-    slows the disk down to a simulated one.
+    slows the disk down to a simulated one; `enter` is what its threads do first.
     """
 
     def __init__(
-        self, files: Files, log: LinkLog, *, verify: Verify = "always", pace: Pace | None = None
+        self,
+        files: Files,
+        log: LinkLog,
+        *,
+        verify: Verify = "always",
+        pace: Pace | None = None,
+        enter: Callable[[], None] = no_entry,
     ) -> None:
         self._files = files
         self._log = log
         self._verify = verify == "always"
         self._pace = pace
-        self._pool = started_pool(IN_FLIGHT, "zinfer-read")
+        self._pool = started_pool(IN_FLIGHT, "zinfer-read", enter)
 
     def begin(self, ticket: Ticket, into_N: Octets, landed: Landed) -> None:
         """Read a ticket's chunk into its place (PAGE-aligned, `chunk.nbytes` long); never blocks.

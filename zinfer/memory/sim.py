@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zinfer.config.machine import Link
+from zinfer.memory.clock import Clock, HostClock
 from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until
 from zinfer.memory.nvme import Reader
 from zinfer.memory.transfer import StagedTransfer, Trip
@@ -39,6 +40,7 @@ class SimTransfer(StagedTransfer):
         mode: SimMode = "copy",
     ) -> None:
         super().__init__(reader, staging, torch.device("cpu"))
+        self.clock: Clock = HostClock()
         self._log = log
         self._pace = Pace(link)  # of whatever goes up: weights and the cache share the link
         self._pace_down = Pace(d2h or link)
@@ -64,6 +66,11 @@ class SimTransfer(StagedTransfer):
     def to_host(self, x: Tensor) -> Tensor:
         """A copy, when the link would have brought it."""
         return self._cross(x, "d2h", self._pace_down)
+
+    park, unpark = to_host, to_device
+
+    def forget(self) -> None:
+        """Copies are the caller's."""
 
     def close(self) -> None:
         """End the worker after what it was asked for."""

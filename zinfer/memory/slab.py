@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from zinfer.errors import BudgetError
-from zinfer.log import logger
-from zinfer.units import GIB, MIB, Bytes, round_up
+from zinfer.memory.numa import Near
+from zinfer.memory.pinning import Locked, Pinning, no_entry
+from zinfer.units import MIB, Bytes, round_up
 
 HUGE_PAGE = 2 * MIB
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -68,14 +68,33 @@ class HostSlab:
         self._begin = -whole_N.data_ptr() % HUGE_PAGE if is_huge else 0
         self._nbytes = nbytes
         self.bytes_N = whole_N[self._begin : self._begin + nbytes]
-        self._pin: _Pinning | None = None
+        self._pin: Pinning | None = None
         self._touch: _Touching | None = None
         if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE, self._begin, round_up(nbytes, mmap.PAGESIZE))
 
-    def pin(self, cuts: Sequence[int], runtime: Any) -> None:
-        """Begin to page-lock the slab for the CUDA runtime, in the background; `cuts` as for `_Pinning`."""
-        self._pin = _Pinning(self.bytes_N.data_ptr(), cuts, runtime)
+    def pin(
+        self,
+        cuts: Sequence[int],
+        runtime: Any,
+        *,
+        near: Near | None = None,
+        enter: Callable[[], None] = no_entry,
+        is_quiet: bool = False,
+    ) -> Pinning:
+        """Begin to page-lock the slab for the CUDA runtime, in the background; `cuts` and `enter` as for `Pinning`.
+
+        Its pages come from `near`'s node: nothing has touched them yet.
+        """
+        if near is not None and self._map is not None:
+            near.bind_memory(self.bytes_N.data_ptr(), round_up(self._nbytes, mmap.PAGESIZE))
+        self._pin = Pinning(self.bytes_N.data_ptr(), cuts, runtime, enter=enter, is_quiet=is_quiet)
+        return self._pin
+
+    @property
+    def locked(self) -> Locked:
+        """What of it is page-locked by now."""
+        return Locked(0, 0, True) if self._pin is None else self._pin.locked
 
     def touch(self, begin: int, end: int) -> None:
         """Begin to give bytes begin:end their pages, in the background: reads need not wait for that.
@@ -156,62 +175,15 @@ class DeviceSlab:
         """Part of an allocation cannot be returned to the device."""
 
     def close(self) -> None:
-        """Hand the allocation back to torch, once the last view is gone."""
+        """Hand the allocation back to torch and, where the last view of it is gone, by torch to the device.
+
+        torch would keep it for the next one of that size; another process, or a plan with other sizes, wants it now.
+        """
+        is_cuda = self.bytes_N.is_cuda
         self.bytes_N = torch.empty(0, dtype=torch.uint8)
-
-
-class _Pinning:
-    """cudaHostRegister in the background, at most 1 GiB at a time; page-locking everything at once stalls others.
-
-    A copy may not straddle two registrations, so the pieces end at `cuts`: ascending offsets where slots begin and
-    end.  The first refusal is announced and undoes the rest: copies from pageable memory are slow but right.
-    """
-
-    def __init__(self, address: int, cuts: Sequence[int], runtime: Any) -> None:
-        self._runtime = runtime
-        self._registered: list[int] = []  # addresses
-        self._stop = threading.Event()
-        pieces = [(address + begin, end - begin) for begin, end in _pieces(cuts)]
-        self._thread = threading.Thread(target=self._run, args=(pieces,), name="zinfer-pin", daemon=True)
-        self._thread.start()
-
-    def undo(self) -> None:
-        """Stop and unregister; must come before the memory is unmapped, and after the last copy has ended."""
-        self._stop.set()
-        self._thread.join()
-        self._unregister()
-
-    def _run(self, pieces: Sequence[tuple[int, int]]) -> None:
-        for address, nbytes in pieces:
-            if self._stop.is_set():
-                return
-            code = int(self._runtime.cudaHostRegister(address, nbytes, 0))
-            if code:
-                logger.warning(
-                    "host memory cannot be page-locked (CUDA error %d after %d of %d pieces, %s each at most): copies "
-                    "to the device come from pageable memory, expect about half their speed; see `ulimit -l`",
-                    code,
-                    len(self._registered),
-                    len(pieces),
-                    Bytes(GIB),
-                )
-                return
-            self._registered.append(address)
-
-    def _unregister(self) -> None:
-        while self._registered:
-            self._runtime.cudaHostUnregister(self._registered.pop())
-
-
-def _pieces(cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Join neighbouring cuts to ranges of at most 1 GiB; a single longer one stays whole."""
-    begin = cuts[0] if cuts else 0
-    for before, after in pairwise(cuts):
-        if after - begin > GIB and before > begin:
-            yield begin, before
-            begin = before
-    if cuts and cuts[-1] > begin:
-        yield begin, cuts[-1]
+        if is_cuda:
+            with suppress(RuntimeError):  # of a device that is lost
+                torch.cuda.empty_cache()
 
 
 def _too_much(tier: str, nbytes: int, error: BaseException) -> BudgetError:

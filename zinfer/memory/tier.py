@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from zinfer.arena import Arena
 from zinfer.chunks.table import ChunkId, ChunkTable
 from zinfer.errors import InternalError
 from zinfer.memory.ledger import Ledger
+from zinfer.memory.numa import Near
+from zinfer.memory.pinning import Pinning, no_entry
 from zinfer.memory.slab import HostSlab, Slab
 from zinfer.plan.records import Placement, Tier
 
@@ -122,11 +124,19 @@ class TierMemory:
             if chunk not in self._homes:
                 self._homes[chunk] = (self._cut(nbytes), nbytes)
 
-    def pin(self, runtime: Any) -> None:
-        """Begin to page-lock the whole slab, in pieces that end where places do."""
-        if isinstance(self.slab, HostSlab):
-            blocks = self._arena.blocks()
-            self.slab.pin([offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]], runtime)
+    def pin(
+        self, runtime: Any, *, near: Near | None = None, enter: Callable[[], None] = no_entry
+    ) -> Pinning | None:
+        """Begin to page-lock the whole slab, in pieces that end where places do.
+
+        Slots lie first and are locked first: what is read from disk passes through them in every pass, while a home
+        is copied from once per pass.  Where only a part can be locked, they are in it.
+        """
+        if not isinstance(self.slab, HostSlab):
+            return None
+        blocks = self._arena.blocks()
+        cuts = [offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]]
+        return self.slab.pin(cuts, runtime, near=near, enter=enter)
 
     def touch(self) -> None:
         """Begin to find pages for all homes, in the order of chunks; slots have theirs after their first use."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from zinfer.chunks.table import Chunk
 from zinfer.errors import InternalError
 from zinfer.memory.ledger import Ledger
+from zinfer.memory.clock import Clock, HostClock
 from zinfer.memory.links import Ticket
 from zinfer.memory.nvme import Reader
 
@@ -47,6 +48,7 @@ class Transfer(Protocol):
 
     device: torch.device
     ledgers: Mapping[str, Ledger]  # of further devices whose memory it uses, by name
+    clock: Clock
 
     def begin(self, order: Order) -> Ticket: ...
 
@@ -66,6 +68,18 @@ class Transfer(Protocol):
         """A copy in host memory of what was computed: rows for the cache, queries."""
         ...
 
+    def park(self, x: Tensor) -> Tensor:
+        """A copy in host memory of what waits there for `unpark`; nobody else may read it."""
+        ...
+
+    def unpark(self, x: Tensor) -> Tensor:
+        """The way back, once."""
+        ...
+
+    def forget(self) -> None:
+        """Nobody will come for what is parked."""
+        ...
+
     def close(self) -> None:
         """End the threads.  Every ticket has landed before."""
         ...
@@ -79,6 +93,7 @@ class HostTransfer:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        self.clock: Clock = HostClock()
 
     def begin(self, order: Order) -> Ticket:
         """Read straight into the place."""
@@ -99,7 +114,10 @@ class HostTransfer:
         """It is there."""
         return x
 
-    to_host = to_device
+    to_host = park = unpark = to_device
+
+    def forget(self) -> None:
+        """Nothing was parked elsewhere."""
 
     def close(self) -> None:
         """The reader is closed by its owner."""

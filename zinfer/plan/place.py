@@ -31,6 +31,7 @@ class Reserve:
     activations: int = 0
     host_kv: int = 0
     host_activations: int = 0
+    parked: int = 0  # of the host's: what waits there and is neither read nor written by the host
 
     @property
     def total(self) -> int:

@@ -86,10 +86,11 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str
     arranged = arranged_bytes(workload.prefill_rows, context, logit_rows)
     activations = max(cost.peak for cost in costs.values())
     parked = workload.num_micros * waiting if workload.parks else 0
-    activations += 0 if workload.parks else (workload.num_micros - 1) * waiting
+    # One may still be on its way down when the next one's turn has begun.
+    activations += waiting if workload.parks else (workload.num_micros - 1) * waiting
     activations += arranged + ROW_STAGING_BYTES + unpacking
     if kv.attend == "resident":
-        return Reserve(kv_bytes(spec, workload), activations, host_activations=parked)
+        return Reserve(kv_bytes(spec, workload), activations, host_activations=parked, parked=parked)
     if kv.attend == "device":
         activations += context * kv_row_bytes(spec.num_kv_heads, spec.head_dim, "F32")
     width = DTYPE_BYTES[spec.dtype]
@@ -99,4 +100,5 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str
         activations=activations,
         host_kv=kv_bytes(spec, workload),
         host_activations=crossing + attending + arranged + parked,
+        parked=parked,
     )

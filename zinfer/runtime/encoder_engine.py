@@ -63,7 +63,9 @@ class EncoderEngine:
             executor, texts, max_rows=workload.prefill_rows, max_batch=workload.batch
         ):
             assert flow.pooled is not None, "a whole pass has pooled"
-            yield numbers, flow.pooled.cpu(), None if flow.logits is None else flow.logits.cpu()
+            pooled, logits = flow.pooled.cpu(), None if flow.logits is None else flow.logits.cpu()
+            executor.results_are_here()
+            yield numbers, pooled, logits
         self.stats.peak_bytes = manager.stats().peak_bytes
 
     @property

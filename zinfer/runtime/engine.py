@@ -131,6 +131,7 @@ class Engine:
         held = self.manager.stats()
         self.stats.peak_bytes = held.peak_bytes
         self.stats.surprises = held.surprises
+        self.stats.locked_bytes = max(self.stats.locked_bytes, held.locked_bytes)
         self.stats.preemptions = asdict(self.loop.scheduler.preemptions)
         self.stats.token_rows = self.loop.budget.rows
         if self.recorder.is_recording:
@@ -215,6 +216,7 @@ def open_executor(
         verify=model.resolved.settings.runtime.verify,
         wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
         make_transfer=by_several_links(plan.table, plan.placement, plan.budget, plan.machine, plan.device),
+        parking_bytes=plan.reserve.parked if plan.device.startswith("cuda") else 0,
     )
     executor = Executor(
         model.spec,

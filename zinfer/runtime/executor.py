@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from zinfer.chunks.table import ChunkTable
 from zinfer.layers.packed import KvView, Packed
+from zinfer.memory.faults import explained
 from zinfer.memory.manager import ChunkManager
 from zinfer.models.registry import Flow, composition
 from zinfer.plan.curve import group_of
@@ -68,7 +70,8 @@ class Executor:
         self.watch = watch
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
         self._is_warm = False
-        self._group_s: defaultdict[str, float] = defaultdict(float)
+        self._clock = manager.transfer.clock
+        self._begin_s = 0.0
         self._new_flow, self._run_op = composition(spec)
 
     def run(self, batches: Sequence[tuple[Packed, KvView | None]]) -> list[Tensor]:
@@ -83,29 +86,43 @@ class Executor:
 
     def traverse(self, micros: Sequence[Micro]) -> None:
         """`run` for callers that bring their own flows and take more than logits from them."""
-        begin_s, begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
+        self._begin_s, begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
         waited_s = self.manager.stats().wait_s
-        self._group_s.clear()
+        self._clock.read()
         try:
             with torch.no_grad(), self.moments.of_pass(sum(micro.batch.num_rows for micro in micros)):
                 self._interpret(micros)
-        except BaseException:
+        except BaseException as error:
             self._is_warm = False
-            self.manager.drop_streamed()
+            typed = explained(error, "in a pass")
+            with suppress(Exception) if typed else nullcontext():  # a lost device refuses this too
+                self.manager.drop_streamed()
+            if typed:
+                raise typed from error
             raise
         self.stats.passes.append(
             PassRecord(
-                seconds=time.perf_counter() - begin_s,
+                seconds=time.perf_counter() - self._begin_s,
                 wait_s=self.manager.stats().wait_s - waited_s,
                 rows=sum(micro.batch.num_rows for micro in micros),
                 sequences=sum(micro.batch.num_sequences for micro in micros),
                 is_first=not self._is_warm,
                 is_decode=all(map(_is_decode, (micro.batch for micro in micros))),
                 num_bytes=dict(Counter(self.manager.log.num_bytes) - begin_bytes),
-                group_s=dict(self._group_s) if self.manager.device.type == "cpu" else {},
+                group_s={},
             )
         )
         self._is_warm = True
+
+    def results_are_here(self) -> None:
+        """Whoever ran the last pass has its results on the host: only now has a device done it.
+
+        Nobody waits for a device before that, so the record of the pass is completed here.
+        """
+        last = self.stats.passes[-1]
+        last.group_s = self._clock.read()
+        if self.manager.device.type != "cpu":
+            last.seconds = time.perf_counter() - self._begin_s
 
     def follow(self, schedule: Schedule) -> None:
         """Another schedule from the next pass on, which also loads what is to stay."""
@@ -136,17 +153,21 @@ class Executor:
             lease = self.manager.lease(self.table.chunks[chunk].id)
         with lease as views:
             for micro in micros:
-                self._bring(micro, self.manager.transfer.to_device, micros)
+                self._bring(micro, self.manager.transfer.unpark, micros)
+                self._clock.start()
                 for index in ops:
                     op = self.spec.program[index]
                     weights = {part.role: views[part.key] for part in op.reads}
-                    begin_s = time.perf_counter()
                     with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
                         self._run_op(
                             op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact
                         )
-                    self._group_s[group_of(op.kind)] += time.perf_counter() - begin_s
-                self._bring(micro, self.manager.transfer.to_host, micros)
+                    self._clock.lap(group_of(op.kind))
+                is_last = ops.stop == len(
+                    self.spec.program
+                )  # what the host reads next does not merely wait there
+                transfer = self.manager.transfer
+                self._bring(micro, transfer.to_host if is_last else transfer.park, micros)
 
     def _bring(self, micro: Micro, carry: Callable[[Tensor], Tensor], micros: Sequence[Micro]) -> None:
         """Where the schedule parks, a micro-batch that is not the only one is on the device for its turn only."""
@@ -160,7 +181,7 @@ class Executor:
                 ids_T = micro.batch.ids(lookup.role)
                 with self.recorder.span("rows", lookup.name):
                     micro.flow.rows[lookup.role] = self.manager.rows(lookup.name, ids_T + lookup.offset)
-            self._bring(micro, self.manager.transfer.to_host, micros)
+            self._bring(micro, self.manager.transfer.park, micros)
 
 
 def _is_decode(batch: Packed) -> bool:

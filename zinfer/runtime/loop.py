@@ -75,6 +75,7 @@ class Loop:
         if not pieces:
             return []
         events = list(self._pass(pieces))
+        self.executor.results_are_here()
         last = self.executor.stats.passes[-1]
         if not last.is_first:
             self.budget.observe(last.rows, last.group_s, last.wait_s, last.seconds)

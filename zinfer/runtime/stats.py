@@ -23,7 +23,7 @@ class PassRecord:
     is_first: bool  # it also loaded what stays
     is_decode: bool  # no prompt rows
     num_bytes: Mapping[str, int]
-    group_s: Mapping[str, float]  # compute seconds by group of ops, where the engine computes at once (CPU)
+    group_s: Mapping[str, float]  # compute seconds by group of ops, as the engine that computes saw them
     schedule_s: float = 0.0  # beside it: composing the pass, sampling, text
 
 
@@ -38,6 +38,7 @@ class Stats:
     first_token_s: float | None = None
     surprises: int = 0  # chunks that were needed before the schedule had fetched them
     preemptions: dict[str, int] = field(default_factory=dict)  # "spilled", "dropped", "damaged": times
+    locked_bytes: int = 0  # host memory that is page-locked for a device
     token_rows: int = 0  # T*, as corrected by the passes so far
 
     @property
@@ -92,6 +93,7 @@ class Stats:
                 for link in sorted({link for done in self.passes for link in done.num_bytes})
             },
             "peak_bytes": dict(self.peak_bytes),
+            "locked_bytes": self.locked_bytes,
             "limit_s": self.limit_s,
             "limit_share": self.limit_s / pass_s if pass_s else None,
             "binding": self.forecast.binding,
