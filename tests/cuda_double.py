@@ -75,7 +75,7 @@ class FakeEvent:
 
 
 @pytest.fixture(name="runtime")
-def runtime(monkeypatch):
+def cuda_runtime(monkeypatch):
     """torch.cuda, as far as zinfer.memory asks for it, written down."""
     fake = Runtime()
     for name in ("Stream", "Event", "current_stream", "stream", "set_device"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_double import runtime  # noqa: F401
+from cuda_double import cuda_runtime  # noqa: F401
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import chunk_files
 import pytest
 import torch
-from cuda_double import Library, runtime  # noqa: F401
+from cuda_double import Library, cuda_runtime  # noqa: F401
 
 from zinfer.errors import MachineError
 from zinfer.memory import assemble
