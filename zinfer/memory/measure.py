@@ -17,6 +17,7 @@ from torch import Tensor
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Compute, Machine, Overlap, ProductRate, StepCost
 from zinfer.config.profiles import fingerprint
+from zinfer.memory.devices import visible_devices
 from zinfer.memory.measure_beside import measure_chunk_overhead, measure_overlap
 from zinfer.memory.measure_links import (
     device_of,
@@ -131,7 +132,7 @@ def measure(
     limits = memory_limits()
     disk = _disk_fields(paths, seconds / 5)
     chunk_s = measure_chunk_overhead(paths, seconds / 40)
-    has_gpu = torch.cuda.is_available()
+    has_gpu = visible_devices().count > 0
     host_s = clock.left_s * (0.45 if has_gpu else 0.85)
     host = measure_compute(
         product,

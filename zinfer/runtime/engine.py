@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from zinfer.errors import ZinferError
 from zinfer.kernels import products, quant
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.kvcache.spill import spill_folder
 from zinfer.layers.shapes import prepare_attention
 from zinfer.memory.assemble import open_manager
+from zinfer.memory.faults import explained, is_lost
 from zinfer.memory.heap import give_freed_memory_back
 from zinfer.memory.manager import ChunkManager
 from zinfer.parallel.aggregate import by_several_links
@@ -50,6 +53,7 @@ class Engine:
     begin_s: float
     trace_file: Path | None = None
     inbox: dict[int, deque[Event]] = field(default_factory=dict)  # by request, until its caller collects
+    fault: ZinferError | None = None  # the device is lost: what every caller is told from then on
 
     def submit(self, request: Request, text: TextState) -> None:
         """Queue a request.  Raises BudgetError ZI-2201 when the cache cannot hold it even alone."""
@@ -63,6 +67,8 @@ class Engine:
 
     def next_events(self, requests: Sequence[Request]) -> list[Event]:
         """What these requests were given since the last call, after a pass if that is nothing."""
+        if self.fault is not None:
+            raise self.fault
         events = self._collect(requests)
         if not events:
             self._step()
@@ -72,6 +78,9 @@ class Engine:
     def _step(self) -> None:
         try:
             events = self.loop.step()
+        except ZinferError as error:
+            self.fault = error if is_lost(error) else None
+            raise
         finally:
             self._note()
         if events and self.stats.first_token_s is None:
@@ -123,7 +132,10 @@ class Engine:
         """Give everything back and write the trace; may be called again."""
         self._note()
         self.kv.end()
-        self.manager.close()
+        with (
+            nullcontext() if self.fault is None else suppress(RuntimeError)
+        ):  # a lost device refuses this too
+            self.manager.close()
         if self.trace_file is not None and isinstance(self.recorder, TraceRecorder):
             self.recorder.save(self.trace_file)
 
@@ -149,10 +161,19 @@ class Engine:
 def open_engine(
     model: Model, plan: Plan, stats: Stats, *, trace: Path | None = None, watch: Watch = unwatched
 ) -> Engine:
-    """Allocate what the plan says and start the threads; the first pass loads.  Raises BudgetError, MachineError."""
+    """Allocate what the plan says and start the threads; the first pass loads.
+
+    Raises BudgetError, MachineError; nothing is left then.
+    """
     begin_s = time.perf_counter()
     manager, executor = open_executor(model, plan, stats, trace=trace, watch=watch)
-    kv = _open_cache(model, plan, manager)
+    try:
+        kv = _open_cache(model, plan, manager)
+    except BaseException as error:
+        manager.close()
+        if typed := explained(error, "for the key-value cache"):
+            raise typed from error
+        raise
     budget = TokenBudget(
         plan.curve, plan.stream_s, batch=plan.workload.batch, max_rows=plan.workload.prefill_rows
     )
@@ -201,11 +222,16 @@ def open_executor(
     torch.set_num_threads(model.resolved.threads)
     give_freed_memory_back()
     device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
-    for prepare in (products.prepare, quant.prepare):
-        prepare(model.spec, device_type, exact=plan.exact)
-    if model.spec.encoder is None:
-        kv_dtype = plan.workload.kv.dtype
-        prepare_attention(model.spec, device_type, exact=plan.exact, kv_dtype=kv_dtype)
+    try:
+        for prepare in (products.prepare, quant.prepare):
+            prepare(model.spec, device_type, exact=plan.exact)
+        if model.spec.encoder is None:
+            kv_dtype = plan.workload.kv.dtype
+            prepare_attention(model.spec, device_type, exact=plan.exact, kv_dtype=kv_dtype)
+    except RuntimeError as error:
+        if typed := explained(error, "while its kernels were tried"):
+            raise typed from error
+        raise
     manager = open_manager(
         plan.table,
         plan.placement,

@@ -5,6 +5,7 @@ Prefill pieces, decode tokens and rows to be scored ride together; offline jobs,
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zinfer.errors import BudgetError
 from zinfer.kvcache.cache import PagedKv
+from zinfer.log import logger
+from zinfer.memory.faults import FULL, TOO_FULL, explained
 from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.batch import pack_rows, split_rows
 from zinfer.runtime.executor import Executor
@@ -55,6 +59,7 @@ class Loop:
         self.scheduler = scheduler
         self.budget = budget
         self._micro_rows = micro_rows or scheduler.max_rows
+        self._num_begun = 0  # micro-batches of the pass that count
         self._texts: dict[int, TextState] = {}
 
     def submit(self, request: Request, text: TextState) -> None:
@@ -74,7 +79,7 @@ class Loop:
         pieces = self.scheduler.compose(self.budget.rows)
         if not pieces:
             return []
-        events = list(self._pass(pieces))
+        events = self._pass_with_room(pieces)
         self.executor.results_are_here()
         last = self.executor.stats.passes[-1]
         if not last.is_first:
@@ -82,7 +87,42 @@ class Loop:
         last.schedule_s = time.perf_counter() - begin_s - last.seconds
         return events
 
+    def _pass_with_room(self, pieces: Sequence[Piece]) -> list[Event]:
+        """The pass; where the device runs out of memory in it, the same pass in smaller micro-batches.
+
+        Another process may have taken what the plan counted with.  Until logits are there nothing of a pass counts, so
+        it can be run again; the rows stay as small as they had to become.
+        """
+        while True:
+            try:
+                return list(self._pass(pieces))
+            except RuntimeError as error:
+                if typed := explained(error, "while tokens were drawn"):
+                    raise typed from error
+                raise
+            except BudgetError as error:
+                if error.code != FULL or self._num_begun:
+                    raise
+                reason = error.message
+            self._shrink(sum(len(piece.ids) for piece in pieces), reason)
+
+    def _shrink(self, rows: int, reason: str) -> None:
+        """Half as many rows at once.  Raises BudgetError ZI-2404 where one is too many."""
+        at_once = min(self._micro_rows, rows)
+        if at_once == 1:
+            raise BudgetError(
+                TOO_FULL,
+                f"not one row fits in what is left of the device's memory: {reason}",
+                remedy="nvidia-smi   # who else uses it?  Then --device-mem with less than is free",
+            )
+        self._micro_rows = at_once // 2
+        logger.warning("%s: going on with %d rows at once instead of %d", reason, self._micro_rows, at_once)
+        gc.collect()  # the failed pass's activations hang on its traceback
+        if self.executor.manager.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _pass(self, pieces: Sequence[Piece]) -> Iterator[Event]:
+        self._num_begun = 0
         micros = split_rows(pieces, self._micro_rows)
         batches = [pack_rows(micro) for micro in micros]
         views = [
@@ -90,6 +130,7 @@ class Loop:
             for micro, batch in zip(micros, batches, strict=True)
         ]
         outputs = self.executor.run(list(zip(batches, views, strict=True)))
+        self._num_begun = len(views)
         for view in views:
             view.commit()
         drawn = [self._draw(micro, logits_RV) for micro, logits_RV in zip(micros, outputs, strict=True)]

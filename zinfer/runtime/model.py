@@ -8,8 +8,6 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from zinfer.checkpoint.check import check_weights
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.checkpoint.sentence import sentence_files
@@ -24,6 +22,7 @@ from zinfer.errors import CheckpointError, UsageError
 from zinfer.kernels.precision import computable
 from zinfer.kernels.quant import any_linear
 from zinfer.log import logger
+from zinfer.memory.devices import free_bytes, visible_devices
 from zinfer.plan.make import Plan, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import matrix_shapes, profile
@@ -116,13 +115,15 @@ class Model:
             logit_rows=logit_rows,
         )
 
-    def with_memory(self, memory: Mapping[str, object], held_bytes: int) -> Model:
-        """The same model under other budgets, for keys of `settings.memory`; `held_bytes` of host memory are ours
-        already.  Raises UsageError for what is no budget.
+    def with_memory(self, memory: Mapping[str, object], held_bytes: int, held_device_bytes: int = 0) -> Model:
+        """The same model under other budgets, for keys of `settings.memory`; `held_bytes` of host memory, and of the
+        device's, are ours already.  Raises UsageError for what is no budget.
         """
         settings = self.resolved.settings
         tree = settings.model_dump() | {"memory": settings.memory.model_dump() | dict(memory)}
-        return replace(self, resolved=_resolved(parse_settings(tree), self.machine, held_bytes))
+        return replace(
+            self, resolved=_resolved(parse_settings(tree), self.machine, held_bytes, held_device_bytes)
+        )
 
     @property
     def max_text_tokens(self) -> int:
@@ -177,11 +178,22 @@ def open_model(folder: Path, settings: Settings) -> Model:
     return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
 
 
-def _resolved(settings: Settings, machine: Machine, held_bytes: int = 0) -> Resolved:
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _resolved(
+    settings: Settings, machine: Machine, held_bytes: int = 0, held_device_bytes: int = 0
+) -> Resolved:
+    """What is free of a device now bounds its budget: another process may hold the rest."""
+    devices = visible_devices()
+    is_cuda, index = settings.device.startswith("cuda"), int(settings.device.partition(":")[2] or 0)
+    if is_cuda and devices.error is not None:
+        raise devices.error
+    if settings.device == "auto" and devices.is_disappointing:
+        logger.warning("%s: computing on the processor", devices.error)
+    free = None
+    if index < devices.count and (is_cuda or (settings.device == "auto" and machine.device is not None)):
+        free = min(free_bytes(index) + held_device_bytes, machine.device_bytes)
     limits = memory_limits()
     limits = replace(limits, available=min(limits.available + held_bytes, limits.total))
-    return resolve(settings, machine, limits=limits, num_gpus=num_gpus)
+    return resolve(settings, machine, limits=limits, num_gpus=devices.count, free_device_bytes=free)
 
 
 def _as_it_is_now(machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved) -> Machine:

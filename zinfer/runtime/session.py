@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from zinfer.errors import BudgetError, UsageError, ZinferError
+from zinfer.memory.faults import is_lost
 from zinfer.plan.make import Plan
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.revise import rebudget
@@ -110,8 +111,7 @@ class Session:
         idle.  Raises BudgetError when the new budget is too small, and the old one holds.
         """
         with self._lock:
-            held = self._engine.manager.held_bytes(Tier.HOST) if self._engine is not None else 0
-            model = self.model.with_memory(memory, held)
+            model = self.model.with_memory(memory, *self._held())
             if self._engine is None:
                 self.plan = model.plan(self.plan.workload)
             elif self._engine.can_adopt:
@@ -132,6 +132,14 @@ class Session:
                 self.stats = Stats(self.plan.forecast)
             self.model = model
             return self.plan
+
+    def _held(self) -> tuple[int, int]:
+        """Bytes of host and device memory that are ours."""
+        if self._engine is None:
+            return 0, 0
+        manager = self._engine.manager
+        is_below = manager.placement.compute_tier is Tier.DEVICE
+        return manager.held_bytes(Tier.HOST), manager.held_bytes(Tier.DEVICE) if is_below else 0
 
     def close(self) -> None:
         """Give memory, files and threads back.  The next request opens the engine again."""
@@ -194,7 +202,12 @@ class Session:
     def _next_events(self, engine: Engine, running: dict[int, Request]) -> Iterator[Event]:
         """Events of these requests, after a pass if none wait; who has ended leaves `running`."""
         with self._lock:
-            events = engine.next_events(list(running.values()))
+            try:
+                events = engine.next_events(list(running.values()))
+            except ZinferError as error:
+                if is_lost(error):
+                    self.close()  # every caller is told the same; the next request looks whether it can be opened
+                raise
             if adapt(engine):
                 self.plan = engine.plan
             for event in events:
