@@ -37,6 +37,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.preempt=auto",
     "runtime.park=auto",
     "runtime.devices=1",
+    "runtime.graphs=auto",
     "machine=sim-default",
 )
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
@@ -99,6 +100,7 @@ class Runtime(_Group):
         "auto"  # hidden states of waiting micro-batches below the device
     )
     devices: Annotated[int, Field(ge=1, le=16)] | Auto = 1  # whose links bring weights; auto: all that gain
+    graphs: Literal["auto", "off"] = "auto"  # decode passes recorded once and replayed, on a CUDA device
     preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 
 

@@ -217,7 +217,10 @@ class Place:
 
 
 class PagedView:
-    """A KvView over the planes.  Rows staged lie behind the committed ones and count only once committed."""
+    """A KvView over the planes.  Rows staged lie behind the committed ones and count only once committed.
+
+    `slots_T` are the places of the new rows in `planes`.
+    """
 
     def __init__(
         self,
@@ -227,7 +230,7 @@ class PagedView:
         bounds: Sequence[int],
         starts: Sequence[int] | None = None,
     ) -> None:
-        self._planes = planes
+        self.planes = planes
         self._road = road
         self._device = planes.tensors[0].device
         self.device = road.crossing.device if road.attend == "device" and road.crossing else self._device
@@ -246,7 +249,7 @@ class PagedView:
             for table, start, count in zip(tables, self._starts, self._counts, strict=True)
             for slots in table.slots(start, start + count)
         ]
-        self._slots_T = _index(staged, self._device)
+        self.slots_T = _index(staged, self._device)
         self._risen: dict[tuple[Span, int], tuple[Tensor, Tensor]] = {}
         self._risen_for: tuple[int, int] | None = None  # layer and sequence
         self._places: dict[Span, Place] = {}  # of lone sequences, which many pieces of rows ask for
@@ -255,7 +258,7 @@ class PagedView:
         """Write the pass's new rows of one layer."""
         with torch.no_grad():
             for kind, rows_TKD in enumerate((k_TKD, v_TKD)):
-                self._planes.write(layer, kind, self._slots_T, self._road.rows_down(rows_TKD.detach()))
+                self.planes.write(layer, kind, self.slots_T, self._road.rows_down(rows_TKD.detach()))
 
     def bring(self, q_THD: Tensor) -> Tensor:
         """Queries to where the pages are read: themselves, or a copy over the link."""
@@ -288,8 +291,8 @@ class PagedView:
         return self._risen[place.key]
 
     def _read(self, layer: int, place: Place) -> tuple[Tensor, Tensor]:
-        parts = [self._road.rows_up(part) for part in self._planes.parts(layer, place.slots)]
-        both = self._planes.decode(parts)
+        parts = [self._road.rows_up(part) for part in self.planes.parts(layer, place.slots)]
+        both = self.planes.decode(parts)
         k, v = both.view(2, place.num_sequences, place.size, *both.shape[2:]).unbind()
         return k, v
 
@@ -319,6 +322,11 @@ class PagedView:
         pairs = [self.read(layer, self.locate([span], span.stop - span.start)) for span in spans]
         return [(k[0], v[0]) for k, v in pairs]
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether nothing of an attention crosses a link."""
+        return self._road.attend == "resident"
+
     def commit(self, rows: Sequence[Sequence[int] | None] | None = None) -> None:
         """Keep staged rows: for each sequence the indices (ascending, counted within it) to keep, None for all.
 
@@ -332,7 +340,7 @@ class PagedView:
             if list(indices) != list(range(len(indices))):  # a prefix lies in its place already
                 target = _index(table.slots(table.length, table.length + len(indices)), self._device)
                 staged = _index(table.slots(table.length, table.length + count), self._device)
-                self._planes.move(staged[on_device(indices, self._device)], target)
+                self.planes.move(staged[on_device(indices, self._device)], target)
             table.length += len(indices)
 
     def _locate(self, spans: Sequence[Span], size: int) -> Place:

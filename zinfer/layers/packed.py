@@ -24,7 +24,8 @@ class Packed:
     part of a prompt that later passes bring included: rope kinds that switch on length must not depend on how a
     prompt is cut into pieces.  None: past and new rows.  `segments_T` are token types, which only encoders have; an
     encoder's sequence is a whole text, without past, and each of its rows sees all of them.  `memo` keeps what layers
-    work out once for all of them.
+    work out once for all of them.  With `is_padded` shapes grow in steps where that changes nothing but rounding, so
+    that passes have the shapes of earlier ones.
     """
 
     tokens_T: Tensor
@@ -35,6 +36,7 @@ class Packed:
     ancestors: tuple[Tensor | None, ...] | None = None
     lengths: tuple[int, ...] | None = None
     segments_T: Tensor | None = None
+    is_padded: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, name: Literal["positions_T", "logit_rows"], device: torch.device) -> Tensor:

@@ -152,11 +152,13 @@ def decode_stacks(
     for most, group in groups.items():
         for at in range(0, len(group), at_most(most)):
             pieces = group[at : at + at_most(most)]
-            stacks.append(_decode_stack(batch, kv, pieces, window))
+            stacks.append(_decode_stack(batch, kv, pieces, window, most if batch.is_padded else 0))
     return stacks
 
 
-def _decode_stack(batch: Packed, kv: KvView, pieces: Sequence[_Piece], window: int | None) -> Stack:
+def _decode_stack(
+    batch: Packed, kv: KvView, pieces: Sequence[_Piece], window: int | None, least_keys: int
+) -> Stack:
     device = kv.device
     ends = [piece.seen.past + 1 for piece in pieces]
     spans = [
@@ -166,10 +168,11 @@ def _decode_stack(batch: Packed, kv: KvView, pieces: Sequence[_Piece], window: i
     counts = [span.stop - span.start for span in spans]
     rows_N = indices([batch.bounds[piece.sequence] for piece in pieces], device)
     hidden = None
-    if min(counts) < max(counts):
+    size = max(*counts, least_keys)
+    if min(counts) < size or least_keys:
         counts_S11 = indices(counts, device)[:, None, None]
-        hidden = torch.arange(max(counts), device=device) >= counts_S11
-    place = kv.locate(spans, max(counts))
+        hidden = torch.arange(size, device=device) >= counts_S11
+    place = kv.locate(spans, size)
     return Stack(len(pieces), rows_N, None, rows_N, (Block(place, hidden),))
 
 

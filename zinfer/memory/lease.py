@@ -64,6 +64,11 @@ class Lease:
         self._is_held = True
 
     @property
+    def address(self) -> int:
+        """Where in its tier the chunk lies: the same place, the same addresses."""
+        return self._place.offset
+
+    @property
     def is_stale(self) -> bool:
         """Whether the place has been emptied since: what its views show is another's bytes, or none."""
         return self._place_now(self.chunk) != self._place

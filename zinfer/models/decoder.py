@@ -15,6 +15,7 @@ from torch import Tensor
 from zinfer.kernels.panels import is_quantised, quant_weight
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import quant_linear
+from zinfer.layers import attention
 from zinfer.layers.attention import attend
 from zinfer.layers.mlp import activate, close_gate, open_gate
 from zinfer.layers.norm import layer_norm, rms_norm
@@ -73,6 +74,17 @@ class Flow:
     def take_logits(self) -> Tensor:
         """The pass's result, fp32 [R, V]."""
         return self.take("logits")
+
+
+def prepare(spec: ModelSpec, flow: Flow, batch: Packed, kv: KvView, *, exact: bool) -> None:
+    """Work out what all layers share, as their first op would: rotary tables, which rows attend together to what."""
+    like_THD = flow.rows["tokens"].new_empty((0, spec.num_heads, spec.head_dim), dtype=DTYPES[spec.dtype])
+    batch.on("logit_rows", like_THD.device)
+    if spec.rope is not None and flow.rotary is None:
+        flow.rotary = rotary_tables(spec.rope, batch, like_THD.dtype, like_THD.device)
+    windowed = spec.window_layers or (True,)
+    windows = {spec.sliding_window if is_windowed else None for is_windowed in windowed}
+    attention.prepare(batch, kv, spec.num_kv_heads, like_THD, windows=sorted(windows, key=str), exact=exact)
 
 
 def run_op(

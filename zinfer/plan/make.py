@@ -21,7 +21,7 @@ from zinfer.plan.forecast import engine_of, forecast
 from zinfer.plan.kv import kv_plans, kv_reasons
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
 from zinfer.plan.place import Reserve, tier_uses
-from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, reserve_for
+from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, graph_bytes, reserve_for
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.settle import asked_workload, shrunk_workload
@@ -332,9 +332,11 @@ class _Maker:
         return asked_workload(self.spec, self.resolved, workload, compute_bytes)
 
     def _reserve(self, settled: Workload) -> Reserve:
-        return reserve_for(
-            self.spec, settled, exact=self.resolved.settings.exact, device=self.resolved.device
-        )
+        device, settings = self.resolved.device, self.resolved.settings
+        reserve = reserve_for(self.spec, settled, exact=settings.exact, device=device)
+        if not device.startswith("cuda") or settings.runtime.graphs == "off":
+            return reserve
+        return replace(reserve, activations=reserve.activations + graph_bytes(self.budget.device))
 
     def _curve(self, settled: Workload) -> Curve:
         engine = engine_of(self.machine, self.tier)

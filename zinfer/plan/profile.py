@@ -14,6 +14,7 @@ from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
 from zinfer.units import KIB, round_up
 
 KV_PAGE_TOKENS = 16  # a sequence's part of the KV cache is rounded up to pages of so many tokens
+_MOST_GRAPH_BYTES = 64 * 2**20
 ROW_STAGING_BYTES = 128 * KIB  # windows through which embedding rows are read
 
 
@@ -64,6 +65,11 @@ def cache_tokens(workload: Workload) -> int:
 def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
     """The cache of a workload."""
     return cache_tokens(workload) * spec.kv_token_bytes(workload.kv.dtype or spec.dtype)
+
+
+def graph_bytes(device_bytes: int) -> int:
+    """What recorded passes may take of a device's budget, beside the activations of passes that are not recorded."""
+    return min(_MOST_GRAPH_BYTES, device_bytes // 64)
 
 
 def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str = "cpu") -> Reserve:

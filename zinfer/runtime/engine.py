@@ -23,9 +23,11 @@ from zinfer.memory.heap import give_freed_memory_back
 from zinfer.memory.manager import ChunkManager
 from zinfer.parallel.aggregate import by_several_links
 from zinfer.plan.make import Plan
+from zinfer.plan.profile import graph_bytes
 from zinfer.plan.records import Tier
 from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.executor import Executor, Watch, unwatched
+from zinfer.runtime.graph import graphs_for
 from zinfer.runtime.loop import Event, Loop
 from zinfer.runtime.model import Model
 from zinfer.runtime.moments import WatchedMoments
@@ -108,6 +110,7 @@ class Engine:
         has_other_cache = (plan.kv_tokens, plan.workload.kv) != (self.plan.kv_tokens, self.plan.workload.kv)
         if has_other_cache:
             self.loop.scheduler.preempt_all()
+        self.loop.executor.let_go()
         self.manager.adopt(
             plan.placement,
             {Tier.HOST: plan.budget.host, Tier.DEVICE: plan.budget.device},
@@ -144,6 +147,8 @@ class Engine:
         self.stats.peak_bytes = held.peak_bytes
         self.stats.surprises = held.surprises
         self.stats.locked_bytes = max(self.stats.locked_bytes, held.locked_bytes)
+        graphs = self.loop.executor.graphs
+        self.stats.graph_replays = 0 if graphs is None else graphs.num_replays
         self.stats.preemptions = asdict(self.loop.scheduler.preemptions)
         self.stats.token_rows = self.loop.budget.rows
         if self.recorder.is_recording:
@@ -244,6 +249,8 @@ def open_executor(
         make_transfer=by_several_links(plan.table, plan.placement, plan.budget, plan.machine, plan.device),
         parking_bytes=plan.reserve.parked if plan.device.startswith("cuda") else 0,
     )
+    runtime = model.resolved.settings.runtime
+    may_record = runtime.graphs == "auto" and not runtime.watch_moments and model.spec.encoder is None
     executor = Executor(
         model.spec,
         plan.table,
@@ -252,10 +259,13 @@ def open_executor(
         stats=stats,
         exact=plan.exact,
         recorder=Recorder() if trace is None else TraceRecorder(),
-        moments=WatchedMoments(manager, plan.reserve.activations)
-        if model.resolved.settings.runtime.watch_moments
-        else None,
+        moments=WatchedMoments(manager, plan.reserve.activations) if runtime.watch_moments else None,
         watch=watch,
+        graphs=graphs_for(
+            model.spec, manager.device, exact=plan.exact, most_bytes=graph_bytes(plan.budget.device)
+        )
+        if may_record
+        else None,
     )
     return manager, executor
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zinfer.chunks.table import ChunkTable
+from zinfer.kvcache.cache import PagedView
 from zinfer.layers.packed import KvView, Packed
 from zinfer.memory.faults import explained
 from zinfer.memory.manager import ChunkManager
-from zinfer.models.registry import Flow, composition
+from zinfer.models.decoder import Flow
+from zinfer.models.registry import Flow as AnyFlow
+from zinfer.models.registry import composition
 from zinfer.plan.curve import group_of
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule
+from zinfer.runtime.graph import Graphs, Kind, Weights
 from zinfer.runtime.moments import Moments
 from zinfer.runtime.stats import PassRecord, Stats
+from zinfer.runtime.stays import Stays, Together
 from zinfer.runtime.trace import Recorder
 from zinfer.spec.records import ModelSpec
 
@@ -36,7 +41,7 @@ class Micro:
 
     batch: Packed
     kv: KvView | None
-    flow: Flow
+    flow: AnyFlow
 
 
 class Executor:
@@ -58,6 +63,7 @@ class Executor:
         recorder: Recorder,
         moments: Moments | None = None,
         watch: Watch = unwatched,
+        graphs: Graphs | None = None,
     ) -> None:
         self.spec = spec
         self.table = table
@@ -68,6 +74,9 @@ class Executor:
         self.recorder = recorder
         self.moments = moments or Moments()
         self.watch = watch
+        self.graphs = graphs
+        self._stays = Stays(manager)
+        self._joined = self._stays.joined(schedule.steady)
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
         self._is_warm = False
         self._clock = manager.transfer.clock
@@ -94,6 +103,7 @@ class Executor:
                 self._interpret(micros)
         except BaseException as error:
             self._is_warm = False
+            self.let_go()
             typed = explained(error, "in a pass")
             with suppress(Exception) if typed else nullcontext():  # a lost device refuses this too
                 self.manager.drop_streamed()
@@ -126,48 +136,89 @@ class Executor:
 
     def follow(self, schedule: Schedule) -> None:
         """Another schedule from the next pass on, which also loads what is to stay."""
-        self.schedule = schedule
+        self.let_go()
+        self.schedule, self._joined = schedule, self._stays.joined(schedule.steady)
         self._is_warm = False
+
+    def let_go(self) -> None:
+        """End the leases that outlast a pass, and forget what was recorded: places may change now."""
+        self._stays.let_go()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def _interpret(self, micros: Sequence[Micro]) -> None:
         next_op = done_bytes = 0
         name = f"pass {len(self.stats.passes) + 1}" + ("" if self._is_warm else ", loading")
-        for step in self.schedule.steady if self._is_warm else self.schedule.first:
+        kind: Kind | None = None
+        repeats = self._repeats(micros)
+        steady = self._joined if repeats else self.schedule.steady
+        for step in steady if self._is_warm else self.schedule.first:
             match step:
                 case Fetch(chunk):
                     self.manager.prefetch(chunk)
                 case Compute(chunk):
                     end_op = self.table.chunks[chunk].ops[-1] + 1
                     with self.moments.moment(chunk):
-                        self._compute(chunk, range(next_op, end_op), micros)
+                        self._compute(chunk, range(next_op, end_op), micros, kind)
                     next_op = end_op
                     done_bytes += self.table.chunks[chunk].nbytes
+                    self.watch(done_bytes, self._pass_bytes, name)
+                case Together(chunks):
+                    end_op = self.table.chunks[chunks[-1]].ops[-1] + 1
+                    ops, views = range(next_op, end_op), self._stays.views(chunks)
+                    self._carry_out(ops, self._stays.where(chunks), views, micros[0], kind)
+                    next_op = end_op
+                    done_bytes += sum(self.table.chunks[chunk].nbytes for chunk in chunks)
                     self.watch(done_bytes, self._pass_bytes, name)
                 case Evict(chunk):
                     self.manager.evict(chunk)
                 case FetchRows():
                     self._fetch_rows(micros)
+                    if self.graphs is not None and repeats is not None:
+                        kind = self.graphs.begin(*repeats)
 
-    def _compute(self, chunk: int, ops: range, micros: Sequence[Micro]) -> None:
+    def _repeats(self, micros: Sequence[Micro]) -> tuple[Packed, PagedView, Flow] | None:
+        """The lone micro-batch of a pass that graphs may have been recorded for, shaped so that it has its like."""
+        if self.graphs is None or not self._is_warm or len(micros) != 1:
+            return None
+        (micro,) = micros
+        if not (isinstance(micro.kv, PagedView) and isinstance(micro.flow, Flow)):
+            return None
+        if not self.graphs.fits(micro.batch, micro.kv):
+            return None
+        micro.batch = replace(micro.batch, is_padded=True)
+        return micro.batch, micro.kv, micro.flow
+
+    def _compute(self, chunk: int, ops: range, micros: Sequence[Micro], kind: Kind | None) -> None:
         with self.recorder.span("wait", f"chunk {chunk}"):
             lease = self.manager.lease(self.table.chunks[chunk].id)
-        with lease as views:
+        with lease as held:
+            views = held.views
             for micro in micros:
                 self._bring(micro, self.manager.transfer.unpark, micros)
-                self._clock.start()
-                for index in ops:
-                    op = self.spec.program[index]
-                    weights = {part.role: views[part.key] for part in op.reads}
-                    with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
-                        self._run_op(
-                            op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact
-                        )
-                    self._clock.lap(group_of(op.kind))
-                is_last = ops.stop == len(
-                    self.spec.program
-                )  # what the host reads next does not merely wait there
+                self._carry_out(ops, (chunk, held.address), views, micro, kind)
+                is_last = ops.stop == len(self.spec.program)  # the host reads that next
                 transfer = self.manager.transfer
                 self._bring(micro, transfer.to_host if is_last else transfer.park, micros)
+
+    def _carry_out(
+        self, ops: range, where: Hashable, views: Weights, micro: Micro, kind: Kind | None
+    ) -> None:
+        if kind is None or not isinstance(micro.flow, Flow):
+            self._run_ops(ops, views, micro)
+            return
+        with self.recorder.span("compute", f"ops {ops.start} to {ops.stop - 1}"):
+            kind.run(ops, where, views, micro.flow, lambda part: self._run_ops(part, views, micro))
+
+    def _run_ops(self, ops: range, views: Weights, micro: Micro) -> None:
+        """One op after the other: the slow twin of what is recorded."""
+        self._clock.start()
+        for index in ops:
+            op = self.spec.program[index]
+            weights = {part.role: views[part.key] for part in op.reads}
+            with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
+                self._run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)
+            self._clock.lap(group_of(op.kind))
 
     def _bring(self, micro: Micro, carry: Callable[[Tensor], Tensor], micros: Sequence[Micro]) -> None:
         """Where the schedule parks, a micro-batch that is not the only one is on the device for its turn only."""

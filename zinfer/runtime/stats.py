@@ -39,6 +39,7 @@ class Stats:
     surprises: int = 0  # chunks that were needed before the schedule had fetched them
     preemptions: dict[str, int] = field(default_factory=dict)  # "spilled", "dropped", "damaged": times
     locked_bytes: int = 0  # host memory that is page-locked for a device
+    graph_replays: int = 0  # runs of ops that one recorded graph carried out
     token_rows: int = 0  # T*, as corrected by the passes so far
 
     @property
@@ -94,6 +95,7 @@ class Stats:
             },
             "peak_bytes": dict(self.peak_bytes),
             "locked_bytes": self.locked_bytes,
+            "graph_replays": self.graph_replays,
             "limit_s": self.limit_s,
             "limit_share": self.limit_s / pass_s if pass_s else None,
             "binding": self.forecast.binding,

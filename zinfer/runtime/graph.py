@@ -1,0 +1,277 @@
+"""Record what decode passes repeat, and replay it.  In: ops over weights at fixed addresses.  Out: activations.
+
+A pass at batch 1 issues some thousand kernels, each of which costs the host more than it takes the device; a graph
+costs one call.  Where shapes or addresses differ from what was recorded, ops run one by one as ever: the slow twin.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zinfer.errors import BudgetError, ZinferError
+from zinfer.kvcache.cache import PagedView
+from zinfer.layers.packed import Packed
+from zinfer.log import logger
+from zinfer.memory.faults import is_lost
+from zinfer.models.decoder import Flow, prepare, run_op
+from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
+from zinfer.spec.records import ModelSpec
+
+MOST_ROWS = 64  # of a pass that is recorded: beyond, kernels take longer than their launches
+_MOST_KINDS = 8  # of passes whose buffers and graphs are kept
+_ATTENDING = frozenset({"v", "qkv"})  # ops that end in attention
+
+Weights = Mapping[Any, Tensor]
+Eager = Callable[[range], None]
+
+
+class GraphRecorder(Protocol):
+    """Records what a function issues to the device."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Call `run` once, which carries nothing out yet; the answer carries it out, as often as it is called.
+
+        What `run` has allocated stays allocated for as long as the answer lives.
+        """
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that everything recorded takes."""
+        ...
+
+
+class CudaRecorder:
+    """CUDA graphs in one memory pool.
+
+    Graphs are replayed on one stream, so what they need only while they run may be shared; what leads from one to
+    the next is referred to by whoever recorded it, and so never handed out twice.  Only the recording thread is
+    bound by what a capture forbids: the transfers' threads go on issuing copies and reading events.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What torch's allocator has grown by while something was recorded."""
+        return self._nbytes
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """As GraphRecorder.record.  Raises what the capture refuses."""
+        graph = torch.cuda.CUDAGraph()
+        compute = torch.cuda.current_stream(self._device)
+        before = torch.cuda.memory_reserved(self._device)
+        self._stream.wait_stream(compute)
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is broken already
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        compute.wait_stream(self._stream)
+        self._nbytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
+        return graph.replay
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """One run of ops: the buffers it reads, what it leaves behind, and how to carry it out."""
+
+    inputs: list[Tensor]
+    outputs: dict[str, Any]
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """Graphs of one executor, by what they were recorded for: the kind of pass, the ops, where their weights lie.
+
+    A kind of pass that comes a second time is recorded.  Where attention's shapes are new, only what lies between
+    attentions is: that depends on the number of rows alone.  Everything takes at most `most_bytes`; what no longer
+    fits, and all after something could not be recorded, runs one by one, which is said once.
+    """
+
+    def __init__(self, spec: ModelSpec, recorder: GraphRecorder, *, exact: bool, most_bytes: int) -> None:
+        self.num_replays = self.num_eager = 0
+        self.is_off = False
+        self._spec = spec
+        self._recorder = recorder
+        self._exact = exact
+        self._most_bytes = most_bytes
+        self._seen: Counter[Hashable] = Counter()
+        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
+
+    def fits(self, batch: Packed, view: object) -> bool:
+        """Whether a pass is one that repeats itself: few rows, one per sequence, over a cache on the device."""
+        return (
+            not self.is_off
+            and isinstance(view, PagedView)
+            and view.is_resident
+            and batch.num_rows == batch.num_sequences <= MOST_ROWS
+            and all(batch.past)
+            and batch.ancestors is None
+        )
+
+    def begin(self, batch: Packed, view: PagedView, flow: Flow) -> Kind:
+        """A pass begins, its rows looked up: work out what its layers share, and find what was recorded for it."""
+        prepare(self._spec, flow, batch, view, exact=self._exact)
+        whole = ("whole", batch.bounds, outline(pass_state(batch, view)))
+        between = ("between", batch.num_rows, tuple(batch.logit_rows.tolist()))
+        for key in (whole, between):
+            self._seen[key] += 1
+        key = whole if self._seen[whole] > 1 else between
+        kind = self._kinds.pop(key, None)
+        if kind is None:
+            kind = Kind(self, batch, view, is_whole=key is whole)
+        self._kinds[key] = kind
+        while len(self._kinds) > _MOST_KINDS:
+            self._kinds.popitem(last=False)
+        kind.may_record = self._seen[key] > 1
+        kind.load(batch, view)
+        return kind
+
+    def clear(self) -> None:
+        """Addresses have changed: everything is recorded again."""
+        self._kinds.clear()
+        self._seen.clear()
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        """None where it cannot be recorded: the reason is said, and nothing is recorded any more."""
+        try:
+            if self.nbytes > self._most_bytes:
+                raise BudgetError(
+                    "ZI-2405", f"{self.nbytes} bytes of graphs are more than {self._most_bytes}"
+                )
+            return self._recorder.record(run)
+        except (RuntimeError, ZinferError, AttributeError, LookupError) as error:
+            if is_lost(error):
+                raise
+            self.is_off = True
+            logger.warning("passes are not recorded any more, their ops run one by one: %s", error)
+            return None
+
+    @property
+    def nbytes(self) -> int:
+        """Of graphs and buffers."""
+        return self._recorder.nbytes + sum(kind.buffers.nbytes for kind in self._kinds.values())
+
+    def run_ops(self, ops: range, weights: Weights, flow: Flow, buffers: PassBuffers) -> None:
+        """The ops over a pass's buffers: what is recorded."""
+        for index in ops:
+            op = self._spec.program[index]
+            views = {part.role: weights[part.key] for part in op.reads}
+            run_op(op, self._spec, flow, views, buffers.batch, buffers.view, exact=self._exact)
+
+    def parts(self, ops: range, *, is_whole: bool) -> Iterator[tuple[range, bool]]:
+        """The ops in runs, and whether each may be recorded."""
+        begin = ops.start
+        for index in ops:
+            if not is_whole and self._spec.program[index].kind in _ATTENDING:
+                if begin < index:
+                    yield range(begin, index), True
+                yield range(index, index + 1), False
+                begin = index + 1
+        if begin < ops.stop:
+            yield range(begin, ops.stop), True
+
+
+class Kind:
+    """One kind of pass: its buffers, and graphs by ops and by where their weights lie."""
+
+    def __init__(self, graphs: Graphs, batch: Packed, view: PagedView, *, is_whole: bool) -> None:
+        self.buffers = PassBuffers(batch, view) if is_whole else PassBuffers(without_attention(batch), view)
+        self.may_record = False
+        self._graphs = graphs
+        self._is_whole = is_whole
+        self._recorded: dict[Hashable, _Recorded | None] = {}
+        self._fixed: set[int] = set()  # addresses that graphs write: they stay
+
+    def load(self, batch: Packed, view: PagedView) -> None:
+        """Another pass of this kind begins."""
+        self.buffers.load(batch if self._is_whole else without_attention(batch), view)
+
+    def run(self, ops: range, where: Hashable, weights: Weights, flow: Flow, eager: Eager) -> None:
+        """Carry the ops out: by graphs where they were recorded for these addresses, else by `eager`."""
+        for part, may_record in self._graphs.parts(ops, is_whole=self._is_whole):
+            found = self._find(part, where, weights, flow) if may_record else None
+            if found is None:
+                self._graphs.num_eager += 1
+                eager(part)
+                continue
+            self._graphs.num_replays += 1
+            for target, source in zip(found.inputs, tensors(flow_state(flow)), strict=True):
+                if target.data_ptr() != source.data_ptr() or target.stride() != source.stride():
+                    target.copy_(source)
+            found.replay()
+            set_flow(flow, found.outputs)
+
+    def _find(self, ops: range, where: Hashable, weights: Weights, flow: Flow) -> _Recorded | None:
+        key = (ops.start, ops.stop, where, outline(flow_state(flow)))
+        if key not in self._recorded and self.may_record and not self._graphs.is_off:
+            self._recorded[key] = self._record(ops, weights, flow)
+        return self._recorded.get(key)
+
+    def _record(self, ops: range, weights: Weights, flow: Flow) -> _Recorded | None:
+        made: dict[int, Tensor] = {}
+
+        def fixed(x: Tensor) -> Tensor:
+            """Itself where a graph writes it, else a buffer; what is held under two names stays one tensor."""
+            if x.data_ptr() in self._fixed:
+                return x
+            if id(x) not in made:
+                made[id(x)] = x.clone()
+            return made[id(x)]
+
+        inside = Flow()
+        set_flow(inside, mapped(flow_state(flow), fixed))
+        inputs = list(tensors(flow_state(inside)))
+        replay = self._graphs.record(lambda: self._graphs.run_ops(ops, weights, inside, self.buffers))
+        if replay is None:
+            return None
+        outputs = flow_state(inside)
+        self._fixed |= {x.data_ptr() for x in (*inputs, *tensors(outputs))}
+        return _Recorded(inputs, outputs, replay)
+
+
+def flow_state(flow: Flow) -> dict[str, Any]:
+    """Everything that waits for the next op, by name."""
+    return {field.name: getattr(flow, field.name) for field in fields(flow)}
+
+
+def set_flow(flow: Flow, state: Mapping[str, Any]) -> None:
+    """The way back; containers are the flow's own."""
+    for name, value in state.items():
+        setattr(flow, name, dict(value) if isinstance(value, dict) else value)
+
+
+def without_attention(batch: Packed) -> Packed:
+    """The same rows, nothing worked out for attention, of which nothing is recorded."""
+    memo = {key: value for key, value in batch.memo.items() if key[0] == "on"}
+    return Packed(
+        tokens_T=batch.tokens_T,
+        positions_T=batch.positions_T,
+        bounds=batch.bounds,
+        past=batch.past,
+        logit_rows=batch.logit_rows,
+        memo=memo,
+    )
+
+
+def graphs_for(spec: ModelSpec, device: torch.device, *, exact: bool, most_bytes: int) -> Graphs | None:
+    """For a device that can record; None for any other."""
+    if device.type != "cuda":
+        return None
+    return Graphs(spec, CudaRecorder(device), exact=exact, most_bytes=most_bytes)
