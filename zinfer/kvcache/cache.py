@@ -219,7 +219,7 @@ class Place:
 class PagedView:
     """A KvView over the planes.  Rows staged lie behind the committed ones and count only once committed.
 
-    `slots_T` are the places of the new rows in `planes`.
+    `slots_T` are the places of the new rows.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class PagedView:
         bounds: Sequence[int],
         starts: Sequence[int] | None = None,
     ) -> None:
-        self.planes = planes
+        self._planes = planes
         self._road = road
         self._device = planes.tensors[0].device
         self.device = road.crossing.device if road.attend == "device" and road.crossing else self._device
@@ -256,9 +256,13 @@ class PagedView:
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer."""
+        self.stage_at(layer, self.slots_T, k_TKD, v_TKD)
+
+    def stage_at(self, layer: int, slots_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
+        """The same into slots that the caller knows to be those of the new rows."""
         with torch.no_grad():
             for kind, rows_TKD in enumerate((k_TKD, v_TKD)):
-                self.planes.write(layer, kind, self.slots_T, self._road.rows_down(rows_TKD.detach()))
+                self._planes.write(layer, kind, slots_T, self._road.rows_down(rows_TKD.detach()))
 
     def bring(self, q_THD: Tensor) -> Tensor:
         """Queries to where the pages are read: themselves, or a copy over the link."""
@@ -291,8 +295,8 @@ class PagedView:
         return self._risen[place.key]
 
     def _read(self, layer: int, place: Place) -> tuple[Tensor, Tensor]:
-        parts = [self._road.rows_up(part) for part in self.planes.parts(layer, place.slots)]
-        both = self.planes.decode(parts)
+        parts = [self._road.rows_up(part) for part in self._planes.parts(layer, place.slots)]
+        both = self._planes.decode(parts)
         k, v = both.view(2, place.num_sequences, place.size, *both.shape[2:]).unbind()
         return k, v
 
@@ -340,7 +344,7 @@ class PagedView:
             if list(indices) != list(range(len(indices))):  # a prefix lies in its place already
                 target = _index(table.slots(table.length, table.length + len(indices)), self._device)
                 staged = _index(table.slots(table.length, table.length + count), self._device)
-                self.planes.move(staged[on_device(indices, self._device)], target)
+                self._planes.move(staged[on_device(indices, self._device)], target)
             table.length += len(indices)
 
     def _locate(self, spans: Sequence[Span], size: int) -> Place:

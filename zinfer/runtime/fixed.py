@@ -80,8 +80,7 @@ class FixedView:
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer."""
-        for kind, rows_TKD in enumerate((k_TKD, v_TKD)):
-            self._view.planes.write(layer, kind, self._slots_T, rows_TKD)
+        self._view.stage_at(layer, self._slots_T, k_TKD, v_TKD)
 
     def bring(self, q_THD: Tensor) -> Tensor:
         """They are there."""
