@@ -15,9 +15,7 @@ from zinfer.config.machine import Link
 from zinfer.errors import MachineError
 
 
-def started_pool(
-    num_threads: int, name: str, enter: Callable[[], None] | None = None
-) -> ThreadPoolExecutor:
+def started_pool(num_threads: int, name: str, enter: Callable[[], None] | None = None) -> ThreadPoolExecutor:
     """A pool whose threads run already; `enter` is what each does first.
 
     Starting one maps its stack, which waits for every page fault of the process that is under way: in the first pass,
