@@ -11,7 +11,7 @@ from tiny_models import CONFIGS
 
 from zinfer.kernels import products
 from zinfer.kvcache.cache import PagedKv
-from zinfer.layers import attention
+from zinfer.layers import attention, on_device
 from zinfer.layers.shapes import Shapes
 from zinfer.memory.clock import HostClock
 from zinfer.memory.lease import DTYPES
@@ -75,6 +75,7 @@ def engine(monkeypatch):
     """Makes an executor and a cache on the strict device; the self-tests, which run at opening, are answered."""
     monkeypatch.setattr(products, "row_sizes", lambda *case: products.SIZES)
     monkeypatch.setattr(attention, "agreeing_shapes", agreed)
+    monkeypatch.setattr(on_device, "varlen_serves", lambda *case: False)
 
     def make(family, exact, **changes):
         spec = read_spec(CONFIGS[family] | {"torch_dtype": "bfloat16"} | changes, None)

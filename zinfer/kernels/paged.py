@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.kernels import served
@@ -37,6 +38,15 @@ class PageRows:
     lengths: Tensor
     longest: int
     page_tokens: int
+
+    def padded(self, longest: int) -> PageRows:
+        """The same tokens as if the longest sequence had so many: other passes have that shape too.
+
+        The pages that are then named are never read: the lengths are what they were.
+        """
+        missing = -(-longest // self.page_tokens) - self.table.shape[1]
+        table = F.pad(self.table, (0, max(missing, 0)))
+        return PageRows(table, self.lengths, max(longest, self.longest), self.page_tokens)
 
 
 def paged_decode(

@@ -42,7 +42,7 @@ def attend(
     shapes = _shapes(q_THD, k_TKD.shape[1])
     if torch.is_grad_enabled() and (q_THD.requires_grad or k_TKD.requires_grad or v_TKD.requires_grad):
         return _one_by_one(q_THD, k_TKD, v_TKD, layer, batch, kv, shapes, scale, window, exact)
-    work = _worked_out(batch, kv, shapes, window, exact, q_THD.element_size())
+    work = _worked_out(batch, kv, shapes, window, exact, q_THD)
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     for s in work.prompts:
         rows = slice(batch.bounds[s], batch.bounds[s + 1])
@@ -81,29 +81,31 @@ def prepare(
 ) -> None:
     """Work out now what `attend` would at its first call with each of the windows, for queries like these."""
     for window in windows:
-        _worked_out(batch, kv, _shapes(like_THD, kv_heads), window, exact, like_THD.element_size())
+        _worked_out(batch, kv, _shapes(like_THD, kv_heads), window, exact, like_THD)
 
 
 def _worked_out(
-    batch: Packed, kv: KvView, shapes: Shapes, window: int | None, exact: bool, width: int
+    batch: Packed, kv: KvView, shapes: Shapes, window: int | None, exact: bool, like_THD: Tensor
 ) -> _Work:
     """Once per pass and window."""
     key = ("attention", kv, window, exact)
     if key not in batch.memo:
-        batch.memo[key] = _arrange(batch, kv, shapes, window, exact, width)
+        batch.memo[key] = _arrange(batch, kv, shapes, window, exact, like_THD)
     work: _Work = batch.memo[key]
     return work
 
 
-def _arrange(batch: Packed, kv: KvView, shapes: Shapes, window: int | None, exact: bool, width: int) -> _Work:
+def _arrange(
+    batch: Packed, kv: KvView, shapes: Shapes, window: int | None, exact: bool, like_THD: Tensor
+) -> _Work:
     by_kind: dict[str | None, list[int]] = defaultdict(list)
-    device = DeviceWork() if exact else device_work(batch, kv, q_THD, shapes.kv_heads, window)
+    device = DeviceWork() if exact else device_work(batch, kv, like_THD, shapes.kv_heads, window)
     for s in range(batch.num_sequences):
         if s not in device.sequences:
             by_kind[None if exact else _fusable(batch, s, window)].append(s)
 
     def at_most(num_keys: int) -> int:
-        return fused_sequences(shapes.kv_heads, shapes.head_dim, num_keys, width)
+        return fused_sequences(shapes.kv_heads, shapes.head_dim, num_keys, like_THD.element_size())
 
     return _Work(
         by_kind["prompt"],

@@ -17,6 +17,7 @@ from torch import Tensor
 from zinfer.kernels import served
 from zinfer.kernels.paged import PageRows, paged_decode, paged_serves
 from zinfer.layers.packed import KvView, Packed, Span
+from zinfer.layers.steps import step_up
 from zinfer.layers.varlen import Pack, varlen, varlen_serves
 from zinfer.memory.upload import indices
 
@@ -66,6 +67,8 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
         case = (q_THD.dtype, q_THD.shape[1], kv_heads, q_THD.shape[2], is_int8, device.type)
         pages = pages if paged_serves(*case) else None
     singles = singles if pages is not None else []
+    if pages is not None and batch.is_padded:
+        pages = pages.padded(step_up(pages.longest))
     counts = [batch.bounds[s + 1] - batch.bounds[s] for s in prompts]
     return DeviceWork(
         prompts,

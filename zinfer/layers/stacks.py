@@ -16,11 +16,9 @@ from torch import Tensor
 from zinfer.kernels.choice import cover
 from zinfer.layers.packed import KvView, Packed, Span
 from zinfer.layers.shapes import Shapes
+from zinfer.layers.steps import step_up
 from zinfer.memory.upload import indices, upload
 from zinfer.spec.attention_cost import KV_BLOCK
-from zinfer.units import round_up
-
-_LEAST_STEP = 32  # lengths within a step, or within a quarter of their octave, count as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +144,7 @@ def decode_stacks(
     for s in sequences:
         seen = visibility(batch, s, window)
         num_keys = min(seen.past + 1, window or seen.past + 1)
-        step = max(_LEAST_STEP, 1 << max(num_keys.bit_length() - 3, 0))
-        groups[round_up(num_keys, step)].append(_Piece(s, 0, 0, seen))
+        groups[step_up(num_keys)].append(_Piece(s, 0, 0, seen))
     stacks = []
     for most, group in groups.items():
         for at in range(0, len(group), at_most(most)):

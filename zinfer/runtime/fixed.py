@@ -92,6 +92,16 @@ class FixedView:
         """As the view reads a place that it has located."""
         return self._view.read(layer, place)
 
+    def planes(self, layer: int) -> Sequence[Tensor]:
+        """The pages themselves, which stay where they are."""
+        return self._view.planes(layer)
+
+    def pages(self, sequences: Sequence[int]) -> Any:
+        """Raises InternalError ZI-5372."""
+        raise InternalError(
+            "ZI-5372", f"the pages of {len(sequences)} sequences were asked for in a recorded pass"
+        )
+
     def locate(self, spans: Sequence[Span], size: int) -> Any:
         """Raises InternalError ZI-5372."""
         raise InternalError(
