@@ -3,7 +3,10 @@
 tests/gpu has the tests of what then happens; this one needs no GPU.
 """
 
+import threading
+import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import chunk_files
 import pytest
@@ -105,8 +108,9 @@ def test_nothing_is_recorded_on_torchs_allocator_and_nothing_synchronises_the_de
     assert "cuda.synchronize" not in source
 
 
-def test_a_manager_on_the_recorded_runtime(tmp_path, runtime, monkeypatch):
-    """The whole path but the device: slab, page-locking, fences at the end of leases, closing in order."""
+@pytest.fixture
+def open_recorded(tmp_path, runtime, monkeypatch):
+    """Opens managers on the recorded runtime: the whole path but the device.  Also its table and its library."""
     table, contents = chunk_files.write_chunks(tmp_path, PAGES)
     library = Library()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: library)
@@ -114,25 +118,94 @@ def test_a_manager_on_the_recorded_runtime(tmp_path, runtime, monkeypatch):
     monkeypatch.setattr(assemble.torch, "device", lambda name: torch.empty(0).device)
     placement = chunk_files.sim_placement(table, (0,), (1,), 1, 1)
     budget = Budget(*(chunk_files.needed_bytes(table, placement, tier) for tier in (Tier.HOST, Tier.DEVICE)))
-    manager = open_manager(table, placement, budget, device="cuda:0")
+
+    def make(**options):
+        return open_manager(table, placement, budget, device="cuda:0", **options)
+
+    return make, table, contents, library
+
+
+def run_pass(manager, table, contents):
+    for number in range(4):
+        manager.prefetch(number)
+        with manager.lease(number) as lease:
+            assert chunk_files.bytes_of(lease, table.chunks[number]) == contents[number]
+        if number:
+            manager.evict(number)
+        manager.check()
+
+
+def test_a_manager_on_the_recorded_runtime(open_recorded, runtime):
+    """Slab, page-locking, fences at the end of leases, closing in order."""
+    make, table, contents, library = open_recorded
+    manager = make()
     for _ in range(2):
-        for number in range(4):
-            manager.prefetch(number)
-            with manager.lease(number) as lease:
-                assert chunk_files.bytes_of(lease, table.chunks[number]) == contents[number]
-            if number:
-                manager.evict(number)
-            manager.check()
+        run_pass(manager, table, contents)
     fences = [call for call in runtime.calls if call[:2] == ("compute", "records")]
     reused = [call for call in runtime.calls[1:] if call[:2] == ("weights", "waits for")]
     assert len(fences) == 8  # one per lease
-    assert (
-        len(reused) == 5
-    )  # chunks 2 and 3 of the first pass, 1 to 3 of the second: the slot had a reader before
+    # Chunks 2 and 3 of the first pass, 1 to 3 of the second: the slot had a reader before.
+    assert len(reused) == 5
     assert {call[2] for call in reused} <= {call[2] for call in fences}
     manager._memory.locks[0].settle()
     assert manager.stats().locked_bytes == 2 * table.slot_bytes
     assert sum(library.locked.values()) == 2 * table.slot_bytes
     manager.close()
     assert manager.log.num_bytes["h2d"] == 7 * table.slot_bytes  # counted when a copy has been seen to end
+    assert library.locked == {}
+
+
+def test_locking_that_fails_at_half_keeps_staging_and_the_right_bytes(open_recorded, caplog):
+    make, table, contents, library = open_recorded
+    library.most = table.slot_bytes
+    manager = make()
+    manager._memory.locks[0].settle()
+    assert manager.stats().locked_bytes == table.slot_bytes
+    assert "page-locked" in caplog.text
+    run_pass(manager, table, contents)
+    manager.close()
+    assert library.locked == {}
+
+
+def test_memory_in_which_micro_batches_wait_is_locked_too(open_recorded):
+    make, table, _, library = open_recorded
+    manager = make(parking_bytes=8192)
+    for lock in manager._memory.locks:
+        lock.settle()
+    assert manager.stats().locked_bytes == 2 * table.slot_bytes + 8192
+    assert torch.equal(manager.transfer.unpark(manager.transfer.park(torch.arange(5))), torch.arange(5))
+    manager.close()
+    assert library.locked == {}
+
+
+def test_fifty_rounds_leave_nothing(open_recorded):
+    make, table, contents, library = open_recorded
+
+    def held():
+        names = [thread.name for thread in threading.enumerate() if thread.name.startswith("zinfer")]
+        return len(list(Path("/proc/self/fd").iterdir())), names
+
+    before = held()
+    for number in range(50):
+        manager = make(parking_bytes=4096)
+        if number % 5 == 0:
+            run_pass(manager, table, contents)
+        else:
+            manager.prefetch(number % 4)  # on its way when it closes
+        manager.close()
+        assert library.locked == {}
+    assert held() == before
+
+
+def test_a_device_lost_on_the_way_is_one_error_and_closing_works(open_recorded, runtime):
+    make, table, contents, library = open_recorded
+    manager = make()
+    run_pass(manager, table, contents)
+    runtime.error = RuntimeError("CUDA error: unspecified launch failure")
+    manager.prefetch(1)
+    with pytest.raises(MachineError, match=r"ZI-5332.*lost"):
+        for _ in range(200):
+            manager.lease(1).release()
+            time.sleep(0.01)
+    manager.close()
     assert library.locked == {}

@@ -10,8 +10,8 @@ from plan_tables import equal_page_counts, page_counts, table_of
 from zinfer.chunks.table import PAGE
 from zinfer.errors import BudgetError
 from zinfer.plan.place import Reserve, place, smallest_budget, spread, tier_uses
-from zinfer.plan.records import Budget, Tier
-from zinfer.units import Bytes
+from zinfer.plan.records import Budget, Placement, Tier
+from zinfer.units import MIB, Bytes
 
 TIERS = st.sampled_from([Tier.HOST, Tier.DEVICE])
 RESERVES = st.builds(Reserve, kv=st.integers(0, 5 * PAGE), activations=st.integers(0, 5 * PAGE))
@@ -145,3 +145,16 @@ def test_a_row_table_stays_only_when_nothing_is_read_in_every_pass():
     streaming = place(table, Budget(host=15 * PAGE), compute_tier=Tier.HOST, reserve=Reserve())
     assert streaming.home[4] is Tier.DISK
     assert streaming.slots == 2
+
+
+def test_what_copies_start_from_is_page_locked_for_cuda_alone():
+    table = table_of([4 * MIB // PAGE] * 6)
+    reserve = Reserve(kv=1, activations=2, host_activations=5 * MIB, parked=3 * MIB)
+    placement = Placement(
+        Tier.DEVICE, (Tier.DEVICE, Tier.HOST, Tier.HOST, Tier.DISK, Tier.DISK, Tier.DISK), 2, 4 * MIB, 3, 1
+    )
+    budget = Budget(host=64 * MIB, device=64 * MIB)
+    device, host = tier_uses(table, placement, budget, reserve, "cuda:0")
+    assert device.locked == 0
+    assert host.locked == 2 * 4 * MIB + 3 * 4 * MIB + 3 * MIB <= host.total
+    assert tier_uses(table, placement, budget, reserve, "sim")[1].locked == 0

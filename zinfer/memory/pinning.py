@@ -14,10 +14,9 @@ from typing import Any
 
 from zinfer.config.limits import lock_limit
 from zinfer.log import logger
-from zinfer.units import GIB, MIB, Bytes
+from zinfer.units import GIB, Bytes
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, whichever is current
-_LEAST_BYTES = 16 * MIB  # a refused range is tried in halves down to this: below it copies are slow anyway
 _REASONS = {
     1: "invalid value",
     2: "out of memory",
@@ -53,8 +52,8 @@ class Pinning:
 
     A copy may not straddle two registrations, so ranges end at `cuts`: ascending offsets where places begin and end.
     They are locked in that order: whoever cuts the slab puts first what most needs it.  A range that is refused is
-    tried in halves; what is locked stays locked, and the rest is announced once: copies from pageable memory are
-    slow but right.
+    tried in halves, down to one place; what is locked stays locked, and the rest is announced once: copies from
+    pageable memory are slow but right.
 
     The runtime keeps the last error of each thread and shows it to the next kernel launch of that thread, so a
     refusal must not happen in a thread that computes.  `enter` is called first in this one (it makes the device
@@ -125,7 +124,7 @@ class Pinning:
                 self._registered.append((self._address + begin, end - begin))
                 continue
             inside = [cut for cut in cuts if begin <= cut <= end]
-            if len(inside) > 2 and end - begin > _LEAST_BYTES:
+            if len(inside) > 2:
                 half = len(inside) // 2
                 for part in (inside[: half + 1], inside[half:]):
                     if refused := self._lock(part):

@@ -62,7 +62,7 @@ class Plan:
     @property
     def uses(self) -> tuple[TierUse, ...]:
         """What each memory tier holds at its peak, compute tier first."""
-        return tier_uses(self.table, self.placement, self.budget, self.reserve)
+        return tier_uses(self.table, self.placement, self.budget, self.reserve, self.device)
 
     @property
     def kv_tokens(self) -> int:

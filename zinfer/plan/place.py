@@ -134,21 +134,28 @@ def spread(sizes: Sequence[int], numerator: int) -> list[bool]:
 
 
 def tier_uses(
-    table: ChunkTable, placement: Placement, budget: Budget, reserve: Reserve
+    table: ChunkTable, placement: Placement, budget: Budget, reserve: Reserve, device: str = "cpu"
 ) -> tuple[TierUse, ...]:
-    """What each memory tier holds at its peak, compute tier first."""
+    """What each memory tier holds at its peak, compute tier first.
+
+    For a CUDA device what copies start from or end in is page-locked: homes, staging, and what is parked.
+    """
     uses = []
     for tier, limit in ((Tier.DEVICE, budget.device), (Tier.HOST, budget.host)):
         is_compute = tier is placement.compute_tier
         if tier is Tier.DEVICE and not is_compute:
             continue
+        resident = sum(chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is tier)
+        staging = 0 if is_compute else placement.staging * placement.slot_bytes
+        is_locked = device.startswith("cuda") and not is_compute
         uses.append(
             TierUse(
                 tier=tier,
                 budget=limit,
-                resident=sum(chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is tier),
+                resident=resident,
                 slots=placement.slots * placement.slot_bytes if is_compute else 0,
-                staging=0 if is_compute else placement.staging * placement.slot_bytes,
+                staging=staging,
+                locked=resident + staging + reserve.parked if is_locked else 0,
                 kv=reserve.kv if is_compute else reserve.host_kv,
                 activations=reserve.activations if is_compute else reserve.host_activations,
             )

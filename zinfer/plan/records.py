@@ -173,6 +173,7 @@ class TierUse:
     staging: int
     kv: int
     activations: int
+    locked: int = 0  # of these: page-locked for a device
 
     @property
     def total(self) -> int:
