@@ -6,6 +6,7 @@ Asks and changes nothing: no clock, no mode, no limit of a device is touched.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,13 @@ def free_bytes(index: int) -> int:
     """Of a device's memory, what nobody holds at this moment; the context that asking makes is no longer free."""
     free, _ = torch.cuda.mem_get_info(index)
     return free
+
+
+def give_back_cached(device: str) -> None:
+    """What torch keeps of a CUDA device for later goes back to it: others may want it now."""
+    if device.startswith("cuda"):
+        with suppress(RuntimeError):  # of a device that is lost
+            torch.cuda.empty_cache()
 
 
 def _why(lines: list[str]) -> ZinferError:

@@ -138,6 +138,7 @@ class Engine:
         with (
             nullcontext() if self.fault is None else suppress(RuntimeError)
         ):  # a lost device refuses this too
+            self.loop.executor.let_go()  # graphs keep memory, which the slab's end gives back to the device
             self.manager.close()
         if self.trace_file is not None and isinstance(self.recorder, TraceRecorder):
             self.recorder.save(self.trace_file)

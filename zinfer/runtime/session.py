@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from zinfer.errors import BudgetError, UsageError, ZinferError
+from zinfer.memory.devices import give_back_cached
 from zinfer.memory.faults import is_lost
 from zinfer.plan.make import Plan
 from zinfer.plan.records import Budget, Tier, Workload
@@ -146,8 +147,10 @@ class Session:
         with self._lock:
             self._is_fitted = False
             if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+                device, engine, self._engine = self._engine.plan.device, self._engine, None
+                engine.close()
+                del engine
+                give_back_cached(device)
 
     def _fit_most(self, requests: Sequence[Request], *, is_open: bool) -> Plan:
         """A plan for the first request and as many others as fit beside it, the shorter ones rather than the longer.
