@@ -158,7 +158,7 @@ def test_closing_after_a_loss_works_though_everything_refuses(llm, monkeypatch):
 
 def test_a_loss_while_tokens_are_drawn(llm, monkeypatch):
     tokens(llm)
-    monkeypatch.setattr(loops, "sample", lambda *_: (_ for _ in ()).throw(RuntimeError(ILLEGAL)))
+    monkeypatch.setattr(loops, "draw", lambda *_: (_ for _ in ()).throw(RuntimeError(ILLEGAL)))
     with pytest.raises(MachineError, match=rf"{LOST}.*drawn"):
         tokens(llm)
     monkeypatch.undo()
