@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,6 +65,7 @@ def open_manager(
         raise InternalError(
             "ZI-5403", f"device {device!r} does not fit a placement that computes in {compute} memory"
         )
+    is_cuda = device.startswith("cuda")
     reserved = reservations or {}
     capacities = {Tier.HOST: budget.host} | ({Tier.DEVICE: budget.device} if compute is Tier.DEVICE else {})
     ledgers = {tier: Ledger(tier, capacity, reserved.get(tier)) for tier, capacity in capacities.items()}
@@ -74,19 +74,13 @@ def open_manager(
         tiers = {}
         for tier, ledger in ledgers.items():
             slots = placement.slots if tier is compute else placement.staging
-            tiers[tier] = _tier_memory(
-                table,
-                placement,
-                ledger,
-                slots,
-                device if tier is Tier.DEVICE else "cpu",
-                is_fixed=device.startswith("cuda"),
-            )
+            where = device if tier is Tier.DEVICE else "cpu"
+            tiers[tier] = _tier_memory(table, placement, ledger, slots, where, is_fixed=is_cuda)
             undo.callback(tiers[tier].close)
         pace = Pace(machine.disk_read) if device == "sim" and machine else None
         files = Files(table.files, wants_direct=wants_direct)
         undo.callback(files.close)
-        near = near_device(torch.device(device)) if device.startswith("cuda") else Near()
+        near = near_device(torch.device(device)) if is_cuda else Near()
         reader = Reader(files, log, verify=verify, pace=pace, enter=near.bind_thread)
         undo.callback(reader.close)
         rows = RowReader(files, log, blocks=_row_blocks(table) if verify == "always" else {}, pace=pace)
@@ -103,9 +97,9 @@ def open_manager(
                 transfer = CudaTransfer(
                     reader, staging, log, torch.device(device), near=near, parking_bytes=parking_bytes
                 )
-            if device != "sim":
-                locks = _lock(tiers[Tier.HOST], transfer, near)
         undo.callback(transfer.close)
+        if is_cuda:
+            locks = _lock(tiers[Tier.HOST], transfer, near)
         manager = ChunkManager(
             table,
             placement,

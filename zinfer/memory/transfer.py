@@ -18,8 +18,8 @@ from torch import Tensor
 
 from zinfer.chunks.table import Chunk
 from zinfer.errors import InternalError
-from zinfer.memory.ledger import Ledger
 from zinfer.memory.clock import Clock, HostClock
+from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import Ticket
 from zinfer.memory.nvme import Reader
 
