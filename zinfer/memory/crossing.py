@@ -108,13 +108,14 @@ class Crossing:
             begin.record(stream)
             target.copy_(source, non_blocking=True)
             end.record(stream)
+        self._log.count(link, source.nbytes)
         self._retirer.submit(self._retire, link, source.nbytes, begin, end)
         return end
 
     def _retire(self, link: str, nbytes: int, begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
         end.synchronize()
         end_s, seconds = time.perf_counter(), begin.elapsed_time(end) / 1e3
-        self._log.add(Movement(link, None, nbytes, end_s - seconds, end_s))
+        self._log.add(Movement(link, None, nbytes, end_s - seconds, end_s), is_counted=True)
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -97,11 +97,17 @@ class LinkLog:
         self._bytes: Counter[str] = Counter()
         self._movements: deque[Movement] = deque(maxlen=65536)
 
-    def add(self, movement: Movement) -> None:
-        """Count it."""
+    def add(self, movement: Movement, *, is_counted: bool = False) -> None:
+        """Count it, unless its bytes are counted already."""
+        if not is_counted:
+            self.count(movement.link, movement.nbytes)
         with self._lock:
-            self._bytes[movement.link] += movement.nbytes
             self._movements.append(movement)
+
+    def count(self, link: str, nbytes: int) -> None:
+        """Bytes whose movement is told when it has ended."""
+        with self._lock:
+            self._bytes[link] += nbytes
 
     @property
     def num_bytes(self) -> dict[str, int]:
