@@ -4,6 +4,7 @@ The recorder is a double that bakes in whatever is not in a tensor (tests/graph_
 """
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from tiny_models import CONFIGS, write_tiny
 
 from zinfer import LLM, SamplingParams
 from zinfer.errors import MachineError
-from zinfer.layers.packed import Span
+from zinfer.kvcache.cache import PagedKv
+from zinfer.layers.on_device import device_work
+from zinfer.layers.packed import Packed, Span
 from zinfer.plan.profile import graph_bytes
 from zinfer.runtime.fixed import mapped, outline, tensors
 from zinfer.runtime.graph import MOST_ROWS, CudaRecorder, Graphs, graphs_for
@@ -324,3 +327,30 @@ def test_a_capture_asks_cuda_in_this_order(monkeypatch):
     with pytest.raises(ValueError, match="in the middle"):
         recorder.record(lambda: (_ for _ in ()).throw(ValueError("in the middle")))
     assert calls[-1] == "end"
+
+
+def test_page_tables_of_lengths_within_a_step_are_one_kind(monkeypatch):
+    """A device's own decode kernel follows page tables: padded to a step they have the shapes of earlier passes."""
+    monkeypatch.setattr("zinfer.kernels.served.serves", lambda device_type: True)
+    kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=16, num_pages=40, dtype="BF16")
+    like = torch.empty(0, 4, 16, dtype=torch.bfloat16)
+    outlines = []
+    kv.open(0, 33)
+    kv.tables[0].length = 33
+    for past in range(33, 70):
+        kv.grow(0, past + 1)
+        batch = Packed(
+            torch.zeros(1, dtype=torch.long),
+            torch.tensor([past]),
+            (0, 1),
+            (past,),
+            torch.zeros(1, dtype=torch.long),
+            is_padded=True,
+        )
+        work = device_work(batch, kv.view([0], (0, 1), (past,)), like, 2, None)
+        assert work.pages.lengths.tolist() == [past + 1]
+        assert work.pages.longest >= past + 1
+        outlines.append(outline(work))
+    assert len(set(outlines)) == 2, "33 to 63 keys, and 64 on"
+    exact = device_work(replace(batch, is_padded=False), kv.view([0], (0, 1), (69,)), like, 2, None)
+    assert exact.pages.longest == 70

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from strict_device import META, WaitsError, strict
+from text_models import CONFIGS as ENCODERS
 from tiny_models import CONFIGS
 
 from zinfer.kernels import products
@@ -22,9 +23,11 @@ from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Piece
 from zinfer.runtime.stats import Stats
+from zinfer.runtime.texts import pack_texts
 from zinfer.runtime.trace import Recorder
 from zinfer.sampling.params import SamplingParams
 from zinfer.spec.read import read_spec
+from zinfer.tokenizer.pairs import Encoded
 
 PASSES = [[(0, 20), (0, 5)], [(20, 1), (5, 1)], [(21, 1), (6, 9), (0, 3)]]  # (past, new) of each sequence
 MICROS = [[(0, 7)], [(7, 9)]]  # one sequence, cut
@@ -77,8 +80,8 @@ def engine(monkeypatch):
     monkeypatch.setattr(attention, "agreeing_shapes", agreed)
     monkeypatch.setattr(on_device, "varlen_serves", lambda *case: False)
 
-    def make(family, exact, **changes):
-        spec = read_spec(CONFIGS[family] | {"torch_dtype": "bfloat16"} | changes, None)
+    def make(family, exact):
+        spec = read_spec((CONFIGS | ENCODERS)[family] | {"torch_dtype": "bfloat16"}, None)
         kv = PagedKv(
             num_layers=spec.num_layers,
             num_kv_heads=spec.num_kv_heads,
@@ -139,6 +142,19 @@ def test_a_pass_waits_for_nothing(family, exact, engine):
             assert logits.device == META
             assert logits.shape[1] == executor.spec.vocab_size
     assert device.num_uploads > 0, "indices did go up"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_pass_over_texts_waits_for_nothing(family, exact, engine):
+    executor, _ = engine(family, exact)
+    texts = [Encoded([2] * length, [0] * length, False) for length in (5, 9, 5)]
+    with strict() as device:
+        for part in (texts, texts[:1]):
+            (logits,) = executor.run([(pack_texts(part), None)])
+            assert logits.device == META
+            assert len(logits) == len(part)
+    assert device.num_uploads > 0 or exact
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
