@@ -1,11 +1,11 @@
 """Sampling: the processors against transformers', the draws against their distribution, rows against batch mates."""
 
 import tracemalloc
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+from sampling_rows import Sequence, mixed_rows
 
 from zinfer.errors import MachineError
 from zinfer.runtime.live_bytes import LiveBytes
@@ -14,14 +14,6 @@ from zinfer.sampling.params import SamplingParams
 from zinfer.sampling.philox import philox, uniform
 from zinfer.sampling.sample import collect, draw, sample
 from zinfer.spec import sampling_cost
-
-
-@dataclass
-class Sequence:
-    params: SamplingParams
-    seed: int = 0
-    prompt_ids: list = field(default_factory=list)
-    output_ids: list = field(default_factory=list)
 
 
 def ids(logits, *sequences, **options):
@@ -168,27 +160,6 @@ def test_raw_logprobs():
     (draw,) = sample(logits, [Sequence(SamplingParams(logprobs=0))])
     assert list(draw.logprobs) == [draw.token_id]
     assert sample(logits, [Sequence(SamplingParams())])[0].logprobs is None
-
-
-MIXED = [
-    {},
-    {"temperature": 0},
-    {"top_k": 5},
-    {"top_k": 300, "top_p": 0.9},
-    {"top_p": 0.5, "min_p": 0.01},
-    {"top_p": 0.9999, "temperature": 3.0},
-    {"repetition_penalty": 1.3},
-    {"logprobs": 4},
-]
-
-
-def mixed_rows(count=24, vocab=1500):
-    logits = torch.randn(count, vocab, generator=torch.Generator().manual_seed(2)) * 3
-    rows = [
-        Sequence(SamplingParams(**MIXED[i % len(MIXED)]), seed=i, prompt_ids=[i, 5], output_ids=[7] * i)
-        for i in range(count)
-    ]
-    return logits, rows
 
 
 @pytest.mark.parametrize("slab", [1, 3000, 2**20])
