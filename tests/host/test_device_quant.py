@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import kernel_parity
 import pytest
 import torch
 from kernel_parity import fused_error, interprets, quant_case, slot_difference
@@ -33,6 +34,14 @@ def test_the_fused_product_agrees_with_the_slow_twin(rows, splits, panel, weight
 @pytest.mark.parametrize("panel", [32, 64])
 def test_the_slot_is_unpacked_bit_for_bit(weights, panel):
     assert slot_difference("cpu", weights, 100, 256, panel) == 0
+
+
+def test_a_slot_unpacked_from_other_groups_would_be_seen(monkeypatch):
+    fill = kernel_parity.fill_slot
+    monkeypatch.setattr(
+        kernel_parity, "fill_slot", lambda weight, slot: fill(mutated(weight, "groups"), slot)
+    )
+    assert slot_difference("cpu", "int4", 100, 256) > 1000
 
 
 def mutated(weight, what):

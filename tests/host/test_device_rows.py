@@ -41,6 +41,22 @@ def test_a_row_kernel_that_rounds_nowhere_would_be_seen(monkeypatch):
     assert rows_error("cpu", torch.float16, "norm") < 1e-4
 
 
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("kernel", "name", "wrong"),
+    [
+        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos, -sin)),
+        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos[:, :-1], sin[:, :-1])),
+        ("gate", "gated", lambda run: lambda gate, up: run(up, gate)),
+        ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight.flip(0), eps)),
+        ("one row", "one_row", lambda run: lambda x, weight, bias: run(x, weight, None)),
+    ],
+)
+def test_a_row_kernel_that_reads_one_thing_wrongly_would_be_seen(kernel, name, wrong, monkeypatch):
+    monkeypatch.setattr(rows, name, wrong(getattr(rows, name)))
+    assert rows_error("cpu", torch.float32, kernel) > 1e-2
+
+
 def twin_in_fp32(x, weight, eps):
     wide = x.float()
     return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
