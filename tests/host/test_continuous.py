@@ -10,9 +10,11 @@ from tiny_models import write_tiny
 from zinfer import LLM, SamplingParams
 from zinfer.plan.queue import QueuePass, queue_passes
 from zinfer.plan.records import Workload
+from zinfer.runtime import loop
 from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Scheduler
+from zinfer.sampling.sample import collect
 
 FIXED = {"machine": "sim-default", "device": "cpu", "threads": 1}
 RAGGED = [(3 + 7 * number % 18, 20 + 11 * number % 40) for number in range(12)]  # prompt and output lengths
@@ -81,20 +83,26 @@ def test_where_prompts_are_cut_changes_nothing(tiny, alone):
 
 
 def test_micro_batches_change_nothing(tiny, alone, monkeypatch):
-    sizes = []
+    sizes, copies = [], []
     real = Executor.run
 
     def counted(self, batches):
         sizes.append([batch.num_rows for batch, _ in batches])
         return real(self, batches)
 
+    def collected(drawn):
+        copies.append(len(drawn))
+        return collect(drawn)
+
     monkeypatch.setattr(Executor, "run", counted)
+    monkeypatch.setattr(loop, "collect", collected)
     options = {"max_batch": 5, "max_rows": 24, "micro_rows": 5}
     tokens, _, plan = outputs_of(tiny, memory=short_of(tiny, **options), **options)
     assert tokens == alone
     assert plan.placement.slots > 0, "weights were streamed"
     assert any(len(rows) > 2 for rows in sizes), "passes held several micro-batches"
     assert max(max(rows) for rows in sizes) <= 5
+    assert copies == [len(rows) for rows in sizes], "all draws of a pass come to the host at once"
 
 
 def test_parked_micro_batches_change_nothing(tiny, alone):

@@ -180,3 +180,33 @@ def test_room_is_told_before_it_is_asked_for():
     kv.open(0, 17)
     assert kv.has_room(16)
     assert not kv.has_room(17)
+
+
+def test_page_tables_lead_to_the_rows_in_place():
+    """Two sequences that grew by turns: through table and planes come the rows that `read` gathers."""
+    kv = cache(num_pages=40)
+    for id_ in (0, 1):
+        kv.open(id_, 16)
+    for first in range(0, 300, 50):
+        for id_ in (0, 1):
+            kv.grow(id_, first + 50)
+            feed(kv, id_, 50, first=1000 * id_ + first)
+    view = kv.view([1, 0], (0, 3, 4))
+    pages = view.pages([0, 1])
+    assert pages.lengths.tolist() == [303, 301]
+    assert (pages.longest, pages.page_tokens, pages.table.dtype) == (303, 16, torch.int32)
+    assert pages.table.shape == (2, 19)
+    (plane,) = view.planes(1)
+    for sequence in (0, 1):
+        at = torch.arange(300)
+        slots = pages.table[sequence, at // 16].long() * 16 + at % 16
+        k, v = span(view, 1, sequence, 0, 300)
+        assert torch.equal(plane[0, slots], k[0])
+        assert torch.equal(plane[1, slots], v[0])
+    assert view.pages([1]).lengths.tolist() == [301]
+
+
+def test_pages_below_a_device_are_not_offered():
+    kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=4, dtype="F32", attend="host")
+    kv.open(0, 16)
+    assert kv.view([0], (0, 2)).pages([0]) is None

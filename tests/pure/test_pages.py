@@ -59,6 +59,7 @@ class Pages(RuleBasedStateMachine):
         high = min(low + count, len(owned) * PAGE_TOKENS)
         slots = [slot for part in self.tables[sequence_id].slots(low, high) for slot in part]
         assert slots == [owned[t // PAGE_TOKENS] * PAGE_TOKENS + t % PAGE_TOKENS for t in range(low, high)]
+        assert self.tables[sequence_id].pages(pages_for(high)) == owned[: pages_for(high)]
 
     @invariant()
     def no_page_twice_and_none_lost(self):
