@@ -67,3 +67,14 @@ def test_a_pass_that_began_before_the_window_counts_for_its_part_in_it(tally, no
     now[0] = 100.0 + WINDOW_S + 10
     tally.add(1, 1, [0.0], (100.0, 100.0 + 20.0), is_failed=False)
     assert tally.stats(**NOTHING).busy_share == pytest.approx(10.0 / (2 * WINDOW_S))
+
+
+def test_a_frozen_copy_does_not_change(tally, now):
+    tally.add(1, 5, [0.1], (100.0, 100.5), is_failed=False)
+    now[0] = 101.0
+    held = tally.frozen()
+    before = held.stats(**NOTHING)
+    tally.add(1, 5, [0.7], (100.5, 100.9), is_failed=False)
+    tally.add(2, 5, [0.7], (100.5, 100.9), is_failed=True)
+    assert held.stats(**NOTHING) == before
+    assert tally.stats(**NOTHING).answers == {1: 2}

@@ -189,13 +189,12 @@ class TextScheduler:
     def stats(self) -> SchedulerStats:
         """What has been done so far, and the recent latencies."""
         with self._change:
-            buffer, controller = self._intake.buffer, self._intake.controller
-            return self._tally.stats(
-                queue_texts=len(buffer),
-                queue_tokens=buffer.tokens,
-                num_students=self.answerer.num_students if controller is None else controller.num_students,
-                rejected=self._intake.rejected,
-            )
+            tally, buffer, controller = self._tally.frozen(), self._intake.buffer, self._intake.controller
+            num_students = self.answerer.num_students if controller is None else controller.num_students
+            texts, tokens, rejected = len(buffer), buffer.tokens, self._intake.rejected
+        return tally.stats(
+            queue_texts=texts, queue_tokens=tokens, num_students=num_students, rejected=rejected
+        )
 
     def __enter__(self) -> TextScheduler:
         return self
