@@ -53,14 +53,16 @@ class Folders:
     group: Path
     teacher: Path
     wide: Path
+    what: str  # the group is "given", "bundled" or made with "random weights"
 
 
 def folders(options: argparse.Namespace) -> Folders:
     """Given, bundled or made; the wide student is always made, of the group's shape."""
-    group, teacher = options.group, options.teacher
+    group, teacher, what = options.group, options.teacher, "given"
     if group is None and (BUNDLED / "group" / "students.json").exists():
-        group, teacher = BUNDLED / "group", BUNDLED / "teacher"
+        group, teacher, what = BUNDLED / "group", BUNDLED / "teacher", "bundled"
     if group is None:
+        what = "random weights"
         teacher = write_teacher(options.work / "teacher", WIDTH, LAYERS, HEADS)
         group = write_students(options.work / "group", teacher, STUDENTS)
     if teacher is None:
@@ -71,7 +73,7 @@ def folders(options: argparse.Namespace) -> Folders:
     width = round(spec.model_dim * count**0.5 / spec.num_heads) * spec.num_heads
     shape = options.work / f"wide-{width}"
     of_wide = write_teacher(shape / "teacher", width, 3, spec.num_heads)
-    return Folders(group, teacher, write_students(shape / "group", of_wide, 1))
+    return Folders(group, teacher, write_students(shape / "group", of_wide, 1), what)
 
 
 def settings_for(folder: Path, threads: int | None) -> Any:
@@ -263,7 +265,10 @@ def draw_picture(rows: list[dict[str, Any]], path: Path) -> None:
         left.errorbar(
             [row["tokens"] for row in own], middle, yerr=[[0] * len(own), above], fmt="o-", label=name
         )
+    lengths = sorted({row["tokens"] for row in rows if row["part"] == "model"})
     left.set(xlabel="tokens", ylabel="ms at batch 1, p50 to p99", xscale="log", yscale="log")
+    left.set_xticks(lengths, [str(length) for length in lengths], minor=False)
+    left.set_xticks([], minor=True)
     left.legend(fontsize=7)
     served = [row for row in rows if row["part"] == "served"]
     right.barh([row["engine"] for row in served], [row["texts_per_s"] for row in served])
@@ -339,7 +344,7 @@ def main() -> None:
     record = Record(
         bench="students_latency",
         config={
-            "group": where.group.name if options.group else "bundled or random",
+            "group": where.group.name if options.group else where.what,
             "teacher_layers": teacher.spec.num_layers,
             "width": group.spec.model_dim,
             "students": group.num_students,
