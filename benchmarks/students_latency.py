@@ -59,7 +59,7 @@ class Folders:
 def folders(options: argparse.Namespace) -> Folders:
     """Given, bundled or made; the wide student is always made, of the group's shape."""
     group, teacher, what = options.group, options.teacher, "given"
-    if group is None and (BUNDLED / "group" / "students.json").exists():
+    if group is None and all((BUNDLED / own / "config.json").exists() for own in ("group", "teacher")):
         group, teacher, what = BUNDLED / "group", BUNDLED / "teacher", "bundled"
     if group is None:
         what = "random weights"
