@@ -37,6 +37,7 @@ def row_of(entry: dict[str, Any], known: Any, probe: dict[str, float]) -> dict[s
     predicted_s = entry["plan"]["forecast"]["pass_s"]
     rates = {lane: probe.get(f"{lane}_bytes_per_s") for lane in moved}
     planned, host = entry["plan"]["uses"].get("host"), entry["host"]
+    locked = entry["plan"].get("locked")
     return {
         "name": entry["name"],
         "error": "",
@@ -53,7 +54,7 @@ def row_of(entry: dict[str, Any], known: Any, probe: dict[str, float]) -> dict[s
             lane: nbytes / pass_s / rates[lane] for lane, nbytes in moved.items() if nbytes and rates[lane]
         },
         "pinned_bytes": host["pinned"] or None,
-        "pinned_over_planned": host["pinned"] / planned if host["pinned"] and planned else None,
+        "pinned_over_planned": host["pinned"] / locked if host["pinned"] and locked else None,
         "host_peak_over_planned": entry["stats"]["peak_bytes"].get("host", 0) / planned if planned else None,
         "device_peak_bytes": entry["device_peak_bytes"],
         "uses": entry["plan"]["uses"],

@@ -68,7 +68,8 @@ def one(task: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         weights = sum(chunk.nbytes for chunk in chunks)
         resident = sum(chunk.nbytes for chunk in chunks if llm.plan.placement.resident(chunk.id))
         stats = llm.stats.to_dict()
-        pinned = status("VmPin")
+        pinned = max(status("VmPin"), stats["locked_bytes"])  # not every driver tells the kernel what it has locked
+        locked = sum(use.locked for use in llm.plan.uses)
     return {
         "name": entry["name"],
         "asked": entry,
@@ -79,6 +80,7 @@ def one(task: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
             "forecast": plan.to_dict()["forecast"],
             "batch": llm.plan.workload.batch,
             "uses": uses,
+            "locked": locked,
             "weight_bytes": weights,
             "resident_share": resident / weights,
         },
