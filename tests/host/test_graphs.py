@@ -270,6 +270,17 @@ def test_outlines_tell_shapes_and_numbers_apart_and_spans_together():
     assert [x.shape for x in tensors(mapped([a, {"k": b}], torch.clone))] == [a.shape, b.shape]
 
 
+def test_only_the_latest_kinds_are_remembered():
+    graphs = Graphs(None, DoubleRecorder(), exact=True, most_bytes=1)
+    assert [graphs._note("often") for _ in range(3)] == [1, 2, 3]
+    for number in range(1000):
+        assert graphs._note(number) == 1
+        graphs._note("often")
+    assert len(graphs._seen) <= 64
+    assert graphs._note("often") > 1000
+    assert graphs._note(5) == 1, "forgotten"
+
+
 def test_only_a_device_records():
     assert graphs_for(None, torch.device("cpu"), exact=True, most_bytes=1) is None
     assert graph_bytes(64 * 2**30) == 64 * 2**20

@@ -6,7 +6,7 @@ costs one call.  Where shapes or addresses differ from what was recorded, ops ru
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -26,6 +26,7 @@ from zinfer.spec.records import ModelSpec
 
 MOST_ROWS = 64  # of a pass that is recorded: beyond, kernels take longer than their launches
 _MOST_KINDS = 8  # of passes whose buffers and graphs are kept
+_MOST_SEEN = 64  # and those that are recognised when they come again
 _ATTENDING = frozenset({"v", "qkv"})  # ops that end in attention
 
 Weights = Mapping[Any, Tensor]
@@ -111,7 +112,7 @@ class Graphs:
         self._recorder = recorder
         self._exact = exact
         self._most_bytes = most_bytes
-        self._seen: Counter[Hashable] = Counter()
+        self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
 
     def fits(self, batch: Packed, view: object) -> bool:
@@ -130,18 +131,24 @@ class Graphs:
         prepare(self._spec, flow, batch, view, exact=self._exact)
         whole = ("whole", batch.bounds, outline(pass_state(batch, view)))
         between = ("between", batch.num_rows, tuple(batch.logit_rows.tolist()))
-        for key in (whole, between):
-            self._seen[key] += 1
-        key = whole if self._seen[whole] > 1 else between
+        times = {key: self._note(key) for key in (whole, between)}
+        key = whole if times[whole] > 1 else between
         kind = self._kinds.pop(key, None)
         if kind is None:
             kind = Kind(self, batch, view, is_whole=key is whole)
         self._kinds[key] = kind
         while len(self._kinds) > _MOST_KINDS:
             self._kinds.popitem(last=False)
-        kind.may_record = self._seen[key] > 1
+        kind.may_record = times[key] > 1
         kind.load(batch, view)
         return kind
+
+    def _note(self, key: Hashable) -> int:
+        """How often a kind of pass has come, this time included; of those that came long ago, nobody knows."""
+        self._seen[key] = self._seen.pop(key, 0) + 1
+        while len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return self._seen[key]
 
     def clear(self) -> None:
         """Addresses have changed: everything is recorded again."""
