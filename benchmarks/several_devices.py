@@ -35,7 +35,7 @@ from zinfer.plan.schedule import build_schedule
 from zinfer.plan.simulate import simulate
 
 LOOKAHEAD = 3
-RATE = 400e6  # of one link alone: slow, so that the copies of all links are little work for one processor
+RATE = 200e6  # of one link alone: slow, so that the copies of all links are little work for one processor
 CASES = {  # what each link carries while all work, in shares of RATE; the gather's rate in the same unit
     "one link": ((1.0,), 4.0),
     "two links": ((1.0, 1.0), 4.0),
