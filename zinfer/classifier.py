@@ -182,6 +182,15 @@ class Classifier:
             pass_tokens=pass_tokens,
         )
 
+    def encode(self, texts: Sequence[Text], *, direction: str = "right", first: int = 0) -> list[Encoded]:
+        """Token ids as the model reads them, cut at the `direction` end ("left", "right"); texts count from `first`.
+
+        Raises UsageError ZI-1131, ZI-1132.
+        """
+        if self.encoder.is_lowered:
+            texts = [text.lower() if isinstance(text, str) else _lowered(text) for text in texts]
+        return encode_texts(self.engine.tokenizer, texts, self.engine.max_tokens, first, direction)
+
     def about(self) -> dict[str, Any]:
         """Who answers: {"plan", "stats"} of an offloaded model, {"students", "of", ...} of a group."""
         about = self.engine.about()
@@ -213,7 +222,7 @@ class Classifier:
         rows: list[Tensor] = []
         notes: list[dict[str, Any]] = []
         for begin in range(0, len(texts), WINDOW):
-            encoded = self._encoded(texts[begin : begin + WINDOW], begin)
+            encoded = self.encode(texts[begin : begin + WINDOW], first=begin)
             found: dict[int, Tensor] = {}
             with self._lock:
                 for numbers, pooled, logits in self.engine.passes(encoded):
@@ -238,11 +247,6 @@ class Classifier:
             return [students] * count
         who = {False: "students", True: "students" if self._teacher is None else "teacher"}
         return [students | {"unsure": unsure, "answered_by": who[unsure]} for unsure in is_unsure]
-
-    def _encoded(self, texts: Sequence[Text], first: int) -> list[Encoded]:
-        if self.encoder.is_lowered:
-            texts = [text.lower() if isinstance(text, str) else _lowered(text) for text in texts]
-        return encode_texts(self.engine.tokenizer, texts, self.engine.max_tokens, first)
 
 
 def as_texts(texts: object) -> tuple[list[Text], bool]:

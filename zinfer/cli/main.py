@@ -18,6 +18,7 @@ COMMANDS = {
     "score": ("zinfer.cli.score", "Say how likely given text is after a prompt."),
     "classify": ("zinfer.cli.classify", "Label texts with an encoder, under a memory budget."),
     "embed": ("zinfer.cli.embed", "Turn texts into vectors with an encoder."),
+    "serve": ("zinfer.cli.serve", "Answer requests over HTTP with an encoder or a group of students."),
     "distill": ("zinfer.cli.distill", "Distil an encoder into a group of shallow students."),
     "plan": ("zinfer.cli.plan", "Say where a model would live and how fast it would run."),
     "shard": ("zinfer.cli.store", "Write a model as an aligned, checksummed store."),

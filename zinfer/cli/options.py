@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,8 +88,12 @@ def settings_of(
     config_file: Path | None = None,
     sets: tuple[str, ...] = (),
     exact: bool | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Merge flags, `--set`, environment and file: flag > --set > ZINFER_* > file > default."""
+    """Merge flags, `--set`, environment and file: flag > --set > ZINFER_* > file > default.
+
+    `more` are flags of one command alone, by setting path.
+    """
     flags = {
         "model": model,
         "device": device,
@@ -98,5 +102,6 @@ def settings_of(
         "runtime.objective": objective,
         "machine": machine,
         "exact": exact,
+        **(more or {}),
     }
     return load_settings(config_file, sets=sets, flags=flags)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from zinfer.errors import UsageError
 from zinfer.units import Bytes
@@ -18,6 +18,21 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "model=./model",
     "device=cpu",
     "exact=true",
+    "serve.host=127.0.0.1",
+    "serve.port=8080",
+    "serve.api_key=$(cat key-file)",
+    "serve.objective_ms=100",
+    "serve.adapt=true",
+    "serve.queue_tokens=16384",
+    "serve.max_body=2MiB",
+    "serve.max_bodies=64MiB",
+    "serve.max_texts=64",
+    "serve.max_chars=200000",
+    "serve.header_s=10",
+    "serve.body_s=20",
+    "serve.idle_s=75",
+    "serve.grace_s=30",
+    "serve.access_s=10",
     "memory.host=80%",
     "memory.device=80%",
     "memory.disk=.",
@@ -57,6 +72,14 @@ def read_size(value: object) -> int | str:
         except UsageError as error:
             raise ValueError(f"write {_FORMS}") from error
     raise ValueError(f"write {_FORMS}")
+
+
+def read_bytes(value: object) -> int:
+    """As `read_size`, for a limit that no machine resolves."""
+    size = read_size(value)
+    if isinstance(size, str):
+        raise ValueError("write 2MiB, or a number of bytes")
+    return size
 
 
 Size = Annotated[int | str, BeforeValidator(read_size)]
@@ -104,6 +127,28 @@ class Runtime(_Group):
     preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 
 
+class Serve(_Group):
+    """How `zinfer serve` listens, and what it refuses.  The key never appears in any output."""
+
+    host: str = "127.0.0.1"  # an address; any but a loopback one needs a key
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080  # 0: whichever is free, printed
+    api_key: Annotated[SecretStr, Field(min_length=1)] | None = None
+    objective_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100  # what 99 of 100 answers may take
+    adapt: bool = True  # fewer students answer under load
+    queue_tokens: Annotated[int, Field(ge=1)] = 16384  # that may wait; more is refused
+    max_body: Annotated[int, BeforeValidator(read_bytes), Field(ge=1)] = 2 * 2**20  # of one request
+    max_bodies: Annotated[int, BeforeValidator(read_bytes), Field(ge=1)] = 64 * 2**20  # of all that are held
+    max_texts: Annotated[int, Field(ge=1)] = 64  # of one request
+    max_chars: Annotated[int, Field(ge=1)] = 200_000  # of one text
+    header_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10  # from a request's first byte
+    body_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20  # from its headers
+    idle_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 75  # a connection between requests
+    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        30  # to answer what was accepted, at the end
+    )
+    access_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10  # one line about so many seconds
+
+
 class Settings(_Group):
     """Everything a user can choose.  `machine` names a shipped profile or a file; None: this machine."""
 
@@ -112,6 +157,7 @@ class Settings(_Group):
     exact: bool = True
     memory: Memory = Memory()
     runtime: Runtime = Runtime()
+    serve: Serve = Serve()
     machine: str | None = None
 
 

@@ -17,7 +17,7 @@ MAX_CHARS = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One text as an encoder reads it.  `is_cut`: it was longer than allowed, its end was left out."""
+    """One text as an encoder reads it.  `is_cut`: it was longer than allowed, an end was left out."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
@@ -25,16 +25,18 @@ class Encoded:
 
 
 def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[Text], max_tokens: int, first: int = 0
+    tokenizer: Tokenizer, texts: Sequence[Text], max_tokens: int, first: int = 0, direction: str = "right"
 ) -> list[Encoded]:
     """Token ids with the special tokens of the checkpoint; of a pair the longer part is cut first, as upstream.
+
+    What is too long loses its `direction` end: "right", or "left" its beginning.
 
     An empty text has its special tokens alone.  Raises UsageError ZI-1131 for a text that is no Unicode or has more
     than MAX_CHARS characters, ZI-1132 for one without any token; both name its number, counted from `first`.
     """
     for number, text in enumerate(texts, first):
         _check(text, number)
-    found = [Encoded(*one) for one in tokenizer.encode_batch(texts, max_tokens)]
+    found = [Encoded(*one) for one in tokenizer.encode_batch(texts, max_tokens, direction)]
     for number, one in enumerate(found, first):
         if not one.ids:
             raise UsageError(

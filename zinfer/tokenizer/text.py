@@ -67,16 +67,17 @@ class Tokenizer:
         return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(
-        self, texts: Sequence[str | tuple[str, str]], max_tokens: int
+        self, texts: Sequence[str | tuple[str, str]], max_tokens: int, direction: str = "right"
     ) -> list[tuple[tuple[int, ...], tuple[int, ...], bool]]:
         """(ids, token types, was it cut) of each text or pair, special tokens included.
 
-        What exceeds `max_tokens` is cut off its end, of a pair off the longer part first.  Threads take turns.
+        What exceeds `max_tokens` is cut off its `direction` end ("left" or "right"), of a pair off the longer part
+        first.  Threads take turns.
         """
         given = [text if isinstance(text, str) else tuple(text) for text in texts]
         with self._lock:
             try:
-                self._core.enable_truncation(max_tokens, strategy="longest_first")
+                self._core.enable_truncation(max_tokens, strategy="longest_first", direction=direction)
                 found = self._core.encode_batch(given, add_special_tokens=True)
             finally:
                 self._core.no_truncation()

@@ -1,0 +1,225 @@
+"""The server over real sockets, with doubles behind it: slow and rude clients, and its end."""
+
+import json
+import re
+import threading
+import time
+from contextlib import ExitStack
+
+import httpx2
+import pytest
+from serving_doubles import listening
+
+HEAD = b"POST /embed HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+BODY = b'{"inputs": "abc"}'
+
+
+def request(body=BODY, head=HEAD):
+    return head + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def read_all(connection):
+    """Everything until the server closes."""
+    found = b""
+    while piece := connection.recv(65536):
+        found += piece
+    return found
+
+
+def parsed(raw):
+    """(status, headers, body) of the first response in `raw`."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    return int(first.split()[1]), headers, json.loads(body[: int(headers["content-length"])])
+
+
+def read_one(connection):
+    """One whole response, parsed."""
+    found = b""
+    while True:
+        head, end, body = found.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head) if end else None
+        if length and len(body) >= int(length[1]):
+            return parsed(found)
+        piece = connection.recv(65536)
+        assert piece, found
+        found += piece
+
+
+def until(is_so):
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came to be")
+
+
+@pytest.fixture(scope="module")
+def here():
+    with listening(header_s=0.3, body_s=0.3, idle_s=1.5, max_body=2000) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (HEAD, 408, "ZI-1182"),
+        (b"P", 408, "ZI-1182"),
+        (HEAD + b"content-length: 17\r\n\r\n" + BODY[:5], 408, "ZI-1182"),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\n5\r\n" + BODY[:5] + b"\r\n", 408, "ZI-1182"),
+        (b"no http at all\r\n\r\n", 400, "ZI-1184"),
+        (HEAD + b"x: " + b"y" * 20_000, 431, "ZI-1184"),
+        (HEAD + b"x: y\r\n" * 4000, 431, "ZI-1184"),
+        (HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n", 400, "ZI-1184"),
+        (HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", 400, "ZI-1184"),
+    ],
+)
+def test_slow_and_broken_requests_get_a_status_and_the_connection_ends(here, sent, status, code):
+    with here.connect() as connection:
+        connection.sendall(sent)
+        found, headers, error = parsed(read_all(connection))
+    assert (found, error["code"]) == (status, code)
+    assert headers["connection"] == "close"
+    until(lambda: not here.site.service.in_flight)
+
+
+def test_a_connection_may_idle_and_is_then_closed(here):
+    with here.connect() as connection:
+        time.sleep(0.6)  # longer than headers may take: nothing was begun
+        connection.sendall(request())
+        assert read_one(connection)[0] == 200
+        time.sleep(0.6)
+        connection.sendall(request())
+        assert read_one(connection)[0] == 200
+        assert read_all(connection) == b"", "and after its idle time it is closed"
+    with here.connect() as silent:
+        assert read_all(silent) == b""
+
+
+def test_the_clock_of_headers_starts_anew_with_each_request(here):
+    with here.connect() as connection:
+        connection.sendall(request())
+        assert read_one(connection)[0] == 200
+        connection.sendall(HEAD)
+        assert parsed(read_all(connection))[0] == 408
+
+
+def test_requests_may_come_together(here):
+    with here.connect() as connection:
+        last = request(b"x", HEAD + b"connection: close\r\n")
+        connection.sendall(request() + request(b'{"inputs": ["a", "b"]}') + last)
+        raw = read_all(connection)
+    assert raw.count(b"HTTP/1.1 200") == 2
+    assert raw.count(b"HTTP/1.1 400") == 1
+
+
+def test_the_rest_of_a_refused_body_is_read_so_that_its_sender_sees_why(here):
+    with here.connect() as connection:
+        connection.sendall(HEAD + b"content-length: 600000\r\n\r\n" + b"x" * 300_000)
+        assert read_one(connection)[2]["code"] == "ZI-1178"
+        connection.sendall(b"x" * 300_000)
+        connection.sendall(request())
+        assert read_one(connection)[0] == 200, "and the connection is of use afterwards"
+
+
+def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(here, monkeypatch):
+    monkeypatch.setattr("zinfer.serving.protocol.LINGER_S", 0.2)
+    with here.connect() as connection:
+        connection.sendall(HEAD + b"content-length: 600000\r\n\r\nx")
+        raw = read_all(connection)
+    assert parsed(raw)[2]["code"] == "ZI-1178"
+
+
+def test_many_rude_clients_leave_nothing(here):
+    """Connections cut at every point of a request."""
+    raw, meters = request(), here.site.app.meters
+    before = meters.disconnects._value.get()
+    here.site.queue.is_open = False
+    for cut in range(0, len(raw) + 1, 7):
+        with here.connect() as connection:
+            connection.sendall(raw[:cut])
+    for _ in range(10):
+        with here.connect() as connection:
+            connection.sendall(raw)
+            until(lambda: here.site.queue.waiting)
+        until(lambda: not here.site.queue.waiting)
+    until(lambda: not here.site.service.in_flight)
+    here.site.queue.is_open = True
+    assert meters.disconnects._value.get() >= before + 10
+    assert here.site.queue.cancelled >= 10
+    assert httpx2.post(f"{here.about['url']}/embed", json={"inputs": "a"}).status_code == 200
+
+
+def test_hundreds_of_connections_at_once(here):
+    with ExitStack() as stack:
+        opened = [stack.enter_context(here.connect()) for _ in range(300)]
+        for connection in opened:
+            connection.sendall(request())
+        assert {read_one(connection)[0] for connection in opened} == {200}
+    until(lambda: not here.server.server_state.connections)
+
+
+def in_thread(work):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work()))
+    thread.start()
+    return thread, found
+
+
+def test_the_end_answers_what_was_taken_and_refuses_what_comes():
+    with listening(grace_s=30) as here:
+        here.site.queue.is_open = False
+        url, held = here.about["url"], []
+        with httpx2.Client() as early, here.connect() as kept:
+            thread, held = in_thread(lambda: early.post(f"{url}/embed", json={"inputs": "abc"}, timeout=30))
+            until(lambda: here.site.queue.waiting)
+            here.end()
+            kept.sendall(request())
+            status, headers, error = parsed(read_all(kept))
+            assert (status, error["code"]) == (503, "ZI-2212")
+            assert (headers["connection"], headers["retry-after"]) == ("close", "30")
+            assert httpx2.get(f"{url}/ready").status_code == 503
+            assert httpx2.get(f"{url}/health").status_code == 200
+            assert here.thread.is_alive()
+            assert not held
+            here.site.queue.answer()
+            thread.join(30)
+        here.thread.join(30)
+        assert not here.thread.is_alive()
+        assert held[0].status_code == 200
+        assert here.server.failure is None
+    assert here.said == ["SIGTERM: answering 1 requests, then the end"]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_end_that_takes_too_long_says_what_was_cut_off(again):
+    with listening(grace_s=0.2 if not again else 60) as here:
+        here.site.queue.is_open = False
+        with here.connect() as connection:
+            connection.sendall(request())
+            until(lambda: here.site.queue.waiting)
+            here.end()
+            if again:
+                here.end()  # whoever sends a second signal means it
+            here.thread.join(30)
+            assert not here.thread.is_alive()
+        if not again:
+            assert here.server.failure.code == "ZI-5354"
+            assert "1 requests" in here.server.failure.message
+        assert here.site.service.in_flight == 0
+
+
+def test_a_model_that_does_not_load_ends_the_server():
+    from serving_doubles import Listening
+
+    from zinfer.errors import IntegrityError
+
+    here = Listening()
+    here.site.queue.error = IntegrityError("ZI-6001", "block 3", remedy="zinfer verify")
+    here.thread.start()
+    here.thread.join(30)
+    here.site.service.close()
+    here.socket.close()
+    assert here.server.failure.code == "ZI-6001"
+    assert not here.is_ready.is_set()

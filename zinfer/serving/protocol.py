@@ -1,0 +1,109 @@
+"""HTTP/1.1 with a clock.  In: bytes of one connection.  Out: uvicorn's requests; slow headers and trash are refused.
+
+uvicorn waits for headers for ever and answers trash in plain text; both are amended here, in a subclass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from zinfer.config.schema import Serve
+from zinfer.serving.refusal import Refusal
+
+MAX_HEADER_BYTES = 16 * 1024
+LINGER_S = (
+    5.0  # how long the rest of a refused body is read and thrown away, so that its sender sees the refusal
+)
+
+
+def timed_protocol(limits: Serve) -> type[H11Protocol]:
+    """The protocol with these limits: uvicorn makes one instance per connection."""
+
+    class Timed(TimedProtocol):
+        """With the limits of this server."""
+
+        header_s = limits.header_s
+        idle_s = limits.idle_s
+
+    return Timed
+
+
+class TimedProtocol(H11Protocol):
+    """A request's headers are whole `header_s` after their first byte; before it a connection may idle `idle_s`."""
+
+    header_s = 10.0
+    idle_s = 75.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """The first request may take as long to begin as any later one."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.idle_s, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """Begin the clock with a request's first byte, stop it with its headers' last."""
+        if self._timer is None and self.conn.their_state is h11.IDLE:
+            self._timer = self.loop.call_later(self.header_s, self._headers_are_late)
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is timed any more."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """A body that was refused unread may still come for a while."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self.loop.call_later(LINGER_S, self._end_unread)
+
+    def send_400_response(self, msg: str) -> None:
+        """431 for headers that are too long, 400 for other trash, with the same body as any refusal."""
+        is_long = len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES
+        status, what = (431, f"headers of more than {MAX_HEADER_BYTES} bytes") if is_long else (400, msg)
+        self._refuse(Refusal(status, "ZI-1184", what, remedy="send HTTP/1.1 with few headers"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is half-way out
+            self.transport.close()
+            return
+        body = refusal.body()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        for event in (
+            h11.Response(status_code=refusal.status, headers=headers, reason=b""),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _headers_are_late(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self._refuse(
+                Refusal(
+                    408,
+                    "ZI-1182",
+                    f"headers were not whole {self.header_s:g} s after their first byte",
+                    remedy="send them at once, or serve with --set serve.header_s=60",
+                )
+            )
+
+    def _end_unread(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY and self.conn.our_state is not h11.SEND_RESPONSE:
+            self.transport.close()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

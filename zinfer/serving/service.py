@@ -1,0 +1,225 @@
+"""Requests on their way through.  In: bodies.  Out: answers; nothing of a request is left whatever becomes of it.
+
+The event loop reads, waits and writes.  Parsing, cutting into tokens and queueing happen on `_THREADS` threads, passes
+on the queue's own.  A request that is cancelled (its client is gone) cancels its texts, wherever it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from zinfer.config.schema import Serve
+from zinfer.errors import ZinferError
+from zinfer.log import logger
+from zinfer.serving.answers import FEW_NUMBERS, Answered, written
+from zinfer.serving.asks import Ask, Kind, read_ask
+from zinfer.serving.refusal import Refusal, as_refusal
+from zinfer.serving.seams import TextModel, TextQueue
+from zinfer.students.scheduler import Overloaded, Served
+from zinfer.tokenizer import Encoded
+
+_THREADS = 2
+READY_SHARE = 0.9  # of the queue: fuller than that, another server should be asked
+WARM_TEXT = "a text to load the model by"
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A request whose texts are queued."""
+
+    ask: Ask
+    texts: list[Encoded]
+    futures: list[Future[Served]] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Take what still waits out of the queue."""
+        for future in self.futures:
+            future.cancel()
+
+
+class Service:
+    """A model and its queue.  Used from one event loop; owns its threads and the queue until `close`.
+
+    `is_warm` is set once a first text was answered, `is_draining` once no more requests are taken.
+    """
+
+    def __init__(self, model: TextModel, queue: TextQueue, limits: Serve) -> None:
+        self.model, self.queue, self.limits = model, queue, limits
+        self.is_warm = self.is_draining = False
+        self.in_flight = 0
+        self._room_at_s = 0.0  # when, by the last refusal, the queue should have room
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="zinfer-requests")
+
+    def warm(self) -> None:
+        """Answer one text, so that weights are loaded and memory is touched.  Blocks; raises what the pass raises."""
+        self.queue.submit(self.model.encode([WARM_TEXT], "right")[0]).result()
+        self.is_warm = True
+
+    def check_kind(self, kind: Kind) -> None:
+        """Raises Refusal 424 ZI-1183 for /predict where there is no head."""
+        if kind == "predict" and not self.model.labels:
+            raise Refusal(
+                424,
+                "ZI-1183",
+                f"{self.model.name} has no classification head",
+                remedy="POST /embed gives its vectors",
+            )
+
+    def check_open(self) -> None:
+        """Raises Refusal 503 while loading (ZI-2213) and while draining (ZI-2212)."""
+        if self.is_draining:
+            raise Refusal(
+                503,
+                "ZI-2212",
+                "this server is ending: it answers what it has taken, and takes no more",
+                remedy="ask another one",
+                retry_after_s=self.limits.grace_s,
+                closes=True,
+            )
+        if not self.is_warm:
+            raise Refusal(
+                503, "ZI-2213", "the model is being loaded", remedy="wait for GET /ready", retry_after_s=1
+            )
+
+    def check_room(self) -> None:
+        """Raises Refusal 429 ZI-2210 until there should be room again: an overload costs no reading and no cutting."""
+        wait_s = self._room_at_s - time.perf_counter()
+        if wait_s > 0:
+            raise full("others were refused a moment ago", wait_s)
+
+    def is_ready(self) -> bool:
+        """Warm, not ending, and with room in the queue."""
+        is_open = self.is_warm and not self.is_draining
+        return is_open and self.queue.stats().queue_tokens < READY_SHARE * self.limits.queue_tokens
+
+    async def answer(self, raw: bytes, kind: Kind) -> tuple[Answered, bytes]:
+        """What is sent back for one body.  Raises Refusal; cancelled, it leaves nothing in the queue."""
+        self.check_kind(kind)
+        begun = await self._begin(raw, kind)
+        try:
+            await all_done(begun.futures)
+        finally:
+            begun.cancel()
+        answered = Answered(begun.ask, tuple(begun.texts), tuple(_results(begun.futures)))
+        if answered.num_numbers <= FEW_NUMBERS:
+            return answered, written(answered, self.model)
+        loop = asyncio.get_running_loop()
+        return answered, await loop.run_in_executor(self._pool, written, answered, self.model)
+
+    def close(self) -> None:
+        """End threads; what waits is cancelled."""
+        self.queue.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    async def _begin(self, raw: bytes, kind: Kind) -> _Begun:
+        """Parse, cut and queue on a thread.  Cancelled meanwhile, what it queues is taken out again."""
+        beginning = self._pool.submit(self._queued, raw, kind)
+        try:
+            return await asyncio.wrap_future(beginning)
+        except asyncio.CancelledError:
+            beginning.add_done_callback(_cancel_begun)
+            raise
+
+    def _queued(self, raw: bytes, kind: Kind) -> _Begun:
+        ask = read_ask(raw, kind, self.limits)
+        try:
+            begun = _Begun(ask, self.model.encode(ask.given, ask.truncation_direction.lower()))
+        except ZinferError as error:
+            raise as_refusal(error) from error
+        if ask.truncate is False:
+            self._check_whole(begun.texts)
+        self._check_fits(begun.texts)
+        try:
+            for text in begun.texts:
+                begun.futures.append(self.queue.submit(text))
+        except BaseException as error:
+            begun.cancel()
+            if isinstance(error, Overloaded):
+                self._room_at_s = time.perf_counter() + error.retry_after_s
+                raise full(error.message, error.retry_after_s) from None
+            self.check_open()
+            raise
+        return begun
+
+    def _check_fits(self, texts: Sequence[Encoded]) -> None:
+        tokens = sum(len(text.ids) for text in texts)
+        if tokens > self.limits.queue_tokens:  # to come again would not help
+            raise Refusal(
+                413,
+                "ZI-1185",
+                f"the texts have {tokens} tokens together, the queue holds {self.limits.queue_tokens}",
+                remedy=f"send fewer at a time, or serve with --set serve.queue_tokens={tokens}",
+            )
+
+    def _check_whole(self, texts: Sequence[Encoded]) -> None:
+        for number, text in enumerate(texts):
+            if text.is_cut:
+                raise Refusal(
+                    413,
+                    "ZI-1181",
+                    f"text {number} has more than {self.model.max_tokens} tokens",
+                    remedy='cut it, or send "truncate": true',
+                )
+
+
+def full(why: str, retry_after_s: float) -> Refusal:
+    """429 ZI-2210."""
+    return Refusal(
+        429,
+        "ZI-2210",
+        f"the queue is full: {why}",
+        remedy=f"ask again after {retry_after_s:.3f} s",
+        retry_after_s=retry_after_s,
+    )
+
+
+async def all_done(futures: Sequence[Future[Served]]) -> None:
+    """Wait until every future has ended, with one wake-up of the event loop.  Their errors stay in them."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    left, lock = len(futures), threading.Lock()
+
+    def wake() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    def one_less(_: Future[Served]) -> None:
+        nonlocal left
+        with lock:
+            left -= 1
+            is_last = not left
+        if is_last and not loop.is_closed():
+            loop.call_soon_threadsafe(wake)
+
+    for future in futures:
+        future.add_done_callback(one_less)
+    await ended
+
+
+def _results(futures: Sequence[Future[Served]]) -> list[Served]:
+    """Raises Refusal: 503 for texts that the end of the server cancelled, 424 for a pass that failed."""
+    found = []
+    for future in futures:
+        if future.cancelled():
+            raise Refusal(
+                503,
+                "ZI-2212",
+                "the server ended before this was answered",
+                remedy="ask another one",
+                closes=True,
+            )
+        if (error := future.exception()) is not None:
+            logger.error("a pass failed: %s", error, exc_info=error)
+            raise as_refusal(error) from error
+        found.append(future.result())
+    return found
+
+
+def _cancel_begun(beginning: Future[_Begun]) -> None:
+    if not beginning.cancelled() and beginning.exception() is None:
+        beginning.result().cancel()
