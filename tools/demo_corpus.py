@@ -46,24 +46,23 @@ class Corpus:
     sha256: str
 
 
-def _is_test(name: str) -> bool:
-    """Whether a file stem or directory name is one of a test."""
-    return name in EXCLUDED_DIRS or name.startswith("test_") or name.endswith("_test")
+def is_test(name: str) -> bool:
+    """Whether the path of a source says that it is, or lies among, tests."""
+    parts = Path(name).with_suffix("").parts
+    return any(part in EXCLUDED_DIRS or part.startswith("test_") or part.endswith("_test") for part in parts)
 
 
 def list_sources(root: Path) -> list[str]:
     """Return the sorted POSIX paths, relative to `root`, of the sources that belong to the corpus."""
     kept = []
     for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if any(_is_test(part) for part in relative.parts[:-1]) or _is_test(relative.stem):
-            continue
-        if not relative.as_posix().startswith(GENERATED):
-            kept.append(relative.as_posix())
+        name = path.relative_to(root).as_posix()
+        if not is_test(name) and not name.startswith(GENERATED):
+            kept.append(name)
     return sorted(kept)
 
 
-def _decode(raw: bytes) -> str | None:
+def read_source(raw: bytes) -> str | None:
     """Decode a source by its own declared encoding, with newlines as `\\n`; None where it does not decode."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
@@ -79,7 +78,7 @@ def load_corpus(seed: int, root: Path | None = None) -> Corpus:
     digest = hashlib.sha256()
     for name in list_sources(root):
         raw = (root / name).read_bytes()
-        text = _decode(raw)
+        text = read_source(raw)
         if text is None or not text.strip():
             continue
         documents[name] = text

@@ -16,10 +16,10 @@ class DistillSettings:
     """Defaults are those of student parallelism (arXiv 2408.12526) where it states any.
 
     `students` and `layers`: how many, and how deep each is.  `epochs` over the training texts per round, `polish`
-    epochs of all students together, `batch` texts a step.  `hidden` is the weight of the supervision inside the
-    layers at the beginning (it falls to 0 over the first half of a round), `soft` and `hard` those of the teacher's
-    and the labels' classes.  A round that lowers the residual energy on texts it has not seen by less than
-    `least_gain` is dropped, and no further one is begun.
+    epochs of all students together at `polish_lr` of the learning rate, `batch` texts a step.  `hidden` is the
+    weight of the supervision inside the layers at the beginning (it falls to 0 over the first half of a round),
+    `soft` and `hard` those of the teacher's and the labels' classes.  A round that lowers the residual energy on
+    texts it has not seen by less than `least_gain` is dropped, and no further one is begun.
     """
 
     students: int = 3
@@ -28,6 +28,7 @@ class DistillSettings:
     polish: float = 2.0
     batch: int = 32
     lr: float = 1e-4
+    polish_lr: float = 0.3
     hidden: float = 1.0
     soft: float = 1.0
     hard: float = 0.1
@@ -44,6 +45,7 @@ class DistillSettings:
             "polish": 0 <= self.polish < 1e6,
             "batch": self.batch >= 1,
             "lr": 0 < self.lr < 1,
+            "polish_lr": 0 < self.polish_lr <= 1,
             "temperature": 0 < self.temperature < 1e3,
             "least_gain": 0 <= self.least_gain < 1,
         }

@@ -1,0 +1,153 @@
+"""Texts of the bundled classifier: windows of standard-library source, each labelled with the package it is from.
+
+Enters: the Python sources of the running interpreter's standard library (found with `sysconfig`).  Leaves: a split by
+file, windows of 64 tokens as texts, a tokenizer trained on the training files alone, and hashes that say which corpus
+it was.
+
+The library without its tests has few packages of many files, so the twelve classes are the eleven largest packages
+and, as the twelfth, the modules that are one file at the top.  About half of the files are kept for the test set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo_corpus import SPLIT_PATTERN, is_test, read_source
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TOP = "top-level module"
+PACKAGES = (
+    *("asyncio", "distutils", "email", "encodings", "idlelib", "importlib", "lib2to3", "multiprocessing"),
+    *("tkinter", "turtledemo", "xml"),
+)
+LABELS = tuple(sorted((*PACKAGES, TOP)))
+WINDOW = 64  # tokens of a window, [CLS] and [SEP] among them
+LEAST_TOKENS = 24  # a file of fewer has no window
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its path in the library, its class, its text."""
+
+    name: str
+    label: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Files that are learnt from and files that are never seen, and what the library was."""
+
+    train: list[Source]
+    test: list[Source]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """A text, its class, and the file that it is from."""
+
+    text: str
+    label: str
+    file: str
+
+    def to_row(self) -> dict[str, str]:
+        """As a line of JSON."""
+        return {"text": self.text, "label": self.label, "file": self.file}
+
+
+def label_of(name: str) -> str | None:
+    """The class of a file of the library; None for a package that is no class."""
+    package, _, rest = name.partition("/")
+    if not rest:
+        return TOP
+    return package if package in PACKAGES else None
+
+
+def load_split(seed: int, num_test: int, root: Path | None = None) -> Split:
+    """Draw `num_test` files for the test set, of every class as large a share as of the others."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    digest, sources = hashlib.sha256(), []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        label = label_of(name)
+        if label is None or is_test(name):
+            continue
+        raw = path.read_bytes()
+        text = read_source(raw)
+        if text is None or len(text.split()) < LEAST_TOKENS:
+            continue
+        digest.update(f"{name}\0{hashlib.sha256(raw).hexdigest()}\n".encode())
+        sources.append(Source(name, label, text))
+    draw = random.Random(seed)
+    by_label = {label: [one for one in sources if one.label == label] for label in LABELS}
+    share, due, test = num_test / max(len(sources), 1), 0.0, []
+    for found in by_label.values():
+        draw.shuffle(found)
+        due += share * len(found)
+        count = round(due) - len(test)
+        test += found[:count]
+    held = {one.name for one in test}
+    train = [one for one in sources if one.name not in held]
+    return Split(train, sorted(test, key=lambda one: one.name), digest.hexdigest())
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with BERT's special tokens, cut off at a window's length."""
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(word, special=True, normalized=False) for word in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(word, SPECIAL.index(word)) for word in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def windows_of(tokenizer: Tokenizer, source: Source, *, stride: int, most: int, seed: int) -> list[Window]:
+    """At most `most` windows of a file, drawn with a seed, `stride` tokens apart.
+
+    A window begins where a word does, so that its text is cut into the same tokens by itself, and runs on to the end of
+    a word: cut off at WINDOW it is full.  The last windows of a file may be shorter.
+    """
+    encoded = tokenizer.encode(source.text, add_special_tokens=False)
+    starts, words, inner = [at for at, _ in encoded.offsets], encoded.word_ids, WINDOW - 2
+    is_word = [at == 0 or words[at] != words[at - 1] for at in range(len(starts))]
+    found, due = [], 0
+    for at in range(len(starts)):
+        if at < due or not is_word[at]:
+            continue
+        stop = next((end for end in range(at + inner, len(starts)) if is_word[end]), len(starts))
+        text = source.text[starts[at] : starts[stop] if stop < len(starts) else None]
+        if stop - at >= LEAST_TOKENS and text.strip():
+            found.append(Window(text, source.label, source.name))
+        due = at + stride
+    draw = random.Random(f"{seed}/{source.name}")
+    kept = sorted(draw.sample(range(len(found)), min(most, len(found))))
+    return [found[number] for number in kept]
+
+
+def write_rows(path: Path, windows: Sequence[Window]) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one.to_row(), ensure_ascii=False) + "\n" for one in windows), "utf-8")
