@@ -110,7 +110,7 @@ class Teacher(nn.Module):
         bert: Any = self.bert
         tables, rate = bert["embeddings"], self.config.dropout
         places = torch.arange(ids.shape[1])
-        x = tables["word_embeddings"](ids) + tables["position_embeddings"](places)
+        x: Tensor = tables["word_embeddings"](ids) + tables["position_embeddings"](places)
         x = F.dropout(tables["LayerNorm"](x + tables["token_type_embeddings"].weight[0]), rate, self.training)
         for layer in bert["encoder"]["layer"]:
             x = layer(x)

@@ -88,7 +88,8 @@ def load_split(seed: int, num_test: int, root: Path | None = None) -> Split:
         sources.append(Source(name, label, text))
     draw = random.Random(seed)
     by_label = {label: [one for one in sources if one.label == label] for label in LABELS}
-    share, due, test = num_test / max(len(sources), 1), 0.0, []
+    share, due = num_test / max(len(sources), 1), 0.0
+    test: list[Source] = []
     for found in by_label.values():
         draw.shuffle(found)
         due += share * len(found)

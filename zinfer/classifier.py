@@ -28,6 +28,7 @@ from zinfer.tokenizer import Encoded, Text, encode_texts
 Texts: TypeAlias = (
     str | tuple[str, str] | Mapping[str, str] | Sequence[str | tuple[str, str] | Mapping[str, str]]
 )
+DEMO = Path(__file__).parent / "assets" / "classifier" / "group"
 WINDOW = 1024  # texts that are cut into tokens and sorted by length together
 
 
@@ -35,8 +36,8 @@ class Classifier:
     """An encoder (BERT, RoBERTa, DistilBERT, ELECTRA, MiniLM, sentence-transformers) that may exceed its memory.
 
     `model` is a Hugging Face folder, a sentence-transformers folder, a zinfer store, or a group of students that
-    `zinfer distill` wrote, of which the first `students` answer (None: all).  `device`, `memory`, `exact`, `machine`
-    and the keywords of `runtime` are those of `LLM`; a group is resident for good.  Texts are packed without padding;
+    `zinfer distill` wrote, of which the first `students` answer (None: all); None: the bundled group, which says of
+    Python code which package of the standard library it is from.  `device`, `memory`, `exact`, `machine` and the keywords of `runtime` are those of `LLM`; a group is resident for good.  Texts are packed without padding;
     what is longer than the model takes is cut, as upstream does.  Threads may call at once: their passes take turns.
 
     Of a group, answers whose confidence is below `defer_below` are given by `teacher`, which runs in what memory the
@@ -50,7 +51,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
         students: int | None = None,
         teacher: str | Path | None = None,
@@ -69,7 +70,7 @@ class Classifier:
     ) -> None:
         if settings is None:
             flags = {
-                "model": str(model),
+                "model": None if model is None else str(model),
                 "device": device,
                 "exact": exact,
                 "machine": None if machine is None else str(machine),
@@ -79,7 +80,8 @@ class Classifier:
             settings = load_settings(config, flags=flags).settings
         self._lock = threading.RLock()
         self.settings = settings
-        path = Path(model)
+        named = settings.model if model is None else model
+        path = Path(named) if named else DEMO
         self.engine: EncoderEngine | GroupService
         self.cascade: Cascade | None = None
         self._teacher: EncoderEngine | None = None

@@ -19,6 +19,7 @@ from zinfer.cli.texts import (
     Window,
     check_suffix,
     group_options,
+    model_and_texts,
     size_of,
     source_options,
     windows,
@@ -63,7 +64,7 @@ OUTPUTS = (".jsonl", ".csv")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @engine_options
 def classify(
-    model: str,
+    model: str | None,
     texts: tuple[str, ...],
     input_file: Path | None,
     text_column: str,
@@ -79,9 +80,14 @@ def classify(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Say which label each text has, by MODEL: a folder of an encoder with a classification head, or its store."""
+    """Say which label each text has, by MODEL: a folder of an encoder with a classification head, or its store.
+
+    Without MODEL, or by the name `demo`, the bundled example answers: which package of the standard library a piece
+    of code is from.
+    """
     check_suffix(output_file, OUTPUTS)
     check_suffix(deferred_file, OUTPUTS[:1])
+    model, texts = model_and_texts(model, texts, input_file)
     settings = settings_of(model, **options).settings
     given = windows(texts, input_file, text_column, pair_column)
     # The bar of a file counts its bytes, that of texts on the command line the texts.

@@ -18,6 +18,7 @@ from zinfer.cli.texts import (
     Window,
     check_suffix,
     group_options,
+    model_and_texts,
     size_of,
     source_options,
     windows,
@@ -46,7 +47,7 @@ HEADER_BYTES = 128  # of a .npy file, written when the number of rows is known
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @engine_options
 def embed(
-    model: str,
+    model: str | None,
     texts: tuple[str, ...],
     input_file: Path | None,
     text_column: str,
@@ -57,8 +58,9 @@ def embed(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Turn each text into a vector, by MODEL: a folder of an encoder, or its store."""
+    """Turn each text into a vector, by MODEL: a folder of an encoder, or its store (default: the bundled example)."""
     check_suffix(output_file, OUTPUTS)
+    model, texts = model_and_texts(model, texts, input_file)
     settings = settings_of(model, **options).settings
     given = windows(texts, input_file, text_column, pair_column)
     with (

@@ -18,8 +18,9 @@ from zinfer.errors import CheckpointError, MachineError, UsageError
 from zinfer.tables import read_table, text_of
 from zinfer.tokenizer import Text
 
+BUNDLED = "demo"
 _SOURCE = (
-    click.argument("model"),
+    click.argument("model", required=False),
     click.argument("texts", nargs=-1),
     click.option(
         "-i", "--input", "input_file", type=click.Path(path_type=Path), help="CSV, TSV, JSONL or TXT file."
@@ -51,6 +52,28 @@ def source_options(command: F) -> F:
     for option in reversed(_SOURCE):
         command = option(command)
     return command
+
+
+def model_and_texts(
+    model: str | None, texts: tuple[str, ...], input_file: Path | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """The model, None for the bundled one, and the texts.
+
+    The bundled model answers where none is named, and to the name `demo` unless a folder is called so.  One argument
+    alone that is nothing on disk, and no file beside it, is a text: a model without texts would be of no use.
+    """
+    if model is None or _is_there(model):
+        return model, texts
+    if not texts and input_file is None and model != BUNDLED:
+        return None, (model,)
+    return (None if model == BUNDLED else model), texts
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # longer than a name may be
+        return False
 
 
 @dataclass(frozen=True, slots=True)

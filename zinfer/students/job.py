@@ -56,15 +56,17 @@ def distill(
     pair_column: str | None = None,
     label_column: str | None = None,
     resume: bool = False,
+    keep_work: bool = False,
     progress: Progress,
     save_every: int = 100,
 ) -> Distilled:
     """Distil `teacher`, which may be larger than the memory that `engine` grants, into a group of students in `out`.
 
-    With `resume` an interrupted run goes on, and ends in the same bytes.  Raises UsageError ZI-1151 to ZI-1161,
+    With `resume` an interrupted run goes on, and ends in the same bytes.  `keep_work` leaves what the stages wrote in
+    `out`/work, the students before the polish among it.  Raises UsageError ZI-1151 to ZI-1161,
     CheckpointError for the teacher and the data, MachineError where the disk is too small.
     """
-    if resume and (done := _finished(out, settings)):
+    if resume and (done := _finished(out, settings, keep_work=keep_work)):
         return done
     model = open_model(teacher, engine)
     if model.spec.encoder is None:
@@ -123,18 +125,20 @@ def distill(
         write_whole(out / name, read_range(path, 0, regular_size(path)))
     write_report(out, figures, notes)
     write_group(group, out, notes | {"prefixes": [asdict(one) for one in figures]})
-    shutil.rmtree(out / WORK)
+    if not keep_work:
+        shutil.rmtree(out / WORK)
     return Distilled(out, figures, notes)
 
 
-def _finished(out: Path, settings: DistillSettings) -> Distilled | None:
+def _finished(out: Path, settings: DistillSettings, *, keep_work: bool) -> Distilled | None:
     """What an earlier run with these settings ended in, its leftovers removed; None where it has not ended."""
     if not (out / MANIFEST).exists():
         return None
     notes = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     if notes.get("settings") != asdict(settings):
         return None
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    if not keep_work:
+        shutil.rmtree(out / WORK, ignore_errors=True)
     return Distilled(out, [Figures(**one) for one in notes.pop("prefixes")], notes)
 
 
