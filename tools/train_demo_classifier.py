@@ -46,7 +46,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--test-files", type=int, default=310)
     parser.add_argument("--test-windows", type=int, default=24, help="of a file at most")
-    parser.add_argument("--train-windows", type=int, default=32, help="of a file at most, half overlapping")
+    parser.add_argument("--train-windows", type=int, default=24, help="of a file at most, half overlapping")
     parser.add_argument("--stdlib", type=Path, help="another folder of sources, for trials")
     for one in fields(TeacherConfig):
         name = "--teacher-" + one.name.replace("_", "-")

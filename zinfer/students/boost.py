@@ -19,11 +19,12 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class LineSearch:
-    """The best weight, and the mean squared residual before and after."""
+    """The best weight, the mean squared residual before and after, and by how much of it the identity is missed."""
 
     weight: float
     before: float
     after: float
+    error: float
 
 
 def line_search(residuals_ND: Tensor, answers_ND: Tensor) -> LineSearch:
@@ -38,9 +39,10 @@ def line_search(residuals_ND: Tensor, answers_ND: Tensor) -> LineSearch:
     before = rho.pow(2).sum().item() / count
     after = (rho - weight * f).pow(2).sum().item() / count
     promised = before - (both * both / own).item() if own > 0 else before
-    if abs(after - promised) > TOLERANCE * max(before, 1e-30):
+    error = abs(after - promised) / max(before, 1e-30)
+    if error > TOLERANCE:
         raise InternalError("ZI-1091", f"the line search promised {promised}, the residual is {after}")
-    return LineSearch(weight, before, after)
+    return LineSearch(weight, before, after, error)
 
 
 def energy(residuals_ND: Tensor) -> float:

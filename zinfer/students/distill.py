@@ -23,7 +23,7 @@ from zinfer.students.boost import boost_loss, energy, hidden_loss, line_search, 
 from zinfer.students.calibrate import calibration
 from zinfer.students.corpus import Corpus
 from zinfer.students.group import Group
-from zinfer.students.measure import Figures, figures
+from zinfer.students.measure import Figures, check_labels, figures
 from zinfer.students.settings import DistillSettings, segments
 from zinfer.students.student import (
     answer,
@@ -65,7 +65,15 @@ class Distillation:
         self.has_segments = encoder_of(self.teacher).num_segments > 1
 
     def run(self) -> tuple[Group, list[Figures], dict[str, Any]]:
-        """The group, its figures per prefix on the dev texts, and notes on what happened."""
+        """The group, its figures per prefix on the dev texts, and notes on what happened.
+
+        Raises UsageError ZI-1192 for labels that have nothing to do with the teacher's classes.
+        """
+        every = range(len(self.corpus))
+        logits_NC, classes_N = self._logits(every), self._labels(every)
+        encoder = encoder_of(self.teacher)
+        if logits_NC is not None and classes_N is not None and not encoder.is_multi_label:
+            check_labels(logits_NC, classes_N, encoder.labels)
         group = self._begin()
         self._boost(group)
         notes: dict[str, Any] = {"rounds": self.rounds, "polish": "not asked for"}
@@ -144,6 +152,7 @@ class Distillation:
             "layers": self.plan[k],
             "factor": found.weight,
             "held": [found.before, found.after],
+            "identity_error": found.error,
             "dev": [before, after],
             "gain": gain,
             "kept": k == 0 or gain >= settings.least_gain,

@@ -63,7 +63,7 @@ def distill(
     """Distil `teacher`, which may be larger than the memory that `engine` grants, into a group of students in `out`.
 
     With `resume` an interrupted run goes on, and ends in the same bytes.  `keep_work` leaves what the stages wrote in
-    `out`/work, the students before the polish among it.  Raises UsageError ZI-1151 to ZI-1161,
+    `out`/work, the students before the polish among it.  Raises UsageError ZI-1151 to ZI-1161, ZI-1191, ZI-1192,
     CheckpointError for the teacher and the data, MachineError where the disk is too small.
     """
     if resume and (done := _finished(out, settings, keep_work=keep_work)):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.errors import UsageError
 from zinfer.students.boost import energy
 from zinfer.students.calibrate import calibration_error
 from zinfer.students.cascade import deferral_table
@@ -69,6 +70,25 @@ def figures(
             )
         )
     return found
+
+
+def check_labels(teacher_NC: Tensor, labels_N: Tensor, classes: Sequence[str]) -> None:
+    """Refuse labels that the teacher's head has not heard of: it agrees with them no more than chance would.
+
+    Chance is that of Cohen's kappa (1960): what two raters agree on who say each class as often as these two do.  Noise
+    lowers the agreement and passes; a head whose classes are numbered otherwise does not.  UsageError ZI-1192.
+    """
+    guess_N, count = teacher_NC.argmax(-1), len(classes)
+    agreement = _share(guess_N == labels_N)
+    shares = [torch.bincount(one, minlength=count).double() / len(labels_N) for one in (guess_N, labels_N)]
+    chance = float(shares[0] @ shares[1])
+    if agreement <= chance:
+        raise UsageError(
+            "ZI-1192",
+            f"the teacher's classes agree with the labels on {agreement:.1%} of the texts, by chance alone it were "
+            f"{chance:.1%}: the labels are noise, or its head numbers them otherwise ({', '.join(classes)!s:.200})",
+            remedy="leave --label-column out, or write the labels as the names of the teacher's classes",
+        )
 
 
 def _share(hits_N: Tensor) -> float:

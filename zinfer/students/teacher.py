@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zinfer.checkpoint.read import read_range
 from zinfer.chunks.source import Source
-from zinfer.errors import MachineError
+from zinfer.errors import MachineError, UsageError
 from zinfer.runtime.executor import Executor
 from zinfer.runtime.texts import encode
 from zinfer.students.corpus import Corpus
@@ -58,7 +58,8 @@ def teacher_states(
     """Run every text through the teacher once, or go on where an interrupted run left off.
 
     What a window of texts gave is appended to the files and then recorded, so that a record never promises what is
-    not there; only a window is in memory.  Raises MachineError ZI-5933 when the disk is too small.
+    not there; only a window is in memory.  Raises MachineError ZI-5933 when the disk is too small, UsageError ZI-1191
+    for a teacher that says what is no number.
     """
     encoder = executor.spec.encoder
     assert encoder is not None, "the teacher was checked to be an encoder"
@@ -123,6 +124,13 @@ class _Cache:
         for name in self.widths:
             dtype = torch.float16 if name.startswith("layer-") else torch.float32
             joined = torch.cat([row[name] for row in rows]).cpu().to(dtype).contiguous()
+            if not torch.isfinite(joined).all():
+                raise UsageError(
+                    "ZI-1191",
+                    f"what the teacher says of texts {self.num_done + 1} to {self.num_done + len(rows)} ({name}) "
+                    "is not finite, or too large for fp16: nothing can be learnt from it",
+                    remedy="--teacher another folder; or copy this one again",
+                )
             with (self.folder / f"{name}.rows").open("ab") as file:
                 file.write(joined.numpy().tobytes())
                 file.flush()
