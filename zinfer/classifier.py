@@ -37,8 +37,9 @@ class Classifier:
 
     `model` is a Hugging Face folder, a sentence-transformers folder, a zinfer store, or a group of students that
     `zinfer distill` wrote, of which the first `students` answer (None: all); None: the bundled group, which says of
-    Python code which package of the standard library it is from.  `device`, `memory`, `exact`, `machine` and the keywords of `runtime` are those of `LLM`; a group is resident for good.  Texts are packed without padding;
-    what is longer than the model takes is cut, as upstream does.  Threads may call at once: their passes take turns.
+    Python code which package of the standard library it is from.  `device`, `memory`, `exact`, `machine` and the
+    keywords of `runtime` are those of `LLM`; a group is resident for good.  Texts are packed without padding; what is
+    longer than the model takes is cut, as upstream does.  Threads may call at once: their passes take turns.
 
     Of a group, answers whose confidence is below `defer_below` are given by `teacher`, which runs in what memory the
     group leaves; `target_accuracy` chooses the least threshold that reached it on unseen texts.  Without a teacher

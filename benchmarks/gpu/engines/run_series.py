@@ -68,7 +68,9 @@ def one(task: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
         weights = sum(chunk.nbytes for chunk in chunks)
         resident = sum(chunk.nbytes for chunk in chunks if llm.plan.placement.resident(chunk.id))
         stats = llm.stats.to_dict()
-        pinned = max(status("VmPin"), stats["locked_bytes"])  # not every driver tells the kernel what it has locked
+        pinned = max(
+            status("VmPin"), stats["locked_bytes"]
+        )  # not every driver tells the kernel what it has locked
         locked = sum(use.locked for use in llm.plan.uses)
     return {
         "name": entry["name"],
