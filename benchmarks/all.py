@@ -32,10 +32,11 @@ QUEUES = {  # seconds; together at most half an hour
     "quantised.py": 110,
     "prediction_grid.py": 370,
 }
-BENCHMARKS = ALONE | QUEUES
+SERVED = {"students_burst.py": 360, "serve_soak.py": 150}  # a teacher and its students, the bundled ones
+BENCHMARKS = ALONE | QUEUES | SERVED
 TAKES_NO_OPTIONS = ("overlap.py", "several_devices.py")
 QUICK_IS_UNKNOWN = ("roofs.py",)
-TAKES_ONLY_QUICK = ("students_latency.py",)
+TAKES_ONLY_QUICK = ("students_latency.py", *SERVED)
 
 
 def chosen(words: list[str]) -> tuple[list[str], list[str]]:

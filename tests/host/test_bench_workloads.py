@@ -186,6 +186,8 @@ class TestAll:
     def test_every_script_is_there_and_the_queues_take_half_an_hour_at_most(self):
         assert all((BENCHMARKS / script).is_file() for script in runner.BENCHMARKS)
         assert sum(runner.QUEUES.values()) <= 1800
+        words = ["--model", "m", "--work", "w", "--quick"]
+        assert runner.options_of("serve_soak.py", words) == ["--quick"]
 
     def test_only_some_and_their_options(self):
         assert runner.chosen(["--only", "packed.py", "--quick"]) == (["packed.py"], ["--quick"])
