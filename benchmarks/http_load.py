@@ -96,10 +96,10 @@ class Load:
                 await self.answer(pair[0], seen)
             seen.latency_s = time.perf_counter() - start - seen.due_s
             self.idle.append(pair)
+        except TimeoutError:  # an OSError too, so it is asked for first
+            seen.status = LATE
         except (OSError, EOFError, ValueError):
             seen.status = BROKEN
-        except TimeoutError:
-            seen.status = LATE
         finally:
             if pair is not None and seen.status in (BROKEN, LATE):
                 pair[1].close()

@@ -64,7 +64,10 @@ def main() -> None:
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, runner, raw))
 
     app = Starlette(routes=[Route("/predict", predict, methods=["POST"])])
-    listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    # With the protocol named asyncio sends small packets at once; socket.create_server leaves it out.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(2048)
     print(json.dumps({"url": f"http://127.0.0.1:{listening.getsockname()[1]}"}), flush=True)
     uvicorn.Server(uvicorn.Config(app, http="h11", log_level="critical", lifespan="off")).run([listening])
 

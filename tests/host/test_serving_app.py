@@ -183,6 +183,26 @@ class TestRefusals:
             monkeypatch.setattr("zinfer.serving.service.time.perf_counter", lambda: 1e12)
             assert ask(here, "/embed", {"inputs": "a"}).status_code == 200
 
+    def test_no_more_is_taken_than_can_soon_be_parsed(self):
+        """With the threads busy, requests wait for them up to half a second's work and are then refused unread."""
+
+        async def many(here):
+            here.service._begin_s = 0.2
+            here.model.gate.clear()
+            async with here.client() as client:
+                asked = [
+                    asyncio.ensure_future(client.post("/embed", json={"inputs": "a"})) for _ in range(20)
+                ]
+                await until(lambda: sum(one.done() for one in asked) >= 14)
+                here.model.gate.set()
+                return await asyncio.gather(*asked)
+
+        with site() as here:
+            found = [one.status_code for one in go(many(here))]
+            assert set(found) == {200, 429}
+            assert found.count(200) <= 6, "0.6 s of work before two threads"
+            assert here.service._beginning == 0
+
     def test_a_failing_pass_and_a_failing_tokenizer(self):
         with site() as here:
             here.queue.error = RuntimeError("/secret")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 import time
 from contextlib import ExitStack
@@ -95,6 +96,16 @@ def test_a_connection_may_idle_and_is_then_closed(here):
         assert read_all(connection) == b"", "and after its idle time it is closed"
     with here.connect() as silent:
         assert read_all(silent) == b""
+
+
+def test_small_answers_are_sent_at_once(here):
+    """Without this option an answer waits for its reader's acknowledgement of the headers before it."""
+    with here.connect():
+        until(lambda: here.server.server_state.connections)
+        (connection,) = here.server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    until(lambda: not here.server.server_state.connections)
 
 
 def test_the_clock_of_headers_starts_anew_with_each_request(here):

@@ -35,10 +35,11 @@ def is_loopback(host: str) -> bool:
 def bind(serve: Serve) -> socket.socket:
     """A listening socket; port 0 takes a free one.  Raises MachineError ZI-5352 where it cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             serve.host, serve.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        opened = socket.socket(family, socket.SOCK_STREAM)
+        # With the protocol named: asyncio sends small packets at once on such sockets alone, and 40 ms later on others.
+        opened = socket.socket(family, kind, protocol)
         try:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             opened.bind(address)

@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from zinfer.config.schema import Serve
 from zinfer.serving.refusal import Refusal
@@ -61,7 +61,7 @@ class TimedProtocol(H11Protocol):
         """A body that was refused unread may still come for a while."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
-            self.loop.call_later(LINGER_S, self._end_unread)
+            self.loop.call_later(LINGER_S, self._end_unread, self.cycle)
 
     def send_400_response(self, msg: str) -> None:
         """431 for headers that are too long, 400 for other trash, with the same body as any refusal."""
@@ -99,8 +99,8 @@ class TimedProtocol(H11Protocol):
                 )
             )
 
-    def _end_unread(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY and self.conn.our_state is not h11.SEND_RESPONSE:
+    def _end_unread(self, cycle: RequestResponseCycle) -> None:
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
             self.transport.close()
 
     def _stop(self) -> None:

@@ -24,6 +24,8 @@ from zinfer.students.scheduler import Overloaded, Served
 from zinfer.tokenizer import Encoded
 
 _THREADS = 2
+_MOST_BEFORE_S = 0.5  # of waiting for those threads: more work than that is not taken
+_WINDOW = 0.1  # weight of one request in what they take
 READY_SHARE = 0.9  # of the queue: fuller than that, another server should be asked
 WARM_TEXT = "a text to load the model by"
 
@@ -53,6 +55,10 @@ class Service:
         self.is_warm = self.is_draining = False
         self.in_flight = 0
         self._room_at_s = 0.0  # when, by the last refusal, the queue should have room
+        self._beginning, self._begin_s = (
+            0,
+            0.0,
+        )  # requests at or before those threads, and seconds that one takes
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="zinfer-requests")
 
     def warm(self) -> None:
@@ -87,10 +93,16 @@ class Service:
             )
 
     def check_room(self) -> None:
-        """Raises Refusal 429 ZI-2210 until there should be room again: an overload costs no reading and no cutting."""
+        """Raises Refusal 429 ZI-2210 until there should be room again: an overload costs no reading and no cutting.
+
+        There is none either while more is to be parsed and cut into tokens than half a second's work.
+        """
         wait_s = self._room_at_s - time.perf_counter()
         if wait_s > 0:
             raise full("others were refused a moment ago", wait_s)
+        before_s = self._beginning * self._begin_s / _THREADS
+        if before_s > _MOST_BEFORE_S:
+            raise full(f"{self._beginning} requests are to be parsed first", before_s)
 
     def is_ready(self) -> bool:
         """Warm, not ending, and with room in the queue."""
@@ -100,6 +112,7 @@ class Service:
     async def answer(self, raw: bytes, kind: Kind) -> tuple[Answered, bytes]:
         """What is sent back for one body.  Raises Refusal; cancelled, it leaves nothing in the queue."""
         self.check_kind(kind)
+        self.check_room()  # again: others may have been quicker while this body was read
         begun = await self._begin(raw, kind)
         try:
             await all_done(begun.futures)
@@ -118,12 +131,23 @@ class Service:
 
     async def _begin(self, raw: bytes, kind: Kind) -> _Begun:
         """Parse, cut and queue on a thread.  Cancelled meanwhile, what it queues is taken out again."""
-        beginning = self._pool.submit(self._queued, raw, kind)
+        beginning = self._pool.submit(self._timed, raw, kind)
+        self._beginning += 1
         try:
             return await asyncio.wrap_future(beginning)
         except asyncio.CancelledError:
             beginning.add_done_callback(_cancel_begun)
             raise
+        finally:
+            self._beginning -= 1
+
+    def _timed(self, raw: bytes, kind: Kind) -> _Begun:
+        begin_s = time.perf_counter()
+        try:
+            return self._queued(raw, kind)
+        finally:
+            seconds = time.perf_counter() - begin_s
+            self._begin_s += _WINDOW * (seconds - self._begin_s)
 
     def _queued(self, raw: bytes, kind: Kind) -> _Begun:
         ask = read_ask(raw, kind, self.limits)
