@@ -23,6 +23,7 @@ from harness import RESULTS, Record, end_on_signals, package_versions, run_child
 from served import ENGINES, ROOT, Running, Traffic, bundled_or, serving, zinfer_command
 
 SHARE, TIMES, LEAST_OF_MODEL_RATIO = 0.99, 5, 0.7
+FEW = 60  # requests of a probe that is to say something
 WIDEST = 64.0  # between the lowest and the highest rate that are tried
 COLOURS = {"adaptive": "#1f6feb", "fixed": "#d1242f"}
 
@@ -30,7 +31,7 @@ COLOURS = {"adaptive": "#1f6feb", "fixed": "#d1242f"}
 def in_time(requests: Sequence[Sequence[float]], objective_s: float) -> float:
     """Share of the requests that were answered, rightly, within the objective."""
     good = sum(status == 200 and latency_s <= objective_s for _, latency_s, status, _ in requests)
-    return good / len(requests) if requests else 1.0
+    return good / len(requests) if requests else 0.0
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -95,7 +96,8 @@ class Bench:
             self.systems = {"onnxruntime": ("teacher", serve)} | self.systems
 
     def probe(self, running: Running, part: str, rate: float, seconds: float) -> dict[str, Any]:
-        """One rate for some seconds; the first tenth is not counted."""
+        """One rate for some seconds, more where few would come; the first tenth is not counted."""
+        seconds = min(max(seconds, FEW / rate), 3 * seconds)
         found = self.traffic.offer(running.url, part, [(seconds, rate)], seed=round(1000 * rate))
         counted = [row for row in found["requests"] if row[0] >= seconds / 10]
         return {"rate": rate} | told(counted, self.objective_s)

@@ -102,7 +102,7 @@ def test_refusals_and_broken_connections_are_told_apart(here, tmp_path):
 def test_what_is_in_time_and_what_is_not():
     rows = [[0.0, 0.01, 200, 3]] * 98 + [[0.0, 0.2, 200, 1], [0.0, 0.01, 429, 0]]
     assert burst.in_time(rows, 0.1) == 0.98
-    assert burst.in_time([], 0.1) == 1.0
+    assert burst.in_time([], 0.1) == 0.0, "nothing shows nothing"
     found = burst.told(rows, 0.1)
     assert found["by_status"] == {"200": 99, "429": 1}
     assert (found["p50_s"], found["p99_s"]) == (0.01, 0.2)
