@@ -13,7 +13,7 @@ from zinfer.serving.extra import need_extra
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option(
     "--host", metavar="ADDRESS", help="Default 127.0.0.1; any other than a loopback one needs a key."
 )
@@ -30,7 +30,7 @@ from zinfer.serving.extra import need_extra
 @click.option("--json", "as_json", is_flag=True, help="Say where it listens as one JSON object.")
 @engine_options
 def serve(
-    model: str,
+    model: str | None,
     host: str | None,
     port: int | None,
     students: int | None,
@@ -42,7 +42,8 @@ def serve(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer requests over HTTP with MODEL: an encoder's folder or store, or a group of students.
+    """Answer requests over HTTP with MODEL: an encoder's folder or store, or a group of students (default: the
+    bundled one).
 
     The key is ZINFER_SERVE_API_KEY.  POST /predict and /embed take Text Embeddings Inference's requests and
     {"texts": [...]}; GET /health, /ready, /info, /metrics, /openapi.json.  SIGTERM answers what was taken, then ends.
