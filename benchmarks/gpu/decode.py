@@ -36,8 +36,9 @@ def row_of(entry: dict[str, Any], known: Any, probe: dict[str, float]) -> dict[s
     moved = {lane: median(done["bytes"].get(lane, 0) for done in passes) for lane in ("h2d", "disk")}
     predicted_s = entry["plan"]["forecast"]["pass_s"]
     rates = {lane: probe.get(f"{lane}_bytes_per_s") for lane in moved}
-    planned, host = entry["plan"]["uses"].get("host"), entry["host"]
-    locked = entry["plan"].get("locked")
+    planned = entry["plan"]["uses"].get("host", {})
+    locked, wanted = entry["host"]["pinned"], entry["plan"]["locked"]
+    peak = entry["stats"]["peak_bytes"].get("host", 0)
     return {
         "name": entry["name"],
         "error": "",
@@ -53,9 +54,9 @@ def row_of(entry: dict[str, Any], known: Any, probe: dict[str, float]) -> dict[s
         "share_of_rate": {
             lane: nbytes / pass_s / rates[lane] for lane, nbytes in moved.items() if nbytes and rates[lane]
         },
-        "pinned_bytes": host["pinned"] or None,
-        "pinned_over_planned": host["pinned"] / locked if host["pinned"] and locked else None,
-        "host_peak_over_planned": entry["stats"]["peak_bytes"].get("host", 0) / planned if planned else None,
+        "locked_bytes": locked or None,
+        "pinned_over_planned": locked / wanted if locked and wanted else None,
+        "host_peak_over_planned": peak / planned["total"] if planned else None,
         "device_peak_bytes": entry["device_peak_bytes"],
         "uses": entry["plan"]["uses"],
     }

@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def one(task: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
             ]
             tokens = [list(output.outputs[0].token_ids) for output in outputs]
             calls.append({"seconds": seconds, "outputs": tokens, "passes": passes})
-        uses = {str(use.tier): use.total for use in llm.plan.uses}
+        uses = {str(use.tier): asdict(use) | {"total": use.total} for use in llm.plan.uses}
         chunks = llm.plan.table.streamable
         weights = sum(chunk.nbytes for chunk in chunks)
         resident = sum(chunk.nbytes for chunk in chunks if llm.plan.placement.resident(chunk.id))
