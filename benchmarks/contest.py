@@ -185,10 +185,11 @@ def doctor(model: Path, work: Path, seconds: float = 20.0) -> dict[str, Any]:
     It measures disk and products, never a pass of this model.  Raises RuntimeError if it fails.
     """
     command = [sys.executable, "-m", "zinfer", "doctor", str(model), "--seconds", str(seconds)]
-    child = run_child([*command, "--no-save", "--json"], work / "doctor.log")
+    log = work / "doctor.log"
+    child = run_child([*command, "--no-save", "--json"], log)
     if child.returncode:
         raise RuntimeError(f"zinfer doctor failed: {child.why}")
-    profile = json.loads(child.log.strip().splitlines()[-1])
+    profile = json.loads(log.read_text().strip().splitlines()[-1])  # a GPU's is longer than the log's end
     (work / PROFILE).write_text(json.dumps(profile))
     return profile
 

@@ -28,11 +28,15 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A script, the seconds it may take (at most 480), and the least that is worth beginning."""
+    """A script, the seconds it may take (at most 480), and the least that is worth beginning.
+
+    One that `stands_alone` has options and a rehearsal of its own.
+    """
 
     name: str
     limit_s: int
     least_s: int
+    stands_alone: bool = False
 
 
 BLOCKS = (
@@ -44,6 +48,7 @@ BLOCKS = (
     Block("throughput", 180, 90),
     Block("resident", 180, 60),
     Block("int4", 300, 150),
+    Block("kernels", 180, 60, stands_alone=True),
     Block("larger", 480, 200),
 )
 
@@ -69,7 +74,11 @@ def chosen(only: str) -> list[Block]:
 
 def run(block: Block, words: list[str], limit_s: float) -> str:
     """One block in a process of its own; "ok", or how it failed."""
-    command = [sys.executable, str(HERE / f"{block.name}.py"), "--seconds", str(round(limit_s)), *words]
+    if block.stands_alone:
+        words = words[words.index("--results") :][:2] if "--results" in words else []
+    else:
+        words = [*words, "--seconds", str(round(limit_s))]
+    command = [sys.executable, str(HERE / f"{block.name}.py"), *words]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT)
     try:
         status = process.wait(limit_s + 20)
@@ -99,6 +108,8 @@ def main() -> int:
             words += [f"--{name}", getattr(options, name)]
     end_s, ended = time.perf_counter() + 60 * options.minutes, []
     for block in chosen(options.only):
+        if options.dry_run and block.stands_alone:
+            continue
         left_s = end_s - time.perf_counter()
         if left_s < block.least_s:
             ended.append((block.name, f"not begun: {left_s:.0f} s were left", 0.0))

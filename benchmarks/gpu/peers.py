@@ -90,7 +90,13 @@ def zero(bench: Bench, model: Path, known: Any) -> dict[str, Any]:
     prompts = known.prompts(max(ZERO_BATCHES), bench.size.prompt, bench.size.prompt)
     task = {"kind": "window", "prompts": prompts, "steps": 8, "cap_bytes": bench.size.budget}
     found = ask(bench, model, "zero", task | {"batches": ZERO_BATCHES, "eos": known.eos})
-    return {"engine": "zero"} | ({"error": found["error"]} if "error" in found else {"error": "", **found})
+    if "error" in found:
+        return {"engine": "zero", "error": found["error"]}
+    wrong = 0
+    for run in found["runs"]:
+        for prompt, came in zip(prompts, run.pop("outputs"), strict=False):
+            wrong += came != known.follow(prompt, len(came), ignore_eos=True)
+    return {"engine": "zero", "error": "", "num_wrong": wrong, **found}
 
 
 def ours(name: str, bench: Bench, call: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +135,8 @@ def run(bench: Bench) -> None:
         passes = steady(mine[1])
         rate = median(done["sequences"] / done["seconds"] for done in passes)
         figures["zinfer_decode_tokens_per_s"] = rate
-        figures["zero_ratio"] = rate / rows[3]["tokens_per_s"] if rows[3].get("tokens_per_s") else None
+        is_right = rows[3].get("tokens_per_s") and not rows[3]["num_wrong"]
+        figures["zero_ratio"] = rate / rows[3]["tokens_per_s"] if is_right else None
     for row in rows:
         print(
             f"  {row['engine']:12} {row['error'] or row.get('settings') or row.get('runs') or row}"[:400],

@@ -40,18 +40,20 @@ def settings_of(folder: str, batch: int) -> dict[str, Any]:
     }
 
 
-def decode_s(model: Any, prompts: list[list[int]], steps: int) -> list[float]:
-    """Seconds of decode passes of one static batch."""
+def decode(model: Any, prompts: list[list[int]], steps: int) -> tuple[list[float], list[list[int]]]:
+    """Seconds of decode passes of one static batch, and every sequence's tokens."""
     ids, cache, seconds = torch.tensor(prompts, device="cuda:0"), None, []
+    outputs: list[list[int]] = [[] for _ in prompts]
     with torch.inference_mode():
         for step in range(steps + 1):
             start = time.perf_counter()
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache, ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
-            ids.tolist()
+            for output, (token,) in zip(outputs, ids.tolist(), strict=True):
+                output.append(token)
             if step:
                 seconds.append(time.perf_counter() - start)
-    return seconds
+    return seconds, outputs
 
 
 def main() -> None:
@@ -75,12 +77,12 @@ def main() -> None:
     runs = []
     for batch in task["batches"]:
         try:
-            seconds = decode_s(engine.module, task["prompts"][:batch], task["steps"])
+            seconds, outputs = decode(engine.module, task["prompts"][:batch], task["steps"])
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
         pass_s = median(seconds[2:] or seconds)
-        runs.append({"batch": batch, "pass_s": pass_s, "tokens_per_s": batch / pass_s})
+        runs.append({"batch": batch, "pass_s": pass_s, "tokens_per_s": batch / pass_s, "outputs": outputs})
     del keep
     best = max(runs, key=lambda run: run["tokens_per_s"])
     told = {"runs": runs, "tokens_per_s": best["tokens_per_s"], "settings": settings}
