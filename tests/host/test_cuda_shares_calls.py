@@ -17,8 +17,8 @@ from zinfer.memory.nvme import Files, Reader
 from zinfer.memory.shares import Helper
 from zinfer.memory.slab import HostSlab
 from zinfer.memory.transfer import Order
-from zinfer.parallel import topology
-from zinfer.plan.records import Tier
+from zinfer.parallel import aggregate, topology
+from zinfer.plan.records import Budget, Tier
 from zinfer.plan.shares import ways_up
 
 PAGES = [8, 8, 8, 8]
@@ -332,3 +332,21 @@ def test_links_that_cannot_be_measured_are_one_error(two_devices, runtime):
         runtime.refuses = links._pulls[1]
         links.own(1)
     assert two_devices == {}
+
+
+def test_what_is_parked_has_its_place_with_several_devices_too(tmp_path, runtime, monkeypatch):
+    table, _ = chunk_files.write_chunks(tmp_path, PAGES)
+    placement = chunk_files.sim_placement(table, (), (), 3, 1)
+    machine = with_links(chunk_files.FAST, [1e12, 1e12])
+    monkeypatch.setattr(aggregate, "DeviceSlab", lambda nbytes, device: HostSlab(nbytes))
+    made = aggregate.by_several_links(
+        table, placement, Budget(2**24, 2**24), machine, "cuda:0", parking_bytes=8192
+    )
+    files = Files(table.files)
+    reader = Reader(files, LinkLog())
+    transfer = made(reader, [], LinkLog())
+    assert len(transfer.crossing.parking.slab.bytes_N) == 8192
+    place = 24576  # half a chunk and two pieces
+    assert transfer.ledgers["device:1"].reserved["staging"] == 3 * place
+    for thing in (transfer, reader, files):
+        thing.close()

@@ -46,11 +46,12 @@ class CudaShares(StagedTransfer):
         ways: Sequence[Way],
         helpers: Mapping[int, Helper],
         device: torch.device | None = None,
+        parking_bytes: int = 0,
     ) -> None:
         super().__init__(reader, staging, device or torch.device("cuda", 0))
         self.ledgers = {f"device:{at}": helper.ledger for at, helper in helpers.items()}
         self._log, self._ways, self._helpers = log, ways, helpers
-        self._near = CudaTransfer(reader, [], log, self.device)
+        self._near = CudaTransfer(reader, [], log, self.device, parking_bytes=parking_bytes)
         self.clock, self.crossing, self.enter = self._near.clock, self._near.crossing, self._near.enter
         self._routes = [_Route(way, self.device, helpers[at] if at else None) for at, way in enumerate(ways)]
         self._issuer = ThreadPoolExecutor(1, "zinfer-shares")

@@ -37,8 +37,10 @@ def by_several_links(
     device: str,
     *,
     sim_mode: SimMode = "copy",
+    parking_bytes: int = 0,
 ) -> MakeTransfer | None:
     """How chunks come to `device` ("sim", "cuda:0") over all links of the machine; None where it has only one.
+    `parking_bytes` as in `open_manager`.
 
     The maker raises BudgetError ZI-2401 when the shares' places exceed `budget.device` on a further device, ZI-2402
     when its memory is not there.
@@ -60,7 +62,7 @@ def by_several_links(
             if device == "sim":
                 transfer = SimShares(reader, staging, log, ways, helpers, d2h=machine.d2h, mode=sim_mode)
             else:
-                transfer = CudaShares(reader, staging, log, ways, helpers)
+                transfer = CudaShares(reader, staging, log, ways, helpers, parking_bytes=parking_bytes)
             undo.pop_all()
             return transfer
 

@@ -238,6 +238,7 @@ def open_executor(
         if typed := explained(error, "while its kernels were tried"):
             raise typed from error
         raise
+    parking_bytes = plan.reserve.parked if plan.device.startswith("cuda") else 0
     manager = open_manager(
         plan.table,
         plan.placement,
@@ -247,8 +248,10 @@ def open_executor(
         reservations=_reservations(plan),
         verify=model.resolved.settings.runtime.verify,
         wants_direct=model.resolved.settings.runtime.read_mode != "buffered",
-        make_transfer=by_several_links(plan.table, plan.placement, plan.budget, plan.machine, plan.device),
-        parking_bytes=plan.reserve.parked if plan.device.startswith("cuda") else 0,
+        make_transfer=by_several_links(
+            plan.table, plan.placement, plan.budget, plan.machine, plan.device, parking_bytes=parking_bytes
+        ),
+        parking_bytes=parking_bytes,
     )
     runtime = model.resolved.settings.runtime
     may_record = runtime.graphs == "auto" and not runtime.watch_moments and model.spec.encoder is None
