@@ -29,6 +29,7 @@ PACKAGES = (
 LABELS = tuple(sorted((*PACKAGES, TOP)))
 WINDOW = 64  # tokens of a window, [CLS] and [SEP] among them
 LEAST_TOKENS = 24  # a file of fewer has no window
+INSTALLED = ("site-packages/", "dist-packages/", "config-", "pydoc_data/")  # not of the library, or tables
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -43,10 +44,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Files that are learnt from and files that are never seen, and what the library was."""
+    """Files that are learnt from, files that are never seen, files of packages that are no class; which library.
+
+    The label of the last is empty: the teacher never sees them, students may learn what it says of them.
+    """
 
     train: list[Source]
     test: list[Source]
+    other: list[Source]
     sha256: str
 
 
@@ -77,15 +82,16 @@ def load_split(seed: int, num_test: int, root: Path | None = None) -> Split:
     digest, sources = hashlib.sha256(), []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        label = label_of(name)
-        if label is None or is_test(name):
+        if is_test(name) or name.startswith(INSTALLED):
             continue
         raw = path.read_bytes()
         text = read_source(raw)
         if text is None or len(text.split()) < LEAST_TOKENS:
             continue
         digest.update(f"{name}\0{hashlib.sha256(raw).hexdigest()}\n".encode())
-        sources.append(Source(name, label, text))
+        sources.append(Source(name, label_of(name) or "", text))
+    other = [one for one in sources if not one.label]
+    sources = [one for one in sources if one.label]
     draw = random.Random(seed)
     by_label = {label: [one for one in sources if one.label == label] for label in LABELS}
     share, due = num_test / max(len(sources), 1), 0.0
@@ -97,7 +103,7 @@ def load_split(seed: int, num_test: int, root: Path | None = None) -> Split:
         test += found[:count]
     held = {one.name for one in test}
     train = [one for one in sources if one.name not in held]
-    return Split(train, sorted(test, key=lambda one: one.name), digest.hexdigest())
+    return Split(train, sorted(test, key=lambda one: one.name), other, digest.hexdigest())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -146,6 +152,22 @@ def windows_of(tokenizer: Tokenizer, source: Source, *, stride: int, most: int, 
     draw = random.Random(f"{seed}/{source.name}")
     kept = sorted(draw.sample(range(len(found)), min(most, len(found))))
     return [found[number] for number in kept]
+
+
+def spliced(windows: Sequence[Window], count: int, seed: int) -> list[Window]:
+    """Windows that begin as one and go on as another, without a label: of these the teacher is less sure.
+
+    Of windows that it was trained on a teacher says little more than their label; what it makes of others is what
+    students have to learn.
+    """
+    draw, found = random.Random(f"{seed}/splice"), []
+    for _ in range(count):
+        one, other = draw.choice(windows), draw.choice(windows)
+        part = draw.uniform(0.2, 0.8)
+        found.append(
+            Window(one.text[: round(part * len(one.text))] + other.text, "", f"{one.file} {other.file}")
+        )
+    return found
 
 
 def write_rows(path: Path, windows: Sequence[Window]) -> None:

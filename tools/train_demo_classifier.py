@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import shutil
 import tempfile
 import time
@@ -27,14 +28,24 @@ from typing import Any
 import torch
 from demo_score import hits_of, paired
 from demo_teacher import TeacherConfig, export_folder, token_ids, train_teacher
-from demo_windows import LABELS, Split, Window, load_split, train_tokenizer, windows_of, write_rows
+from demo_windows import (
+    LABELS,
+    Source,
+    Split,
+    Window,
+    load_split,
+    spliced,
+    train_tokenizer,
+    windows_of,
+    write_rows,
+)
 
 from zinfer.config.load import load_settings
 from zinfer.students.job import Distilled, distill
 from zinfer.students.settings import DistillSettings
 
 SLICE_BYTES = 65536
-GROUP = DistillSettings(students=3, layers=2, epochs=3, polish=1, batch=32, lr=1e-3, hard=0.5)
+GROUP = DistillSettings(students=3, layers=2, epochs=3, polish=1, batch=32, lr=1e-3)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -47,11 +58,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-files", type=int, default=310)
     parser.add_argument("--test-windows", type=int, default=24, help="of a file at most")
     parser.add_argument("--train-windows", type=int, default=24, help="of a file at most, half overlapping")
+    parser.add_argument("--spliced", type=float, default=0.5, help="share of the group's windows that are")
+    parser.add_argument("--group-windows", type=int, default=6000, help="that the group learns from")
     parser.add_argument("--stdlib", type=Path, help="another folder of sources, for trials")
     for one in fields(TeacherConfig):
         name = "--teacher-" + one.name.replace("_", "-")
         parser.add_argument(name, type=type(one.default), default=one.default)
-    for name in ("epochs", "polish", "lr", "hard"):
+    for name in ("epochs", "polish", "lr"):
         parser.add_argument("--" + name, type=float, default=getattr(GROUP, name))
     parser.add_argument("--students", type=int, default=GROUP.students)
     return parser.parse_args(words)
@@ -97,7 +110,7 @@ def teacher_config(args: argparse.Namespace) -> TeacherConfig:
 
 def group_settings(args: argparse.Namespace, **changes: Any) -> DistillSettings:
     """The group's part of the command line."""
-    names = ("students", "epochs", "polish", "lr", "hard", "seed")
+    names = ("students", "epochs", "polish", "lr", "seed")
     return DistillSettings(**(asdict(GROUP) | {name: getattr(args, name) for name in names} | changes))
 
 
@@ -112,7 +125,6 @@ def distil(
         out,
         settings=settings,
         engine=load_settings(None, flags=flags).settings,
-        label_column="label",
         resume=True,
         keep_work=True,
         progress=progress,
@@ -135,17 +147,16 @@ def make(args: argparse.Namespace, work: Path) -> Made:
     split = load_split(seed, args.test_files, args.stdlib)
     tokenizer = train_tokenizer([one.text for one in split.train], config.vocab_size)
 
-    def cut() -> tuple[list[Window], list[Window]]:
-        sizes = {"train": (31, args.train_windows), "test": (62, args.test_windows)}
-        found = [
-            [w for one in files for w in windows_of(tokenizer, one, stride=stride, most=most, seed=seed)]
-            for files, (stride, most) in zip((split.train, split.test), sizes.values(), strict=True)
-        ]
-        return found[0], found[1]
+    def cut(files: list[Source], stride: int, most: int) -> list[Window]:
+        return [w for one in files for w in windows_of(tokenizer, one, stride=stride, most=most, seed=seed)]
 
-    train, test = timed("windows", cut)
+    def cut_all() -> tuple[list[Window], list[Window], list[Window]]:
+        train = cut(split.train, 31, args.train_windows)
+        return train, cut(split.test, 62, args.test_windows), cut(split.other, 31, args.train_windows)
+
+    train, test, other = timed("windows", cut_all)
     rows, teacher, group = work / "train.jsonl", work / "teacher", work / "group"
-    write_rows(rows, train)
+    write_rows(rows, taught(train, other, args))
     key = json.dumps([asdict(config), seed, args.threads, split.sha256, len(train)])
     key_file = work / "teacher.key"
 
@@ -167,6 +178,15 @@ def make(args: argparse.Namespace, work: Path) -> Made:
     settings = group_settings(args)
     distilled = timed("group", lambda: distil(teacher, rows, group, settings, args.threads, progress))
     return Made(teacher, group, distilled, rows, split, train, test, cpu_s)
+
+
+def taught(train: list[Window], other: list[Window], args: argparse.Namespace) -> list[Window]:
+    """What the group learns from: the teacher's own windows, others that it has not seen, and spliced ones."""
+    num_spliced = round(args.spliced * args.group_windows)
+    mixed = spliced([*train, *other], num_spliced, args.seed)
+    plain = [*train, *other]
+    kept = random.Random(args.seed).sample(plain, min(args.group_windows - num_spliced, len(plain)))
+    return [*kept, *mixed]
 
 
 def make_record(args: argparse.Namespace, made: Made) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def test_the_split_is_by_file_and_leaves_tests_and_other_packages_out(library):
     assert len(test) == 24
     assert not train & test
     assert len(train | test) == 12 * 6
+    assert [one.name for one in split.other] == ["json/other.py"], "a package that is no class"
     assert {one.label for one in split.test} == set(LABELS), "every class has its share"
     assert not any("test" in name or "json" in name for name in train | test)
     again, other = demo_windows.load_split(3, 24, library), demo_windows.load_split(4, 24, library)
@@ -130,6 +131,30 @@ def test_windows_are_pieces_of_their_file_that_cut_into_full_windows(parts, stri
         assert ids[0] == demo_windows.SPECIAL.index("[CLS]")
         assert ids[-1] == demo_windows.SPECIAL.index("[SEP]")
         assert len(ids) == WINDOW or text.endswith(one.text), "only the last windows of a file are short"
+
+
+def test_spliced_windows_begin_as_one_and_end_as_another():
+    windows = [demo_windows.Window(letter * 100, letter, f"{letter}.py") for letter in "abc"]
+    found = demo_windows.spliced(windows, 50, seed=1)
+    assert len(found) == 50
+    assert demo_windows.spliced(windows, 50, seed=1) == found
+    for one in found:
+        first, last = one.text[0], one.text[-1]
+        assert one.label == "", "no label is true of it"
+        assert one.file == f"{first}.py {last}.py"
+        assert 20 <= len(one.text) - 100 <= 80
+        assert one.text == first * (len(one.text) - 100) + last * 100
+    assert len({one.text[0] + one.text[-1] for one in found}) > 6
+
+
+def test_what_the_group_is_taught(made):
+    args, found, _ = made
+    taught = [json.loads(line) for line in found.rows.read_text().splitlines()]
+    assert sum(not row["label"] for row in taught) >= round(args.spliced * args.group_windows)
+    tests = {one.file for one in found.split.test}
+    assert not any(set(row["file"].split()) & tests for row in taught), (
+        "no file of the test set, not even a part"
+    )
 
 
 def test_what_the_tool_leaves(made):

@@ -85,6 +85,7 @@ def killed_when(path, words, environment):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # seven processes, on a machine that may do other work
 def test_killed_in_every_stage_it_ends_in_the_same_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ZINFER_MACHINE", "sim-default")
     monkeypatch.setenv("ZINFER_DEVICE", "cpu")
