@@ -18,6 +18,7 @@ from zinfer.errors import MachineError, UsageError
 from zinfer.runtime.engine import open_executor
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.stats import Stats
+from zinfer.spec.records import Encoder
 from zinfer.students.corpus import Corpus, read_corpus
 from zinfer.students.distill import Distillation
 from zinfer.students.group import MANIFEST, write_group
@@ -69,34 +70,13 @@ def distill(
     if resume and (done := _finished(out, settings, keep_work=keep_work)):
         return done
     model = open_model(teacher, engine)
-    if model.spec.encoder is None:
-        raise UsageError(
-            "ZI-1155",
-            f"{teacher} is a {model.spec.architecture}; a teacher that is an encoder was wanted",
-            remedy="--teacher a BERT, RoBERTa, DistilBERT or ELECTRA folder",
-        )
-    if label_column is not None and not model.spec.encoder.labels:
-        raise UsageError(
-            "ZI-1156", f"{teacher} has no classes, so labels mean nothing to it", remedy="no --label-column"
-        )
-    if model.spec.weights != "published":
-        raise UsageError(
-            "ZI-1161",
-            f"{teacher} holds its matrices as {model.spec.weights}; students begin as copies of published ones",
-            remedy="--teacher the folder that the store was made from",
-        )
-    if model.spec.encoder.labels and model.spec.encoder.scoring == "none":
-        raise UsageError(
-            "ZI-1160",
-            f"{teacher} predicts numbers and no classes",
-            remedy="a teacher of classes or embeddings",
-        )
+    encoder = _checked(teacher, model, label_column)
     layers = segments(model.spec.num_layers, settings.students, settings.layers)
     corpus = read_corpus(
         data,
         model.need_tokenizer(),
         model.max_text_tokens,
-        model.spec.encoder.labels,
+        encoder.labels,
         seed=settings.seed,
         text_column=text_column,
         pair_column=pair_column,
@@ -128,6 +108,34 @@ def distill(
     if not keep_work:
         shutil.rmtree(out / WORK)
     return Distilled(out, figures, notes)
+
+
+def _checked(teacher: Path, model: Model, label_column: str | None) -> Encoder:
+    """The teacher as an encoder that students can be made of.  Raises UsageError ZI-1155, ZI-1156, ZI-1160, ZI-1161."""
+    encoder = model.spec.encoder
+    if encoder is None:
+        raise UsageError(
+            "ZI-1155",
+            f"{teacher} is a {model.spec.architecture}; a teacher that is an encoder was wanted",
+            remedy="--teacher a BERT, RoBERTa, DistilBERT or ELECTRA folder",
+        )
+    if label_column is not None and not encoder.labels:
+        raise UsageError(
+            "ZI-1156", f"{teacher} has no classes, so labels mean nothing to it", remedy="no --label-column"
+        )
+    if model.spec.weights != "published":
+        raise UsageError(
+            "ZI-1161",
+            f"{teacher} holds its matrices as {model.spec.weights}; students begin as copies of published ones",
+            remedy="--teacher the folder that the store was made from",
+        )
+    if encoder.labels and encoder.scoring == "none":
+        raise UsageError(
+            "ZI-1160",
+            f"{teacher} predicts numbers and no classes",
+            remedy="a teacher of classes or embeddings",
+        )
+    return encoder
 
 
 def _finished(out: Path, settings: DistillSettings, *, keep_work: bool) -> Distilled | None:
