@@ -134,8 +134,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def windows_of(tokenizer: Tokenizer, source: Source, *, stride: int, most: int, seed: int) -> list[Window]:
     """At most `most` windows of a file, drawn with a seed, `stride` tokens apart.
 
-    A window begins where a word does, so that its text is cut into the same tokens by itself, and runs on to the end of
-    a word: cut off at WINDOW it is full.  The last windows of a file may be shorter.
+    A window begins where a word does, so that its text by itself is cut into the same tokens, and runs on to the end of
+    a word: cut off at WINDOW it is full, but where it ends in white space.  The last windows of a file may be shorter.
     """
     encoded = tokenizer.encode(source.text, add_special_tokens=False)
     starts, words, inner = [at for at, _ in encoded.offsets], encoded.word_ids, WINDOW - 2

@@ -45,7 +45,7 @@ from zinfer.students.job import Distilled, distill
 from zinfer.students.settings import DistillSettings
 
 SLICE_BYTES = 65536
-GROUP = DistillSettings(students=3, layers=2, epochs=3, polish=1, batch=32, lr=1e-3)
+GROUP = DistillSettings(students=3, layers=2, epochs=3, polish=0, batch=32, lr=1e-3)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -133,12 +133,18 @@ def distil(
 
 def make(args: argparse.Namespace, work: Path) -> Made:
     """Texts, teacher and group of one seed, in `work`; stages that are whole there are not done again."""
-    progress, cpu_s = Progress(), {}
+    progress = Progress()
+    cpu_s: dict[str, float] = {}
+
+    clock = work / "cpu_seconds.json"
+    if clock.exists():  # of stages that an earlier run has done
+        cpu_s |= json.loads(clock.read_text(encoding="utf-8"))
 
     def timed(name: str, stage: Callable[[], Any]) -> Any:
         began = time.process_time()
         result = stage()
-        cpu_s[name] = round(time.process_time() - began, 1)
+        cpu_s[name] = max(round(time.process_time() - began, 1), cpu_s.get(name, 0.0))
+        clock.write_text(json.dumps(cpu_s), encoding="utf-8")
         print(f"{name}: {cpu_s[name]} CPU seconds", flush=True)
         return result
 

@@ -75,7 +75,7 @@ def test_no_sentence_is_learnt_from_and_measured(seed):
 
 
 def row(**changed):
-    names = {f"polished {m}": 0.7 + m / 100 for m in (1, 2, 3)}
+    names = {f"group {m}": 0.7 + m / 100 for m in (1, 2, 3)}
     pair = {"difference": 0.02, "low": 0.001, "high": 0.04, "p": 0.01}
     return {
         "seed": 1,
@@ -108,7 +108,7 @@ def test_what_holds_is_said_to_hold():
         {"group_minus_teacher": {"difference": 0.0, "low": -0.0101, "high": 0.01, "p": 0.5}},
         {"boosted_minus_first": {"difference": 0.01, "low": 0.0, "high": 0.01, "p": 0.05}},
         {"boosted_minus_one_as_long": {"difference": 0.01, "low": 0.0, "high": 0.01, "p": 0.06}},
-        {"accuracy": {"teacher": 0.7, "polished 1": 0.64, "polished 2": 0.7, "polished 3": 0.7}},
+        {"accuracy": {"teacher": 0.7, "group 1": 0.64, "group 2": 0.7, "group 3": 0.7}},
         {"rounds": [{"kept": True, "gain": 0.04, "identity_error": 0.0}]},
         {"rounds": [{"kept": True, "gain": 0.4, "identity_error": 2e-5}]},
     ],
@@ -116,7 +116,7 @@ def test_what_holds_is_said_to_hold():
 def test_what_falls_short_is_said_to(changed):
     changed = row(**changed)
     if len(changed["rounds"]) == 1:
-        changed["accuracy"] = {"teacher": 0.7, "polished 1": 0.7}
+        changed["accuracy"] = {"teacher": 0.7, "group 1": 0.7}
     assert list(quality.checks(changed).values()).count(False) == 1
     assert "FALLS SHORT" in "\n".join(quality.said(changed))
 
@@ -125,11 +125,11 @@ def test_differences_are_of_the_same_windows():
     files = [f"{at % 40}.py" for at in range(400)]
     draw = np.random.default_rng(0)
     hits = {name: draw.random(400) < share for name, share in (("teacher", 0.7), ("boosted 1", 0.5))}
-    hits |= {f"{kind} 2": draw.random(400) < 0.8 for kind in ("boosted", "polished")}
-    hits |= {"one student, trained as long": hits["boosted 1"], "polished 1": hits["boosted 1"]}
+    hits |= {f"{kind} 2": draw.random(400) < 0.8 for kind in ("boosted", "group")}
+    hits |= {"one student, trained as long": hits["boosted 1"], "group 1": hits["boosted 1"]}
     found = quality.summary(hits, files, 2)
     for name, ours, theirs in (
-        ("group_minus_teacher", "polished 2", "teacher"),
+        ("group_minus_teacher", "group 2", "teacher"),
         ("boosted_minus_first", "boosted 2", "boosted 1"),
     ):
         assert found[name]["difference"] == pytest.approx(hits[ours].mean() - hits[theirs].mean(), abs=1e-5)
