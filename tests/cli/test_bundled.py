@@ -11,7 +11,7 @@ from zinfer.classifier import DEMO
 from zinfer.cli.main import run
 from zinfer.cli.texts import model_and_texts
 
-CODE = "import asyncio\n\nclass Queue(mixins._LoopBoundMixin):\n    def __init__(self, maxsize=0):\n"
+CODE = "loop = asyncio.get_running_loop()\nfuture = loop.create_future()"
 is_shipped = pytest.mark.skipif(not DEMO.exists(), reason="the bundled classifier is not here yet")
 
 
