@@ -136,6 +136,7 @@ def make(args: argparse.Namespace, work: Path) -> Made:
     progress = Progress()
     cpu_s: dict[str, float] = {}
 
+    work.mkdir(parents=True, exist_ok=True)
     clock = work / "cpu_seconds.json"
     if clock.exists():  # of stages that an earlier run has done
         cpu_s |= json.loads(clock.read_text(encoding="utf-8"))
@@ -266,7 +267,6 @@ def export(made: Made, record: dict[str, Any], out: Path, seed: int) -> None:
 def main() -> None:
     """Train, measure, export."""
     args = parse_arguments()
-    args.work.mkdir(parents=True, exist_ok=True)
     made = make(args, args.work)
     record = make_record(args, made)
     export(made, record, args.out, args.seed)

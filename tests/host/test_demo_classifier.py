@@ -74,8 +74,7 @@ def arguments(library, tmp_path, *more):
         "2",
         "--students",
         "2",
-        "--test-files",
-        "24",
+        *("--test-files", "24", "--group-windows", "240"),
     ]
     words += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--stdlib", str(library)]
     return tool.parse_arguments([*words, *more])
@@ -151,7 +150,7 @@ def test_what_the_group_is_taught(made):
     args, found, _ = made
     taught = [json.loads(line) for line in found.rows.read_text().splitlines()]
     assert sum(not row["label"] for row in taught) >= round(args.spliced * args.group_windows)
-    tests = {one.file for one in found.split.test}
+    tests = {one.name for one in found.split.test}
     assert not any(set(row["file"].split()) & tests for row in taught), (
         "no file of the test set, not even a part"
     )
