@@ -123,7 +123,8 @@ def train(teacher: Path, data: Path, out: Path, settings: DistillSettings, threa
         resume=True,
         progress=Progress(),
     )
-    return done.to_dict() | {"cpu_s": round(time.process_time() - began, 1)}
+    notes = {name: value for name, value in done.to_dict().items() if name != "folder"}
+    return notes | {"cpu_s": round(time.process_time() - began, 1)}
 
 
 def draw_picture(rows: list[dict[str, Any]]) -> bytes:
