@@ -343,6 +343,7 @@ def test_a_capture_asks_cuda_in_this_order(monkeypatch):
 def test_page_tables_of_lengths_within_a_step_are_one_kind(monkeypatch):
     """A device's own decode kernel follows page tables: padded to a step they have the shapes of earlier passes."""
     monkeypatch.setattr("zinfer.kernels.served.serves", lambda device_type: True)
+    monkeypatch.setattr("zinfer.layers.on_device.paged_serves", lambda *case: True)
     kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=16, num_pages=40, dtype="BF16")
     like = torch.empty(0, 4, 16, dtype=torch.bfloat16)
     outlines = []
