@@ -154,6 +154,7 @@ def _finish(
                 batch.bounds,
                 scale=spec.head_dim**-0.5,
                 exact=exact,
+                memo=batch.memo,
             )
             flow.input = attended.flatten(1)
         case "o" | "down":

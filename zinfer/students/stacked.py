@@ -37,7 +37,7 @@ def fused(
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.reshape(-1, spec.num_heads, spec.head_dim) for x in (query, key, value))
-        attended = attend_whole(q, k, v, bounds, scale=spec.head_dim**-0.5, exact=False)
+        attended = attend_whole(q, k, v, bounds, scale=spec.head_dim**-0.5, exact=False, memo=batch.memo)
         return attended.reshape(query.shape)
 
     def pooled(x_mTM: Tensor) -> Tensor:
