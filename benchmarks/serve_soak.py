@@ -2,8 +2,8 @@
 
 usage: serve_soak.py [--model DIR] [--seconds 60] [--connections 1000] [--times 10] [--texts 32] [--quick]
 
-A thousand connections are opened and held; Poisson requests come on them at ten times the rate at which passes of the
-fewest students could answer.  Nothing but right answers and 429 with a Retry-After may come back, resident memory may
+What the server bears is what it answers of twice as much as passes of the fewest students alone could, HTTP and all.
+Then a thousand connections are opened and held; Poisson requests come on them at ten times that rate.  Nothing but right answers and 429 with a Retry-After may come back, resident memory may
 not grow once it is warm, and when all is over the queue is empty, the connections' handles are given back and SIGTERM
 ends the server with 0.
 """
@@ -22,7 +22,7 @@ from served import Running, Traffic, bundled_or, serving, zinfer_command
 from students_burst import num_wrong, told
 
 WARM_SHARE, MAY_GROW_BYTES = 0.25, 16 * MIB
-SETTLE_S = 10.0
+SETTLE_S, SATURATED_S = 10.0, 6.0
 
 
 class Watcher:
@@ -118,11 +118,16 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     traffic = Traffic.of(options.work, options.texts)
     facts = traffic.facts("group", model / "group", options.texts)
-    bears = 1 / facts["seconds"]["1"][str(options.texts)]
-    rate = options.times * bears
+    alone = 1 / facts["seconds"]["1"][str(options.texts)]
     command = zinfer_command(model / "group", "--objective-ms", str(options.objective_ms))
     with serving(command, options.work / "server.log") as running:
-        traffic.offer(running.url, "group", [(2.0, bears)])
+        traffic.offer(running.url, "group", [(2.0, alone / 4)])
+        first = traffic.offer(running.url, "group", [(SATURATED_S, 2 * alone)])
+        by_status = told(first["requests"], options.objective_ms / 1000)["by_status"]
+        bears = by_status.get("200", 0) / SATURATED_S
+        if not bears:
+            raise SystemExit(f"the server answers nothing under load: {by_status}")
+        rate = options.times * bears
         handles = running.handles()
         with Watcher(running) as watcher:
             found = traffic.offer(

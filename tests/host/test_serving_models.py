@@ -11,11 +11,12 @@ from student_groups import write_group_folder
 from text_models import write_encoder, write_sentence_files
 
 from zinfer import Classifier
-from zinfer.config.schema import Serve
+from zinfer.config.schema import Serve, Settings
 from zinfer.errors import BudgetError
 from zinfer.serving.app import make_app
 from zinfer.serving.model import ServedClassifier, open_queue
 from zinfer.serving.service import Service
+from zinfer.serving.threads import settings_beside
 
 CPU = {"device": "cpu", "machine": "sim-default", "threads": 1}
 TEXTS = ["the quick brown fox", "", "a lazy dog", ("import json", "read files"), "the " * 100, "fox"]
@@ -173,3 +174,12 @@ def test_nothing_is_kept_after_the_end(folders):
         assert threading.active_count() > before
     assert threading.active_count() == before
     assert torch.get_num_threads() == 1
+
+
+def test_passes_leave_cores_to_requests(monkeypatch):
+    settings = Settings()
+    for cores, threads in ((1, 1), (2, 1), (16, 8)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert settings_beside(settings).runtime.threads == threads
+    asked = settings.model_copy(update={"runtime": settings.runtime.model_copy(update={"threads": 5})})
+    assert settings_beside(asked) == asked

@@ -10,6 +10,7 @@ import click
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.serving.access import check_binding
 from zinfer.serving.extra import need_extra
+from zinfer.serving.threads import settings_beside
 
 
 @click.command()
@@ -58,6 +59,7 @@ def serve(
     settings = settings_of(model, more=more, **options).settings
     check_binding(settings.serve)
     need_extra()
+    settings = settings_beside(settings)
     from zinfer.classifier import Classifier
     from zinfer.serving.server import run_server
 
