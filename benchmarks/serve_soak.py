@@ -3,9 +3,9 @@
 usage: serve_soak.py [--model DIR] [--seconds 60] [--connections 1000] [--times 10] [--texts 32] [--quick]
 
 What the server bears is what it answers of twice as much as passes of the fewest students alone could, HTTP and all.
-Then a thousand connections are opened and held; Poisson requests come on them at ten times that rate.  Nothing but right answers and 429 with a Retry-After may come back, resident memory may
-not grow once it is warm, and when all is over the queue is empty, the connections' handles are given back and SIGTERM
-ends the server with 0.
+Then a thousand connections are opened and held; Poisson requests come on them at ten times that rate.  Nothing but
+right answers and 429 with a Retry-After may come back, resident memory may not grow once it is warm, and when all is
+over the queue is empty, the connections' handles are given back and SIGTERM ends the server with 0.
 """
 
 from __future__ import annotations
