@@ -96,6 +96,15 @@ def faults(
     return said
 
 
+def borne(traffic: Traffic, running: Running, rate: float) -> float:
+    """Requests per second that are answered of so many; whether in time does not count."""
+    seen = traffic.offer(running.url, "group", [(SATURATED_S, rate)])
+    by_status = told(seen["requests"], SATURATED_S)["by_status"]
+    if not by_status.get("200"):
+        raise SystemExit(f"the server answers nothing under load: {by_status}")
+    return float(by_status["200"] / SATURATED_S)
+
+
 def main() -> int:
     """Run, print, write the record; 1 where anything was not as it must be."""
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -122,11 +131,7 @@ def main() -> int:
     command = zinfer_command(model / "group", "--objective-ms", str(options.objective_ms))
     with serving(command, options.work / "server.log") as running:
         traffic.offer(running.url, "group", [(2.0, alone / 4)])
-        first = traffic.offer(running.url, "group", [(SATURATED_S, 2 * alone)])
-        by_status = told(first["requests"], options.objective_ms / 1000)["by_status"]
-        bears = by_status.get("200", 0) / SATURATED_S
-        if not bears:
-            raise SystemExit(f"the server answers nothing under load: {by_status}")
+        bears = borne(traffic, running, 2 * alone)
         rate = options.times * bears
         handles = running.handles()
         with Watcher(running) as watcher:
