@@ -142,9 +142,11 @@ def said(row: dict[str, Any]) -> list[str]:
 
 def write_record(rows: list[dict[str, Any]], args: argparse.Namespace, results: Path) -> Path:
     """The record of all seeds."""
-    names = list(rows[0]["accuracy"])
+    names = dict.fromkeys(
+        name for row in rows for name in row["accuracy"]
+    )  # a seed may have dropped a student
     held = {name: [checks(row)[name] for row in rows] for name in checks(rows[0])}
-    values = {name: [row["accuracy"][name] for row in rows] for name in names}
+    values = {name: [row["accuracy"][name] for row in rows if name in row["accuracy"]] for name in names}
     differences = {
         name: [row[name]["difference"] for row in rows] for name in rows[0] if name.count("_minus_")
     }

@@ -1,6 +1,7 @@
 """The students' benchmarks: their measures, verdicts, and texts.  Nothing here is trained or timed."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -134,3 +135,12 @@ def test_differences_are_of_the_same_windows():
     ):
         assert found[name]["difference"] == pytest.approx(hits[ours].mean() - hits[theirs].mean(), abs=1e-5)
     assert found["boosted_minus_one_as_long"] == found["boosted_minus_first"]
+
+
+def test_a_seed_that_dropped_a_student_has_its_place_in_the_record(tmp_path):
+    whole, short = row(seed=1), row(seed=2)
+    del short["accuracy"]["group 3"]
+    short["rounds"] = short["rounds"][:2]
+    args = quality.tool.parse_arguments(["--out", str(tmp_path), "--seed", "1"])
+    record = json.loads(quality.write_record([whole, short], args, tmp_path).read_text())
+    assert record["median"]["group 3"] == whole["accuracy"]["group 3"]
