@@ -37,7 +37,9 @@ NUM_CHUNKS, CHUNK_PAGES, CHUNK_S, PASSES = 24, 1024, 0.02, 5  # 4 MiB a chunk at
 LIMITS = {"overlapped": 1.25, "serial": 1.7}  # at most, at least, times the larger of transfer and compute
 
 
-def one_pass(manager: ChunkManager, steps: Sequence[Step], contents: Sequence[bytes] | None) -> float:
+def one_pass(
+    manager: ChunkManager, steps: Sequence[Step], contents: Sequence[bytes] | None, compute_s: float = CHUNK_S
+) -> float:
     """Carry one pass out on the wall clock, checking what was leased where `contents` are given."""
     begin_s = time.perf_counter()
     for step in steps:
@@ -49,7 +51,7 @@ def one_pass(manager: ChunkManager, steps: Sequence[Step], contents: Sequence[by
                     if contents is not None:
                         found = bytes_of(dict(lease.views), manager.table.chunks[chunk])
                         assert found == contents[chunk], f"chunk {chunk} does not hold its bytes"
-                    time.sleep(CHUNK_S)
+                    time.sleep(compute_s)
             case Evict(chunk):
                 manager.evict(chunk)
             case FetchRows():

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +18,18 @@ from statistics import median
 
 import torch
 from harness import ROOT, Record, summary
+from overlap import one_pass
 
 sys.path.insert(0, str(ROOT / "tests"))
-from chunk_files import FAST, bytes_of, write_chunks
+from chunk_files import FAST, write_chunks
 from links_of import with_links
 
 from zinfer.chunks.table import PAGE, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.memory.assemble import open_manager
-from zinfer.memory.manager import ChunkManager
 from zinfer.parallel.aggregate import by_several_links
 from zinfer.plan.place import Reserve, place
-from zinfer.plan.records import Budget, Compute, Evict, Fetch, Placement, Schedule, Step, Tier
+from zinfer.plan.records import Budget, Placement, Schedule, Tier
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.simulate import simulate
 
@@ -61,23 +60,6 @@ def machine_of(shares: Sequence[float], peer: float) -> Machine:
     return machine.using(len(shares))
 
 
-def one_pass(manager: ChunkManager, steps: Sequence[Step], contents: Sequence[bytes] | None) -> float:
-    """Carry one pass out on the wall clock, checking what was leased where `contents` are given."""
-    begin_s = time.perf_counter()
-    for step in steps:
-        match step:
-            case Fetch(chunk):
-                manager.prefetch(chunk)
-            case Compute(chunk):
-                with manager.lease(chunk) as lease:
-                    if contents is not None:
-                        found = bytes_of(dict(lease.views), manager.table.chunks[chunk])
-                        assert found == contents[chunk], f"chunk {chunk} does not hold its bytes"
-            case Evict(chunk):
-                manager.evict(chunk)
-    return time.perf_counter() - begin_s
-
-
 def wall_passes(
     table: ChunkTable,
     placement: Placement,
@@ -91,12 +73,12 @@ def wall_passes(
     make = by_several_links(table, placement, budget, machine, "sim")
     manager = open_manager(table, placement, budget, device="sim", machine=machine, make_transfer=make)
     try:
-        one_pass(manager, schedule.first, None)
-        one_pass(manager, schedule.steady, None)
+        one_pass(manager, schedule.first, None, 0.0)
+        one_pass(manager, schedule.steady, None, 0.0)
         before = manager.log.num_bytes
-        seconds = [one_pass(manager, schedule.steady, None) for _ in range(passes)]
+        seconds = [one_pass(manager, schedule.steady, None, 0.0) for _ in range(passes)]
         moved = {link: (nbytes - before[link]) // passes for link, nbytes in manager.log.num_bytes.items()}
-        one_pass(manager, schedule.steady, contents)
+        one_pass(manager, schedule.steady, contents, 0.0)
         manager.check()
     finally:
         manager.close()

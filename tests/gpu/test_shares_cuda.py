@@ -5,6 +5,7 @@ import random
 import chunk_files
 import pytest
 import torch
+from chunk_passes import summed_passes
 from links_of import with_links
 
 from zinfer.memory import cuda_shares
@@ -40,31 +41,10 @@ def open_shared(table, num_devices):
     return open_manager(table, placement, budget, device="cuda:0", make_transfer=make)
 
 
-def run_passes(manager, *, passes=4, ahead=2, between=lambda: None):
-    """Overlapped passes without a wait of the host for the device; the checksum of every lease, in order."""
-    streamed = [chunk.id for chunk in manager.table.chunks if not manager.placement.resident(chunk.id)]
-    sums = []
-    for number in streamed[: ahead + 1]:
-        manager.prefetch(number)
-    for _ in range(passes):
-        for chunk in manager.table.chunks:
-            if manager.placement.resident(chunk.id):
-                manager.prefetch(chunk.id)
-            with manager.lease(chunk.id) as lease:
-                between()
-                parts = [lease[piece.key].flatten().view(torch.uint8).long().sum() for piece in chunk.tensors]
-                sums.append(torch.stack(parts).sum())
-            if chunk.id in streamed:
-                manager.evict(chunk.id)
-                manager.prefetch(streamed[(streamed.index(chunk.id) + ahead + 1) % len(streamed)])
-            manager.check()
-    return torch.stack(sums).tolist()
-
-
 def test_every_pass_shows_the_files_bytes_and_every_link_brought_some(tmp_path, num_devices):
     table, contents = chunk_files.write_chunks(tmp_path, PAGES, shift=8, piece=64 * 4096)
     manager = open_shared(table, num_devices)
-    assert run_passes(manager) == [sum(content) for content in contents] * 4
+    assert summed_passes(manager) == [sum(content) for content in contents] * 4
     manager.close()
     moved = manager.log.num_bytes
     for at in range(1, num_devices):
@@ -88,7 +68,7 @@ def test_random_delays_on_every_stream_change_nothing(tmp_path, monkeypatch, num
     monkeypatch.setattr(cuda_shares, "_timed_copy", slow_copy)
     table, contents = chunk_files.write_chunks(tmp_path, PAGES, seed=seed)
     manager = open_shared(table, num_devices)
-    assert run_passes(manager, passes=3, between=compute) == [sum(content) for content in contents] * 3
+    assert summed_passes(manager, passes=3, between=compute) == [sum(content) for content in contents] * 3
     manager.close()
 
 
@@ -109,7 +89,7 @@ def test_computation_that_does_not_wait_for_the_second_link_is_seen(tmp_path, mo
     monkeypatch.setattr(cuda_shares.CudaShares, "ready", ready)
     table, contents = chunk_files.write_chunks(tmp_path, PAGES)
     manager = open_shared(table, num_devices)
-    assert run_passes(manager, passes=2) != [sum(content) for content in contents] * 2
+    assert summed_passes(manager, passes=2) != [sum(content) for content in contents] * 2
     manager.close()
 
 

@@ -5,6 +5,7 @@ import random
 import chunk_files
 import pytest
 import torch
+from chunk_passes import summed_passes
 
 from zinfer.memory.assemble import open_manager
 from zinfer.memory.cuda import CudaTransfer
@@ -22,33 +23,6 @@ def open_cuda(table, *, resident=(0,), host=(2, 5), slots=3, staging=2, **option
     return open_manager(table, placement, budget, device="cuda:0", **options)
 
 
-def sum_of(lease, chunk):
-    """A checksum by the device, in stream order: what a product would read."""
-    return torch.stack(
-        [lease[piece.key].flatten().view(torch.uint8).long().sum() for piece in chunk.tensors]
-    ).sum()
-
-
-def run_passes(manager, *, passes=4, ahead=2, between=lambda: None):
-    """Overlapped passes without one wait of the host for the device; the checksums of every lease, in order."""
-    streamed = [chunk.id for chunk in manager.table.chunks if not manager.placement.resident(chunk.id)]
-    sums = []
-    for number in streamed[: ahead + 1]:
-        manager.prefetch(number)
-    for _ in range(passes):
-        for chunk in manager.table.chunks:
-            if manager.placement.resident(chunk.id):
-                manager.prefetch(chunk.id)
-            with manager.lease(chunk.id) as lease:
-                between()
-                sums.append(sum_of(lease, chunk))
-            if chunk.id in streamed:
-                manager.evict(chunk.id)
-                manager.prefetch(streamed[(streamed.index(chunk.id) + ahead + 1) % len(streamed)])
-            manager.check()
-    return torch.stack(sums).tolist()
-
-
 def right_sums(contents, passes):
     return [sum(content) for content in contents] * passes
 
@@ -58,7 +32,7 @@ def test_every_pass_shows_the_files_bytes(tmp_path, shift):
     table, contents = chunk_files.write_chunks(tmp_path, PAGES, shift=shift, piece=64 * 4096)
     manager = open_cuda(table)
     assert manager.device == torch.device("cuda:0")
-    assert run_passes(manager) == right_sums(contents, 4)
+    assert summed_passes(manager) == right_sums(contents, 4)
     streamed = [chunk for chunk in table.chunks if chunk.id]
     moved = manager.stats().link_bytes
     # Look-ahead wraps: three chunks of a fifth pass are on their way.
@@ -73,7 +47,7 @@ def test_a_busy_compute_stream_keeps_its_slots(tmp_path, seed):
     table, contents = chunk_files.write_chunks(tmp_path, PAGES, seed=seed)
     chance = random.Random(seed)
     manager = open_cuda(table)
-    sums = run_passes(manager, between=lambda: torch.cuda._sleep(int(chance.random() * DELAY_CYCLES)))
+    sums = summed_passes(manager, between=lambda: torch.cuda._sleep(int(chance.random() * DELAY_CYCLES)))
     assert sums == right_sums(contents, 4)
     manager.close()
 
@@ -94,7 +68,7 @@ def test_computation_waits_for_a_late_copy(tmp_path, monkeypatch):
     table, contents = chunk_files.write_chunks(tmp_path, PAGES)
     delayed_copies(monkeypatch)
     manager = open_cuda(table)
-    assert run_passes(manager, passes=2) == right_sums(contents, 2)
+    assert summed_passes(manager, passes=2) == right_sums(contents, 2)
     manager.close()
 
 
@@ -103,7 +77,7 @@ def test_a_lease_that_does_not_wait_is_caught(tmp_path, monkeypatch):
     delayed_copies(monkeypatch)
     monkeypatch.setattr(CudaTransfer, "ready", lambda self, ticket: None)
     manager = open_cuda(table)
-    assert run_passes(manager, passes=2) != right_sums(contents, 2)
+    assert summed_passes(manager, passes=2) != right_sums(contents, 2)
     manager.close()
 
 
@@ -111,7 +85,7 @@ def test_a_copy_that_ignores_the_last_reader_is_caught(tmp_path, monkeypatch):
     table, contents = chunk_files.write_chunks(tmp_path, PAGES)
     monkeypatch.setattr(CudaTransfer, "fence", lambda self: None)
     manager = open_cuda(table)
-    sums = run_passes(manager, between=lambda: torch.cuda._sleep(DELAY_CYCLES))
+    sums = summed_passes(manager, between=lambda: torch.cuda._sleep(DELAY_CYCLES))
     assert sums != right_sums(contents, 4)
     manager.close()
 
@@ -140,7 +114,7 @@ def test_host_memory_is_page_locked_and_given_back(tmp_path):
     slab = manager._memory.tiers[Tier.HOST].slab
     slab._pin._thread.join()
     assert slab.bytes_N.is_pinned()
-    assert run_passes(manager, passes=1) == right_sums(contents, 1)
+    assert summed_passes(manager, passes=1) == right_sums(contents, 1)
     whole_N = slab.bytes_N
     manager.close()
     assert not whole_N.is_pinned()
@@ -155,7 +129,7 @@ def test_without_page_locking_the_copies_are_right(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", Refusing)
     table, contents = chunk_files.write_chunks(tmp_path, PAGES)
     manager = open_cuda(table)
-    assert run_passes(manager) == right_sums(contents, 4)
+    assert summed_passes(manager) == right_sums(contents, 4)
     manager.close()
 
 

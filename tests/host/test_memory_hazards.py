@@ -11,6 +11,7 @@ import time
 import chunk_files
 import pytest
 import torch
+from chunk_passes import run_passes
 
 from zinfer.errors import IntegrityError, InternalError
 from zinfer.memory import nvme, sim
@@ -49,24 +50,6 @@ def open_either(device, table):
         placement = chunk_files.sim_placement(table, (0,), (2, 5), 3, 1)
     budget = Budget(*(chunk_files.needed_bytes(table, placement, tier) for tier in (Tier.HOST, Tier.DEVICE)))
     return open_manager(table, placement, budget, device=device, machine=chunk_files.FAST)
-
-
-def run_passes(manager, contents, *, passes=4, ahead=2):
-    """Overlapped passes with look-ahead around the end; every lease's bytes are read twice."""
-    streamed = [chunk.id for chunk in manager.table.chunks if not manager.placement.resident(chunk.id)]
-    for number in streamed[: ahead + 1]:
-        manager.prefetch(number)
-    for _ in range(passes):
-        for chunk in manager.table.chunks:
-            if manager.placement.resident(chunk.id):
-                manager.prefetch(chunk.id)
-            with manager.lease(chunk.id) as lease:
-                for _ in range(2):
-                    assert chunk_files.bytes_of(lease, chunk) == contents[chunk.id], f"chunk {chunk.id}"
-            if chunk.id in streamed:
-                manager.evict(chunk.id)
-                manager.prefetch(streamed[(streamed.index(chunk.id) + ahead + 1) % len(streamed)])
-            manager.check()
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])

@@ -7,6 +7,7 @@ import time
 import chunk_files
 import pytest
 import torch
+from chunk_passes import run_passes
 from links_of import with_links
 from tiny_models import write_tiny
 
@@ -36,24 +37,6 @@ def open_shared(table, machine, *, resident=(0,), host=(2, 5), slots=3, staging=
     return open_manager(table, placement, budget, device="sim", machine=machine, make_transfer=make)
 
 
-def run_passes(manager, contents, *, passes=3, ahead=2):
-    """Overlapped passes; every lease's bytes are compared with the file's while others are being overwritten."""
-    streamed = [chunk.id for chunk in manager.table.chunks if not manager.placement.resident(chunk.id)]
-    for number in streamed[: ahead + 1]:
-        manager.prefetch(number)
-    for _ in range(passes):
-        for chunk in manager.table.chunks:
-            if manager.placement.resident(chunk.id):
-                manager.prefetch(chunk.id)
-            with manager.lease(chunk.id) as lease:
-                for _ in range(2):
-                    assert chunk_files.bytes_of(lease, chunk) == contents[chunk.id], f"chunk {chunk.id}"
-            if chunk.id in streamed:
-                manager.evict(chunk.id)
-                manager.prefetch(streamed[(streamed.index(chunk.id) + ahead + 1) % len(streamed)])
-            manager.check()
-
-
 def shares_moved(manager, table, weights):
     """Per lane what the fetches so far should have moved: every chunk's shares by proportion."""
     moves = manager.log.drain()
@@ -68,7 +51,7 @@ def shares_moved(manager, table, weights):
 def test_every_pass_shows_the_files_bytes_and_every_link_brought_its_share(tmp_path, weights):
     table, contents = chunk_files.write_chunks(tmp_path, PAGES, shift=8)
     manager = open_shared(table, machine_of(*weights))
-    run_passes(manager, contents)
+    run_passes(manager, contents, passes=3)
     for number in list(manager._arriving):
         manager.lease(number).release()
     fetches = [
