@@ -135,6 +135,23 @@ def test_short_reads_are_gone_on_with(tmp_path, open_reader, monkeypatch, most):
     assert reader._files._files[0].is_direct == (most >= PAGE)
 
 
+def test_who_sees_a_file_not_direct_may_read_from_any_byte(tmp_path, open_reader, monkeypatch):
+    """Reads go on from any byte as soon as `is_direct` is gone, so the descriptor must have changed before."""
+    table, contents = chunk_files.write_chunks(tmp_path, [7], shift=8, piece=5 * PAGE)
+    reader, slab = open_reader(table)
+    real, real_fcntl, seen = os.preadv, nvme.fcntl.fcntl, []
+
+    def fcntl(fd, command, flags=0):
+        if command == nvme.fcntl.F_SETFL and not flags & os.O_DIRECT:
+            seen.append(reader._files._files[0].is_direct)
+        return real_fcntl(fd, command, flags)
+
+    monkeypatch.setattr(nvme.os, "preadv", lambda fd, buffers, offset: min(real(fd, buffers, offset), 700))
+    monkeypatch.setattr(nvme.fcntl, "fcntl", fcntl)
+    fetch(reader, slab, table.chunks[0]).wait()
+    assert seen[0] and data_of(slab, table.chunks[0]) == contents[0]
+
+
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("when", ["open", "read"])
 def test_without_direct_reads_the_page_cache_serves(tmp_path, open_reader, monkeypatch, caplog, code, when):

@@ -159,10 +159,13 @@ class Files:
             return file
 
     def _give_up_direct(self, file: _File, reason: str) -> None:
-        """Through the page cache from now on; other threads' reads of the same descriptor go on undisturbed."""
+        """Through the page cache from now on; other threads' reads of the same descriptor go on undisturbed.
+
+        The descriptor first, the word of it last: who sees that the file is not direct may read from any byte.
+        """
         with self._lock:
-            file.is_direct = False
             fcntl.fcntl(file.fd, fcntl.F_SETFL, fcntl.fcntl(file.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+            file.is_direct = False
             if not self._is_announced:
                 logger.warning(
                     "%s allows no direct reads (%s): reading through the page cache", file.path, reason
