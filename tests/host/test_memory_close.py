@@ -12,10 +12,10 @@ from pathlib import Path
 import chunk_files
 import pytest
 
+from zinfer.chunks.table import HUGE_PAGE
 from zinfer.errors import MachineError
 from zinfer.memory import assemble, nvme
 from zinfer.memory.assemble import open_manager
-from zinfer.memory.slab import HUGE_PAGE
 from zinfer.plan.records import Budget, Tier
 
 PAGES = [3, 2, 3, 1, 3]

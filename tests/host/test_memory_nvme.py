@@ -5,11 +5,12 @@ import logging
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import chunk_files
 import pytest
 
-from zinfer.chunks.table import PAGE
+from zinfer.chunks.table import HUGE_PAGE, PAGE
 from zinfer.config.machine import Link
 from zinfer.errors import CheckpointError, IntegrityError, InternalError, MachineError
 from zinfer.memory import nvme
@@ -121,6 +122,33 @@ def test_a_read_error_is_reported_with_file_and_block(tmp_path, open_reader, mon
     assert f"{table.files[0]}: block 2 of chunk 1, bytes {bad.offset}" in str(caught.value)
     fetch(reader, slab, table.chunks[0]).wait()
     assert data_of(slab, table.chunks[0]) == contents[0]
+
+
+def test_pages_are_found_before_the_read_and_nothing_around_it_changes(tmp_path, open_reader, monkeypatch):
+    """Each huge page that the read fills has been stored to when it begins, and no byte outside has."""
+    table, _ = chunk_files.write_chunks(tmp_path, [7], piece=5 * PAGE)
+    slab, stored = HostSlab(4 * HUGE_PAGE), []
+    slab.bytes_N.fill_(9)
+    monkeypatch.setattr(nvme, "memset", lambda address, value, count: stored.append(address - begin))
+    begin = slab.bytes_N.data_ptr()
+    nvme._find_pages(slab.bytes_N[PAGE : PAGE + 2 * HUGE_PAGE].numpy())
+    assert stored == [PAGE, HUGE_PAGE, 2 * HUGE_PAGE]
+    stored.clear()
+    nvme._find_pages(slab.bytes_N[HUGE_PAGE : 2 * HUGE_PAGE].numpy())
+    assert stored == [HUGE_PAGE]
+    monkeypatch.undo()
+    nvme._find_pages(slab.bytes_N[PAGE : PAGE + HUGE_PAGE].numpy())
+    assert (slab.bytes_N != 9).nonzero().flatten().tolist() == [PAGE, HUGE_PAGE]
+    slab.close()
+
+    reader, slab = open_reader(table)
+    real, order = os.preadv, []
+    monkeypatch.setattr(nvme, "memset", lambda *_: order.append("store"))
+    monkeypatch.setattr(nvme.os, "preadv", lambda *words: (order.append("read"), real(*words))[1])
+    reader._pool.shutdown()
+    reader._pool = ThreadPoolExecutor(1)
+    fetch(reader, slab, table.chunks[0]).wait()
+    assert order == ["store", "read"] * len(table.chunks[0].reads)
 
 
 @pytest.mark.parametrize("most", [PAGE, PAGE + 512, 700])

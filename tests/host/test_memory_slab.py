@@ -54,31 +54,6 @@ def test_resident_memory_grows_with_use_and_goes_at_once():
     assert not stale_N.any()  # readable, and nobody else's
 
 
-def test_touched_memory_is_there_before_anyone_reads_into_it():
-    gc.collect()
-    before = resident_bytes()
-    slab = HostSlab(96 * MIB)
-    slab.bytes_N[5:8] = 7
-    slab.touch(0, 96 * MIB)
-    for thread in slab._touch._threads:
-        thread.join()
-    grown = resident_bytes() - before
-    assert slab.bytes_N[:10].tolist() == [0] * 5 + [7] * 3 + [0] * 2  # nothing was written
-    slab.close()
-    if grown < 8 * MIB:
-        pytest.skip("this kernel cannot find pages ahead")
-    assert 90 * MIB < grown < 104 * MIB
-    assert resident_bytes() - before < 4 * MIB
-
-
-def test_touching_ends_with_the_slab():
-    for _ in range(5):
-        slab = HostSlab(512 * MIB)
-        slab.touch(0, 512 * MIB)
-        slab.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("zinfer-touch")]
-
-
 def test_part_of_a_page_is_not_discarded():
     slab = HostSlab(4 * 4096)
     slab.bytes_N.fill_(1)

@@ -12,6 +12,7 @@ ChunkId = NewType("ChunkId", int)
 ALIGN = 64  # every weight view starts at a multiple of this address: results must not depend on placement
 LOOSE_ALIGN = 8  # where results need not be those of a store and the processor reads the weights: no moves
 PAGE = 4096  # chunks, slots and direct reads are cut at multiples of this
+HUGE_PAGE = 2 * 2**20  # what large memory is made of
 PIECE_BYTES = 16 * 2**20  # largest single read; four in flight reach the disk's own rate
 
 

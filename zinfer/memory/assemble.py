@@ -107,8 +107,6 @@ def open_manager(
             policy=policy,
             moments=moments,
         )
-        if device == "cpu":
-            tiers[Tier.HOST].touch()
         undo.pop_all()
         return manager
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from ctypes import memmove
+from ctypes import memmove, memset
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -21,11 +21,12 @@ import numpy.typing as npt
 import xxhash
 
 from zinfer.checkpoint.read import opened
-from zinfer.chunks.table import PAGE, Read
+from zinfer.chunks.table import HUGE_PAGE, PAGE, Read
 from zinfer.errors import IntegrityError, InternalError, MachineError
 from zinfer.log import logger
 from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until, started_pool
 from zinfer.memory.pinning import no_entry
+from zinfer.units import round_up
 
 IN_FLIGHT = 4  # four reads of 16 MiB reach the disk's own rate
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -238,6 +239,7 @@ class Reader:
             raise InternalError(
                 "ZI-0132", f"chunk {fetch.ticket.chunk.id} is read beyond its {len(fetch.into_N)} bytes"
             )
+        _find_pages(place_N)
         block = f"block {number} of chunk {fetch.ticket.chunk.id}"
         num_bytes = self._files.fill(read.file, place_N, read.offset, read.valid, block)
         with fetch.lock:
@@ -257,6 +259,17 @@ class Reader:
                 )
             memmove(base + move.target, base + move.source, move.nbytes)  # without the interpreter's lock
         self._log.add(Movement("disk", chunk.id, fetch.num_bytes, fetch.begin_s, time.perf_counter()))
+
+
+def _find_pages(place_N: Octets) -> None:
+    """A store into each huge page that a read is about to fill.
+
+    Where the memory is fresh the processor finds its pages now.  The kernel would do that for a direct read under the
+    lock of the whole address space, and every product whose kernel is compiled, every thread's stack would wait.
+    """
+    begin = place_N.ctypes.data
+    for address in (begin, *range(round_up(begin + 1, HUGE_PAGE), begin + len(place_N), HUGE_PAGE)):
+        memset(address, 0, 1)  # without the interpreter's lock
 
 
 def corrupt(path: Path, read: Read, what: str, digest: int) -> IntegrityError:

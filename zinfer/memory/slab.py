@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
@@ -12,18 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from zinfer.chunks.table import HUGE_PAGE
 from zinfer.errors import BudgetError
 from zinfer.memory.numa import Near
 from zinfer.memory.pinning import Locked, Pinning, no_entry
-from zinfer.units import MIB, Bytes, round_up
+from zinfer.units import Bytes, round_up
 
-HUGE_PAGE = 2 * MIB
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _MAP_NORESERVE = 0x4000  # likewise: the addresses are no promise of memory
-_MADV_POPULATE_WRITE = 23  # Linux 5.14: give pages, as a write would, and write nothing
-_TOUCH_BYTES = 16 * MIB  # at a time
-_TOUCH_THREADS = 2  # one gives 1.4 GB/s where the hypervisor has to find each page
-_WORTH_TOUCHING = 64 * MIB
 _MADV_DONTNEED = 4  # the mmap module names it only where the C library did at build time
 
 
@@ -43,7 +37,7 @@ class Slab(Protocol):
 
 class HostSlab:
     """Private anonymous memory, on 2 MiB pages where it is large enough: direct reads into such pages cost a sixth
-    of the CPU.  Without touch() resident memory grows with what is read into it.
+    of the CPU.  Resident memory grows with what is read into it.
 
     Closing returns the pages at once.  The address range itself lives as long as the last view of it, so a stale
     view reads zeros and never another's memory.  With `spare_bytes` more addresses are set aside, which cost nothing
@@ -69,7 +63,6 @@ class HostSlab:
         self._nbytes = nbytes
         self.bytes_N = whole_N[self._begin : self._begin + nbytes]
         self._pin: Pinning | None = None
-        self._touch: _Touching | None = None
         if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE, self._begin, round_up(nbytes, mmap.PAGESIZE))
 
@@ -96,20 +89,8 @@ class HostSlab:
         """What of it is page-locked by now."""
         return Locked(0, 0, True) if self._pin is None else self._pin.locked
 
-    def touch(self, begin: int, end: int) -> None:
-        """Begin to give bytes begin:end their pages, in the background: reads need not wait for that.
-
-        Ends when it is done, or with the first discard(): what is given back stays away.
-        """
-        begin = round_up(begin, mmap.PAGESIZE)
-        if end - begin >= _WORTH_TOUCHING:
-            self._touch = _Touching(self.bytes_N.data_ptr() + begin, end - begin)
-
     def discard(self, offset: int, nbytes: int) -> None:
         """Return the pages that lie wholly inside the range; they read as zeros afterwards."""
-        if self._touch is not None:
-            self._touch.end()
-            self._touch = None
         begin = round_up(offset, mmap.PAGESIZE)
         nbytes = (offset + nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and self._pin is None and nbytes > 0:
@@ -123,43 +104,6 @@ class HostSlab:
         self.discard(0, round_up(self._nbytes, mmap.PAGESIZE))
         self._map = None
         self.bytes_N = torch.empty(0, dtype=torch.uint8)
-
-
-class _Touching:
-    """Threads that fault a range in, ahead of the reads into it; where the kernel cannot, nothing happens.
-
-    A direct read into fresh memory finds and clears its pages first, and the disk waits.
-    """
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self._is_over = threading.Event()
-        self._steps = iter(range(address, address + nbytes, _TOUCH_BYTES))
-        self._end = address + nbytes
-        self._lock = threading.Lock()
-        self._may_begin = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"zinfer-touch-{number}", daemon=True)
-            for number in range(_TOUCH_THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
-        self._may_begin.set()  # a thread that is started while another finds pages waits for its stack
-
-    def end(self) -> None:
-        """Stop; must come before the memory is unmapped."""
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        madvise = ctypes.CDLL(None).madvise
-        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        self._may_begin.wait()
-        while not self._is_over.is_set():
-            with self._lock:
-                begin = next(self._steps, None)
-            if begin is None or madvise(begin, min(_TOUCH_BYTES, self._end - begin), _MADV_POPULATE_WRITE):
-                return
 
 
 class DeviceSlab:

@@ -138,12 +138,6 @@ class TierMemory:
         cuts = [offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]]
         return self.slab.pin(cuts, runtime, near=near, enter=enter)
 
-    def touch(self) -> None:
-        """Begin to find pages for all homes, in the order of chunks; slots have theirs after their first use."""
-        if isinstance(self.slab, HostSlab) and self._homes:
-            begin = min(offset for offset, _ in self._homes.values())
-            self.slab.touch(begin, max(offset + nbytes for offset, nbytes in self._homes.values()))
-
     def take(self, chunk: ChunkId) -> Place:
         """A place for the chunk.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
         offset, nbytes = self._homes.get(chunk) or (self._free[-1], self.slot_bytes)
