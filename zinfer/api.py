@@ -15,13 +15,13 @@ from torch import Tensor
 
 from zinfer.config.load import load_settings
 from zinfer.config.schema import Settings
-from zinfer.errors import UsageError, ZinferError
+from zinfer.errors import BudgetError, UsageError, ZinferError
 from zinfer.plan.make import Plan
 from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.labels import Labelled, check_top_k, ranked, shaped
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
-from zinfer.runtime.score import Score, scorer_of
+from zinfer.runtime.score import Branches, Score, branched, scorer_of
 from zinfer.runtime.session import Job, Session
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
@@ -168,7 +168,8 @@ class LLM:
         self, prompts: Sequence[str | list[int]], continuations: Sequence[str | list[int]]
     ) -> list[Score]:
         """How likely each continuation is after its prompt: log probabilities, whole and per token, and whether
-        greedy decoding writes it (the `loglikelihood` of lm-evaluation-harness).
+        greedy decoding writes it (the `loglikelihood` of lm-evaluation-harness).  A prompt that comes several times is
+        fed once, its continuations branch from it.
 
         Both are text, or both token ids.  Raises UsageError ZI-1105 to ZI-1107, ZI-1113 to ZI-1116.
         """
@@ -179,7 +180,9 @@ class LLM:
                 remedy='llm.score(["The sky is"], [" blue"])',
             )
         scorers = [scorer_of(self.model, *pair) for pair in zip(prompts, continuations, strict=True)]
-        self._prefill([scorer.request(next(self._ids)) for scorer in scorers])
+        groups = list(branched(self.model, scorers))
+        while groups:
+            groups = [half for group in self._too_large(groups) for half in group.halves()]
         return [scorer.score() for scorer in scorers]
 
     def classify_labels(
@@ -205,7 +208,9 @@ class LLM:
         """
         check_top_k(top_k)
         labelled = [Labelled.of(self.model, text) for text in _as_list(texts)]
-        self._prefill([each.request(next(self._ids)) for each in labelled])
+        for job in self._prefill([each.request(next(self._ids)) for each in labelled]):
+            if job.error is not None:
+                raise job.error
         results = [each.ranked(self.model, top_k) for each in labelled]
         return shaped(results, is_one=isinstance(texts, str) or _is_ids(texts), top_k=top_k)
 
@@ -243,12 +248,22 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         return Request(next(self._ids), ids, params, _seed(params), text)
 
-    def _prefill(self, requests: Iterable[Request]) -> None:
+    def _prefill(self, requests: Iterable[Request]) -> Iterator[Job]:
         """Carry out requests that only want logits; however many there are, a window of them is planned for."""
         jobs = (Job(number, request, self._text(request)) for number, request in enumerate(requests))
-        for job in self._session.feed(jobs):
-            if job.error is not None:
+        return self._session.feed(jobs)
+
+    def _too_large(self, groups: Sequence[Branches]) -> list[Branches]:
+        """Score what fits; give back the groups of several continuations whose cache does not fit at once."""
+        found = []
+        for job in self._prefill(group.request(next(self._ids)) for group in groups):
+            group = groups[job.number]
+            if job.error is None:
+                continue
+            if not isinstance(job.error, BudgetError) or len(group.scorers) == 1:
                 raise job.error
+            found.append(group)
+        return found
 
     def _jobs(self, requests: Sequence[Request]) -> list[Job]:
         return [Job(number, request, self._text(request)) for number, request in enumerate(requests)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from zinfer.chunks.disk import Disk
 from zinfer.errors import BudgetError, InternalError
 from zinfer.kernels.paged import PageRows
-from zinfer.kvcache.pages import PAGE_TOKENS, PageTable, PageTables, pages_for
+from zinfer.kvcache.pages import PAGE_TOKENS, Fork, PageTable, PageTables, pages_for
 from zinfer.kvcache.planes import Planes, make_planes
 from zinfer.kvcache.spill import SpilledCopy
 from zinfer.layers.packed import Span
@@ -157,15 +157,22 @@ class PagedKv:
             self._spilled.popitem()[1].close()
 
     def view(
-        self, sequence_ids: Sequence[int], bounds: Sequence[int], starts: Sequence[int] | None = None
+        self,
+        sequence_ids: Sequence[int],
+        bounds: Sequence[int],
+        starts: Sequence[int] | None = None,
+        forks: Sequence[Fork | None] | None = None,
     ) -> PagedView:
         """The cache as one micro-batch sees it: sequence s of the batch stages rows bounds[s]:bounds[s+1].
 
         They lie at tokens starts[s] on: behind the committed ones (None), or behind what an earlier micro-batch of
-        the same pass stages, which then counts as past.
+        the same pass stages, which then counts as past.  Branches of one sequence are sequences of the batch with its
+        id, a fork each, and starts that count from the branch's first token; its trunk is committed, or staged in
+        this micro-batch or an earlier one.
         Raises BudgetError ZI-2506 when a sequence would outgrow its pages: `grow` comes first.
         """
-        return PagedView(self.planes, self._road, [self.tables[id_] for id_ in sequence_ids], bounds, starts)
+        tables = [self.tables[id_] for id_ in sequence_ids]
+        return PagedView(self.planes, self._road, tables, bounds, starts, forks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +236,7 @@ class PagedView:
         tables: Sequence[PageTable],
         bounds: Sequence[int],
         starts: Sequence[int] | None = None,
+        forks: Sequence[Fork | None] | None = None,
     ) -> None:
         self._planes = planes
         self._road = road
@@ -237,17 +245,19 @@ class PagedView:
         self._tables = tables
         self._counts = [stop - start for start, stop in pairwise(bounds)]
         self._starts = [table.length for table in tables] if starts is None else list(starts)
-        for table, start, count in zip(tables, self._starts, self._counts, strict=True):
-            if start + count > table.room:
+        self._forks = [None] * len(tables) if forks is None else list(forks)
+        for table, start, count, fork in zip(tables, self._starts, self._counts, self._forks, strict=True):
+            held = start + (fork.shift if fork else 0)
+            if held + count > table.room:
                 raise BudgetError(
                     "ZI-2506",
-                    f"a sequence with cache pages for {table.room} tokens holds {start} and was given {count} more",
+                    f"a sequence with cache pages for {table.room} tokens holds {held} and was given {count} more",
                     remedy="run fewer sequences at once (runtime.max_batch)",
                 )
         staged = [
             slots
-            for table, start, count in zip(tables, self._starts, self._counts, strict=True)
-            for slots in table.slots(start, start + count)
+            for s, (start, count) in enumerate(zip(self._starts, self._counts, strict=True))
+            for slots in self._slots(s, start, start + count)
         ]
         self.slots_T = _index(staged, self._device)
         self._risen: dict[tuple[Span, int], tuple[Tensor, Tensor]] = {}
@@ -301,8 +311,9 @@ class PagedView:
         return k, v
 
     def pages(self, sequences: Sequence[int]) -> PageRows | None:
-        """Page tables of the sequences, on the device; None where attention is computed elsewhere."""
-        if self._road.attend != "resident":
+        """Page tables of the sequences, on the device; None where attention is computed elsewhere, or for branches,
+        whose tokens begin within a page."""
+        if self._road.attend != "resident" or any(self._forks[s] for s in sequences):
             return None
         ends = [self._starts[s] + self._counts[s] for s in sequences]
         table = np.zeros((len(sequences), pages_for(max(ends))), np.int32)
@@ -347,8 +358,11 @@ class PagedView:
                 self._planes.move(staged[on_device(indices, self._device)], target)
             table.length += len(indices)
 
+    def _slots(self, sequence: int, start: int, stop: int) -> list[range]:
+        return self._tables[sequence].slots(start, stop, self._forks[sequence])
+
     def _locate(self, spans: Sequence[Span], size: int) -> Place:
-        found = [self._tables[span.sequence].slots(span.start, span.stop) for span in spans]
+        found = [self._slots(span.sequence, span.start, span.stop) for span in spans]
         if len(found) == 1 and len(found[0]) == 1 and len(found[0][0]) == size:
             return Place(slice(found[0][0].start, found[0][0].stop), tuple(spans), size)
         slots_Sn = np.empty((len(spans), size), np.int64)

@@ -105,6 +105,15 @@ def _append(runs: list[Run], run: Run) -> None:
         runs.append(run)
 
 
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where one of several branches of a sequence lies: they share its first `trunk` tokens, and the branch's own,
+    from its token `trunk` on, lie `shift` tokens further in the pages than they count."""
+
+    trunk: int
+    shift: int
+
+
 @dataclass(slots=True)
 class PageTable:
     """One sequence's pages: token t lies in the t // PAGE_TOKENS-th of them.  `length` tokens are committed."""
@@ -126,8 +135,11 @@ class PageTable:
         """The first `count` pages, in the order of their tokens."""
         return [page for run in self.runs for page in range(run.start, run.stop)][:count]
 
-    def slots(self, start: int, stop: int) -> list[range]:
-        """The slots of tokens start .. stop - 1, oldest first, as few ranges as the pages allow."""
+    def slots(self, start: int, stop: int, fork: Fork | None = None) -> list[range]:
+        """The slots of tokens start .. stop - 1, oldest first, as few ranges as the pages and the fork allow."""
+        if fork is not None:
+            own = max(start, fork.trunk)
+            return self.slots(start, min(stop, fork.trunk)) + self.slots(own + fork.shift, stop + fork.shift)
         found: list[range] = []
         first_token = 0
         for run in self.runs:

@@ -57,7 +57,8 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
     for s in range(batch.num_sequences):
         if batch.ancestors is None or batch.ancestors[s] is None:
             rows = batch.bounds[s + 1] - batch.bounds[s]
-            kinds["prompt" if not batch.past[s] else "single" if rows == 1 else "piece"].append(s)
+            is_single = rows == 1 and s not in batch.forked  # whose keys do not lie on pages of their own
+            kinds["prompt" if not batch.past[s] else "single" if is_single else "piece"].append(s)
     prompts = kinds["prompt"] if is_packing else []
     pieces = kinds["piece"] if is_packing and is_here else []
     singles = kinds["single"]

@@ -22,10 +22,11 @@ class Packed:
     given (bool [n, n], row i sees column j) it replaces that causal rule, and positions may repeat.
     `logit_rows` are the rows whose logits are wanted, ascending.  `lengths[s]` is the sequence's known length, the
     part of a prompt that later passes bring included: rope kinds that switch on length must not depend on how a
-    prompt is cut into pieces.  None: past and new rows.  `segments_T` are token types, which only encoders have; an
-    encoder's sequence is a whole text, without past, and each of its rows sees all of them.  `memo` keeps what layers
-    work out once for all of them.  With `is_padded` shapes grow in steps where that changes nothing but rounding, so
-    that passes have the shapes of earlier ones.
+    prompt is cut into pieces.  None: past and new rows.  `forked` are the sequences that are a branch of another one:
+    their past is partly its tokens, which may be rows of this very batch.  `segments_T` are token types, which only
+    encoders have; an encoder's sequence is a whole text, without past, and each of its rows sees all of them.  `memo`
+    keeps what layers work out once for all of them.  With `is_padded` shapes grow in steps where that changes nothing
+    but rounding, so that passes have the shapes of earlier ones.
     """
 
     tokens_T: Tensor
@@ -35,6 +36,7 @@ class Packed:
     logit_rows: Tensor
     ancestors: tuple[Tensor | None, ...] | None = None
     lengths: tuple[int, ...] | None = None
+    forked: frozenset[int] = frozenset()
     segments_T: Tensor | None = None
     is_padded: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -28,7 +28,7 @@ def rotary_tables(
     The kinds that switch on length take each sequence's own known length, never that of a batch mate.
     """
     positions_T = batch.on("positions_T", device or batch.positions_T.device).float()
-    lengths = [_length_class(rope, length) for length in sequence_lengths(batch)]
+    lengths = [length_class(rope, length) for length in sequence_lengths(batch)]
     if len(set(lengths)) == 1:
         angles = positions_T[:, None] * inverse_frequencies(rope, lengths[0], positions_T.device)
     else:
@@ -66,12 +66,12 @@ def inverse_frequencies(rope: Rope, length: int, device: torch.device) -> Tensor
     """fp32 [rotary_dim / 2] for a sequence of `length` tokens."""
     parameters = tuple(rope.parameters.items())
     return _frequencies(
-        rope.kind, rope.theta, rope.rotary_dim, parameters, _length_class(rope, length), device
+        rope.kind, rope.theta, rope.rotary_dim, parameters, length_class(rope, length), device
     )
 
 
-def _length_class(rope: Rope, length: int) -> int:
-    """Lengths of one class share their frequencies."""
+def length_class(rope: Rope, length: int) -> int:
+    """Lengths of one class share their frequencies: sequences of one class rotate the same token by the same angles."""
     if rope.kind == "dynamic":
         return max(length, _whole(rope.parameters["max_context"]))
     if rope.kind == "longrope":

@@ -89,6 +89,7 @@ class Engine:
             self.stats.first_token_s = time.perf_counter() - self.begin_s
         for event in events:
             self.stats.num_tokens += event.token_id is not None
+            self.stats.shared_tokens += event.request.num_shared if event.is_finished else 0
             self.inbox[event.request.id].append(event)
 
     def _collect(self, requests: Sequence[Request]) -> list[Event]:

@@ -124,6 +124,7 @@ class Graphs:
             and batch.num_rows == batch.num_sequences <= MOST_ROWS
             and all(batch.past)
             and batch.ancestors is None
+            and not batch.forked
         )
 
     def begin(self, batch: Packed, view: PagedView, flow: Flow) -> Kind:

@@ -18,7 +18,7 @@ from zinfer.kvcache.cache import PagedKv
 from zinfer.log import logger
 from zinfer.memory.faults import FULL, TOO_FULL, explained
 from zinfer.plan.tokens import TokenBudget
-from zinfer.runtime.batch import pack_rows, split_rows
+from zinfer.runtime.batch import pack_rows, split_rows, view_of
 from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Piece, Scheduler
@@ -125,10 +125,7 @@ class Loop:
         self._num_begun = 0
         micros = split_rows(pieces, self._micro_rows)
         batches = [pack_rows(micro) for micro in micros]
-        views = [
-            self.kv.view([piece.request.id for piece in micro], batch.bounds, batch.past)
-            for micro, batch in zip(micros, batches, strict=True)
-        ]
+        views = [view_of(self.kv, micro, batch) for micro, batch in zip(micros, batches, strict=True)]
         outputs = self.executor.run(list(zip(batches, views, strict=True)))
         self._num_begun = len(views)
         for view in views:

@@ -127,7 +127,7 @@ class Model:
 
     @property
     def max_text_tokens(self) -> int:
-        """Tokens of the longest text an encoder takes: the model's limit, or runtime.context where that is less."""
+        """Tokens of the longest text that is taken: the model's limit, or runtime.context where that is less."""
         limit = self.spec.encoder.max_tokens if self.spec.encoder is not None else None
         context = self.resolved.settings.runtime.context
         return min(limit or self.spec.max_context, self.spec.max_context if context == "auto" else context)

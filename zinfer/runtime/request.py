@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
 from zinfer.errors import ZinferError
+from zinfer.kvcache.pages import Fork
 from zinfer.sampling.params import SamplingParams
 
 Logprobs = dict[int, float]  # token id -> natural log of its probability, before any processing
@@ -61,6 +64,15 @@ class RequestOutput:
         }
 
 
+class Part(NamedTuple):
+    """`num_tokens` tokens of one branch, from its token `start` on; the branch has `length` tokens in all."""
+
+    start: int
+    num_tokens: int
+    fork: Fork | None
+    length: int
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A sequence on its way: waiting (no pages) -> prefill pieces -> decode -> finished.
@@ -68,6 +80,9 @@ class Request:
     Preemption takes the pages away; what was committed is then read back or fed again, outputs included.  With
     `on_logits` nothing is sampled: it receives (position, fp32 logits [n, V]) of the prompt's rows from `logits_from`
     on, in order, and the request ends with its prompt.
+
+    A prompt may branch: from each token in `forks` on it does not follow what stands before it but the first `trunk`
+    tokens, which are fed once.  The scheduler and the cache's books see one sequence; `parts` are its branches.
     """
 
     id: int  # grows in order of arrival
@@ -82,6 +97,9 @@ class Request:
     stop_reason: str | int | None = None
     on_logits: Callable[[int, Tensor], None] | None = None
     logits_from: int = 0
+    trunk: int = 0
+    forks: tuple[int, ...] = ()
+    num_shared: int = 0  # tokens that a request for each branch would have fed beside these
     arrival_s: float = 0.0  # perf_counter when it was queued
     token_s: list[float] = field(default_factory=list)  # and when each token was drawn
 
@@ -106,6 +124,15 @@ class Request:
         if start < len(self.prompt_ids):
             return self.prompt_ids[start : start + limit]
         return self.output_ids[start - len(self.prompt_ids) :][:limit]
+
+    def parts(self, start: int, stop: int) -> Iterator[Part]:
+        """Tokens start .. stop - 1, branch by branch."""
+        for begin, end in pairwise((0, *self.forks, self.num_tokens)):
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                shift = begin - self.trunk if begin else 0
+                fork = Fork(self.trunk, shift) if shift else None
+                yield Part(low - shift, high - low, fork, end - shift)
 
     def is_sampling_at(self, stop: int) -> bool:
         """Whether a pass that feeds tokens up to `stop` ends at its last known token, so that it must sample."""

@@ -214,7 +214,7 @@ class Scheduler:
         if not ids or not self.pages.grow(request.id, request.num_committed + len(ids)):
             return None
         piece = Piece(request, ids, request.num_committed)
-        room.take(len(ids), request.num_logit_rows(piece.start, piece.stop))
+        room.take(len(ids), _places(request, piece.start, piece.stop))
         return piece
 
     def _preempt(self, request: Request, *, may_spill: bool = True) -> None:
@@ -245,6 +245,12 @@ def _next_page(request: Request) -> int:
     return int(pages_for(request.max_kv_tokens) > pages_for(request.num_tokens))
 
 
+def _places(request: Request, start: int, stop: int) -> int:
+    """Rows of logits that tokens start .. stop - 1 want, or branches that they belong to if those are more: a plan
+    counts with as many sequences as rows of logits."""
+    return max(request.num_logit_rows(start, stop), sum(1 for _ in request.parts(start, stop)))
+
+
 @dataclass(slots=True)
 class _Room:
     """What a pass can still take."""
@@ -260,6 +266,6 @@ class _Room:
         """The most rows of a prompt that fit."""
         start = request.num_committed
         limit = min(self.rows, request.num_tokens - start)
-        while limit > 0 and request.num_logit_rows(start, start + limit) > self.logit_rows:
-            limit -= request.num_logit_rows(start, start + limit) - max(self.logit_rows, 0)
+        while limit > 0 and (excess := _places(request, start, start + limit) - max(self.logit_rows, 0)) > 0:
+            limit -= excess
         return limit

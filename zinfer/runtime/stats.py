@@ -35,6 +35,7 @@ class Stats:
     passes: list[PassRecord] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     num_tokens: int = 0
+    shared_tokens: int = 0  # of prompts: fed once for several continuations, and not again for each
     first_token_s: float | None = None
     surprises: int = 0  # chunks that were needed before the schedule had fetched them
     preemptions: dict[str, int] = field(default_factory=dict)  # "spilled", "dropped", "damaged": times
@@ -83,6 +84,7 @@ class Stats:
         return {
             "passes": len(self.passes),
             "tokens": self.num_tokens,
+            "shared_tokens": self.shared_tokens,
             "first_token_s": self.first_token_s,
             "predicted_first_token_s": self.forecast.first_token_s,
             "pass_s": pass_s,
