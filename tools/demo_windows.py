@@ -30,6 +30,7 @@ LABELS = tuple(sorted((*PACKAGES, TOP)))
 WINDOW = 64  # tokens of a window, [CLS] and [SEP] among them
 LEAST_TOKENS = 24  # a file of fewer has no window
 INSTALLED = ("site-packages/", "dist-packages/", "config-", "pydoc_data/")  # not of the library, or tables
+PARTS = 64  # of the files that students learn from: what is held out of a distillation are whole ones
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -154,15 +155,24 @@ def windows_of(tokenizer: Tokenizer, source: Source, *, stride: int, most: int, 
     return [found[number] for number in kept]
 
 
+def part_of(file: str) -> int:
+    """Which of PARTS a file, or a window spliced of two, belongs to: a number that it has for itself."""
+    return int(hashlib.sha256(file.split(" ", 1)[0].encode()).hexdigest()[:8], 16) % PARTS
+
+
 def spliced(windows: Sequence[Window], count: int, seed: int) -> list[Window]:
     """Windows that begin as one and go on as another, without a label: of these the teacher is less sure.
 
     Of windows that it was trained on a teacher says little more than their label; what it makes of others is what
-    students have to learn.
+    students have to learn.  Both are of files of one part, so that a part can be held out as a whole.
     """
     draw, found = random.Random(f"{seed}/splice"), []
+    by_part: dict[int, list[Window]] = {}
+    for one in windows:
+        by_part.setdefault(part_of(one.file), []).append(one)
     for _ in range(count):
-        one, other = draw.choice(windows), draw.choice(windows)
+        one = draw.choice(windows)
+        other = draw.choice(by_part[part_of(one.file)])
         part = draw.uniform(0.2, 0.8)
         found.append(
             Window(one.text[: round(part * len(one.text))] + other.text, "", f"{one.file} {other.file}")
@@ -170,7 +180,8 @@ def spliced(windows: Sequence[Window], count: int, seed: int) -> list[Window]:
     return found
 
 
-def write_rows(path: Path, windows: Sequence[Window]) -> None:
-    """JSON lines."""
+def write_rows(path: Path, windows: Sequence[Window], *, with_part: bool = False) -> None:
+    """JSON lines, which say on demand what part of the files each window is of."""
+    rows = [one.to_row() | ({"part": part_of(one.file)} if with_part else {}) for one in windows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one.to_row(), ensure_ascii=False) + "\n" for one in windows), "utf-8")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

@@ -125,6 +125,7 @@ def distil(
         out,
         settings=settings,
         engine=load_settings(None, flags=flags).settings,
+        split_column="part",
         resume=True,
         keep_work=True,
         progress=progress,
@@ -163,7 +164,7 @@ def make(args: argparse.Namespace, work: Path) -> Made:
 
     train, test, other = timed("windows", cut_all)
     rows, teacher, group = work / "train.jsonl", work / "teacher", work / "group"
-    write_rows(rows, taught(train, other, args))
+    write_rows(rows, taught(train, other, args), with_part=True)
     key = json.dumps([asdict(config), seed, args.threads, split.sha256, len(train)])
     key_file = work / "teacher.key"
 

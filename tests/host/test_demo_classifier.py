@@ -132,7 +132,8 @@ def test_windows_are_pieces_of_their_file_and_full(parts, stride, most):
         assert len(ids) > 0.7 * WINDOW or text.endswith(one.text), "only the last windows of a file are short"
 
 
-def test_spliced_windows_begin_as_one_and_end_as_another():
+def test_spliced_windows_begin_as_one_and_end_as_another(monkeypatch):
+    monkeypatch.setattr(demo_windows, "PARTS", 1)
     windows = [demo_windows.Window(letter * 100, letter, f"{letter}.py") for letter in "abc"]
     found = demo_windows.spliced(windows, 50, seed=1)
     assert len(found) == 50
@@ -146,10 +147,22 @@ def test_spliced_windows_begin_as_one_and_end_as_another():
     assert len({one.text[0] + one.text[-1] for one in found}) > 6
 
 
+def test_windows_are_spliced_within_a_part():
+    """So that what is held out of a distillation is of files that nothing was learnt from, not even a half."""
+    windows = [demo_windows.Window(f"{at} " * 20, "xml", f"xml/{at}.py") for at in range(300)]
+    found = demo_windows.spliced(windows, 300, seed=1)
+    for one in found:
+        begins, ends = one.file.split()
+        assert demo_windows.part_of(begins) == demo_windows.part_of(ends) == demo_windows.part_of(one.file)
+    assert len({demo_windows.part_of(one.file) for one in found}) > demo_windows.PARTS / 2
+    assert sum(len(set(one.file.split())) == 2 for one in found) > 150, "mostly of two files"
+
+
 def test_what_the_group_is_taught(made):
     args, found, _ = made
     taught = [json.loads(line) for line in found.rows.read_text().splitlines()]
     assert sum(not row["label"] for row in taught) >= round(args.spliced * args.group_windows)
+    assert all(row["part"] == demo_windows.part_of(row["file"]) for row in taught)
     tests = {one.name for one in found.split.test}
     assert not any(set(row["file"].split()) & tests for row in taught), (
         "no file of the test set, not even a part"

@@ -26,6 +26,9 @@ DEFAULTS = DistillSettings()
 @click.option("--text-column", default="text", show_default=True, help="Column or key that holds the text.")
 @click.option("--pair-column", help="Column or key of the text's pair.")
 @click.option("--label-column", help="Column or key of the class; without it the teacher's word is enough.")
+@click.option(
+    "--split-column", help="Column or key of what a text is from: held-out texts are then of others."
+)
 @click.option("--students", default=DEFAULTS.students, show_default=True, help="Students at most.")
 @click.option("--layers", default=DEFAULTS.layers, show_default=True, help="Layers of each.")
 @click.option("--epochs", default=DEFAULTS.epochs, show_default=True, help="Epochs per student.")
@@ -47,6 +50,7 @@ def distill(
     text_column: str,
     pair_column: str | None,
     label_column: str | None,
+    split_column: str | None,
     resume: bool,
     as_json: bool,
     **options: Any,
@@ -64,6 +68,7 @@ def distill(
             text_column=text_column,
             pair_column=pair_column,
             label_column=label_column,
+            split_column=split_column,
             resume=resume,
             progress=progress,
         )

@@ -56,6 +56,7 @@ def distill(
     text_column: str = "text",
     pair_column: str | None = None,
     label_column: str | None = None,
+    split_column: str | None = None,
     resume: bool = False,
     keep_work: bool = False,
     progress: Progress,
@@ -63,6 +64,7 @@ def distill(
 ) -> Distilled:
     """Distil `teacher`, which may be larger than the memory that `engine` grants, into a group of students in `out`.
 
+    `split_column` names what a text is from, and texts are then held out by it (`corpus.read_corpus`).
     With `resume` an interrupted run goes on, and ends in the same bytes.  `keep_work` leaves what the stages wrote in
     `out`/work, the students before the polish among it.  Raises UsageError ZI-1151 to ZI-1161, ZI-1191, ZI-1192,
     CheckpointError for the teacher and the data, MachineError where the disk is too small.
@@ -81,6 +83,7 @@ def distill(
         text_column=text_column,
         pair_column=pair_column,
         label_column=label_column,
+        split_column=split_column,
     )
     index = CheckpointIndex.open(teacher)
     sizes = [regular_size(path) for path in index.files]
