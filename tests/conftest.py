@@ -22,7 +22,12 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 _cache = tempfile.TemporaryDirectory(prefix="zinfer-tests-")
 os.environ["ZINFER_CACHE"] = _cache.name
 
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=50)
+# The same examples in every run, however slowly they are drawn; others with --hypothesis-profile=explore.
+_slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=50, derandomize=True, suppress_health_check=_slow
+)
+hypothesis.settings.register_profile("explore", hypothesis.settings.get_profile("ci"), derandomize=False)
 hypothesis.settings.load_profile("ci")
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
@@ -81,6 +82,25 @@ def run_cli(argv):
     from zinfer.cli.main import main
 
     main(argv)
+
+
+def run_cli_terminated(argv, after):
+    """Likewise, and SIGTERM comes when more than `after` results are on disk; nothing runs ahead of the disk."""
+    from zinfer.jobs import run
+    from zinfer.jobs.output import JobOutput
+
+    append, pull, pulled = JobOutput.append, Brake.pull, threading.Event()
+
+    def appended(self, entries):
+        append(self, entries)
+        if self.num_done > after and not pulled.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert pulled.wait(60)
+
+    run.MAX_WAITING = 1
+    JobOutput.append = appended
+    Brake.pull = lambda self: (pull(self), pulled.set())
+    run_cli(argv)
 
 
 def processes():

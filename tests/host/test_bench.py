@@ -4,7 +4,6 @@ import json
 import sys
 import threading
 import time
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -151,20 +150,20 @@ class TestTurns:
     def test_who_has_just_had_the_lock_lets_others_go_first(self):
         turns, order = Turns(), []
 
-        def take(name, count):
-            for _ in range(count):
-                with turns, turns:  # callers hold it twice
-                    order.append(name)
-                    time.sleep(0.002)
+        def wait():
+            with turns, turns:  # callers hold it twice
+                order.append("who waits")
 
-        threads = [threading.Thread(target=take, args=(name, 20)) for name in "ab"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        for _ in range(50):
+            thread = threading.Thread(target=wait)
+            with turns, turns:
+                thread.start()
+                while not turns._gate.locked():
+                    time.sleep(0)
+            with turns:
+                order.append("the last holder")  # with an ordinary lock it comes first
             thread.join()
-        changes = sum(one != other for one, other in pairwise(order))
-        assert changes >= 15  # an ordinary lock gives all of a's turns, then all of b's
-        assert sorted(order) == ["a"] * 20 + ["b"] * 20
+        assert order == ["who waits", "the last holder"] * 50
 
 
 class TestCommand:

@@ -67,9 +67,25 @@ class TestRecord:
 
 
 class TestChild:
-    def test_memory_is_seen_from_outside(self, tmp_path):
-        code = "import time; held = bytearray(64 * 2**20); time.sleep(0.3); print('done')"
-        child = harness.run_child([sys.executable, "-c", code], tmp_path / "log")
+    def test_memory_is_seen_from_outside(self, tmp_path, monkeypatch):
+        """The child holds its memory until it has been seen."""
+        seen, watch = tmp_path / "seen", harness.watch_memory
+
+        class Peak(dict):
+            def __setitem__(self, name, nbytes):
+                super().__setitem__(name, nbytes)
+                if name == "RssAnon" and nbytes >= 64 * harness.MIB:
+                    seen.touch()
+
+        def watched(pid, stop, peak):
+            found = Peak(peak)
+            watch(pid, stop, found)
+            peak.update(found)
+
+        monkeypatch.setattr(harness, "watch_memory", watched)
+        code = "import os, sys, time; held = bytearray(64 * 2**20)\n"
+        code += "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\nprint('done')"
+        child = harness.run_child([sys.executable, "-c", code, str(seen)], tmp_path / "log", timeout_s=100)
         assert (child.returncode, child.log.strip()) == (0, "done")
         assert child.peak_anonymous_bytes >= 64 * harness.MIB
 

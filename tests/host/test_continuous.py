@@ -14,6 +14,7 @@ from zinfer.runtime import loop
 from zinfer.runtime.executor import Executor
 from zinfer.runtime.request import Request
 from zinfer.runtime.scheduler import Scheduler
+from zinfer.runtime.session import Session
 from zinfer.sampling.sample import collect
 
 FIXED = {"machine": "sim-default", "device": "cpu", "threads": 1}
@@ -178,7 +179,8 @@ def test_a_request_too_large_for_the_budget_is_refused_and_a_longer_one_gets_a_n
     assert outputs[0].outputs[0].token_ids == outputs[-1].outputs[0].token_ids
 
 
-def test_callers_in_several_threads_share_passes(tiny):
+def test_callers_in_several_threads_share_passes(tiny, monkeypatch):
+    """Each begins its passes when all have asked."""
     params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     prompts = [[3, 1, 4], [1, 5, 9, 2], [6, 5]]
     with LLM(tiny, **FIXED, memory={"host": "1GiB"}, max_batch=4, context=64) as llm:
@@ -186,10 +188,17 @@ def test_callers_in_several_threads_share_passes(tiny):
         expected = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
         before = len(llm.stats.passes)
         found = [None] * len(prompts)
-        barrier = threading.Barrier(len(prompts))
+        barrier, plain = threading.Barrier(len(prompts), timeout=60), Session._next_events
+        is_first = threading.local()
+
+        def next_events(self, engine, running):
+            if not hasattr(is_first, "over"):
+                is_first.over = barrier.wait()
+            return plain(self, engine, running)
+
+        monkeypatch.setattr(Session, "_next_events", next_events)
 
         def call(at):
-            barrier.wait()
             found[at] = llm.generate([prompts[at]], params)[0].outputs[0].token_ids
 
         threads = [threading.Thread(target=call, args=(at,)) for at in range(len(prompts))]

@@ -7,10 +7,9 @@ import json
 import os
 import random
 import signal
-import time
 
 import pytest
-from job_engines import DEFAULTS, DEMO, processes, run_cli, run_demo, run_job
+from job_engines import DEFAULTS, DEMO, processes, run_cli, run_cli_terminated, run_demo, run_job
 
 from zinfer import LLM
 from zinfer.jobs.line import read_line
@@ -98,15 +97,7 @@ def test_sigterm_ends_with_130_and_the_same_command_goes_on(job, tmp_path):
     target = tmp_path / "out.jsonl"
     argv = ["run-batch", "-i", str(source), "-o", str(target), "--device", "cpu", "--host-mem", "8MiB"]
     argv += ["--max-tokens", "6", "--ignore-eos", "--machine", "sim-default", "--set", "runtime.threads=1"]
-    process = processes().Process(target=run_cli, args=(argv,))
-    process.start()
-    for _ in range(10_000):
-        if target.exists() and target.read_bytes().count(b"\n") > 2:
-            break
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(100)
-    assert process.exitcode == 130
+    assert end_of(run_cli_terminated, argv, 2) == 130
     assert target.read_bytes().endswith(b"\n")
     assert 2 < target.read_bytes().count(b"\n") < len(expected)
     assert end_of(run_cli, argv) == 7

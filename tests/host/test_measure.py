@@ -1,7 +1,6 @@
 """The machine's measurement, on tiny inputs: all is measured, positive and consistent; no seconds are asserted."""
 
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import any_linear
 from zinfer.memory import measure as measuring
-from zinfer.memory import measure_links
+from zinfer.memory import measure_beside, measure_links
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_beside import measure_overlap
 from zinfer.memory.measure_links import measure_disk, ranges
@@ -106,23 +105,28 @@ def test_only_the_wanted_mode_is_measured(files, ample):
 
 
 def test_reads_and_work_that_get_in_each_others_way_are_seen(files, monkeypatch):
-    """While the probe's reader reads, work waits for it; without the wait nothing is slowed beyond noise."""
-    reading = threading.Event()
-    plain = measure_links.ReadLoad.piece_seconds
+    """Both wait until the other is under way; by a clock of the test's own each then takes longer than alone."""
+    now, reads, works = [0.0], threading.Event(), threading.Event()
 
-    def piece_seconds(self, reads, seconds):
+    def piece_seconds(self, _reads, _seconds):
         if threading.current_thread() is threading.main_thread():
-            return plain(self, reads, seconds) / 1e3
-        reading.set()
-        result = plain(self, reads, seconds)
-        time.sleep(0.05)
-        reading.clear()
-        return result
+            return 1.0
+        reads.set()
+        assert works.wait(30)
+        return 9.0
+
+    def work():
+        assert reads.wait(30)
+        now[0] += 3.0
+        if now[0] > 20:
+            works.set()
 
     monkeypatch.setattr(measure_links.ReadLoad, "piece_seconds", piece_seconds)
-    overlap = measure_overlap(files, lambda: time.sleep(0.008 if reading.is_set() else 0.001), 0.02)
+    monkeypatch.setattr(measure_beside, "typical_seconds", lambda run, seconds: 1.5)
+    monkeypatch.setattr(measure_beside.time, "perf_counter", lambda: now[0])
+    overlap = measure_overlap(files, work, 0.02)
     assert overlap.disk == 4.0  # the most that is believed
-    assert overlap.compute > 2
+    assert overlap.compute == pytest.approx(2.0)
     assert measure_overlap([], lambda: None, 0.01) == Overlap()
 
 
@@ -189,7 +193,7 @@ def test_a_small_pass_can_be_repeated_at_any_length():
     assert small.attention_flops(1, 100) == 2 * 4 * 100 * 32 * 128
 
 
-def test_quantised_formats_are_measured_by_their_own_bytes(files):
+def test_quantised_formats_are_measured_by_their_own_bytes(files, ample):
     machine = probe(
         files,
         any_linear,
@@ -197,7 +201,7 @@ def test_quantised_formats_are_measured_by_their_own_bytes(files):
         dtype="BF16",
         shapes=SHAPES,
         formats=makers(["int4", "published"]),
-        seconds=5.0,
+        seconds=0.05,
     )
     assert set(machine.host.products) == {"BF16", "BF16 exact", "I4", "I4 exact"}
     spec = quantised(read_spec(CONFIGS["llama"] | {"torch_dtype": "bfloat16"}), "int4", "panels-64")

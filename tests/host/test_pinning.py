@@ -107,11 +107,35 @@ def test_closing_does_not_wait_for_the_rest():
     asked, go_on = threading.Event(), threading.Event()
     library = Slow()
     pinning = Pinning(0, [0, GIB, 2 * GIB, 3 * GIB], library)
-    asked.wait(20)
-    threading.Timer(0.05, go_on.set).start()
+    assert asked.wait(20)
+    stop = pinning._stop.set
+    pinning._stop.set = lambda: (stop(), go_on.set())
     pinning.undo()
     assert len(library.calls) == 1
     assert library.locked == {}
+
+
+def test_what_is_settled_has_been_counted_to_the_end():
+    """The thread locks its last piece and ends while somebody counts."""
+    go_on = threading.Event()
+
+    class Slow(Library):
+        def cudaHostRegister(self, address, nbytes, flags):
+            assert go_on.wait(20)
+            return super().cudaHostRegister(address, nbytes, flags)
+
+    class Ending(list):
+        def __iter__(self):
+            counted = list.__iter__(list(self[:]))
+            go_on.set()
+            pinning._thread.join()
+            return counted
+
+    pinning = Pinning(0, CUTS, Slow())
+    pinning._registered = Ending()
+    assert pinning.locked == Locked(0, 128 * MIB, False), "not settled, or all of it"
+    assert pinning.locked == Locked(128 * MIB, 128 * MIB, True)
+    pinning.undo()
 
 
 def test_staging_is_locked_before_homes(tmp_path):

@@ -1,6 +1,7 @@
 """Real encoders and groups behind the application: what is served is what `Classifier` says of the same texts."""
 
 import asyncio
+import threading
 from contextlib import contextmanager
 
 import httpx2
@@ -12,7 +13,7 @@ from text_models import write_encoder, write_sentence_files
 
 from zinfer import Classifier
 from zinfer.config.schema import Serve, Settings
-from zinfer.errors import BudgetError
+from zinfer.errors import BudgetError, IntegrityError
 from zinfer.serving.app import make_app
 from zinfer.serving.model import ServedClassifier, open_queue
 from zinfer.serving.service import Service
@@ -165,9 +166,20 @@ def test_an_objective_that_no_pass_can_hold_names_one_that_works(folders):
         open_queue(classifier, Serve(objective_ms=0.001)).close()  # one model has no choice, and no objective
 
 
-def test_nothing_is_kept_after_the_end(folders):
-    import threading
+def test_a_teacher_that_cannot_answer_leaves_no_thread(folders, monkeypatch):
+    def broken(_self, _texts, _students=1):
+        raise IntegrityError("ZI-6101", "block 3", remedy="zinfer verify")
 
+    options = {"teacher": folders["bert"], "defer_below": 0.5}
+    with Classifier(folders["group"], **options, **CPU) as classifier:
+        before = threading.active_count()
+        monkeypatch.setattr(type(classifier._teacher), "answer", broken)
+        with pytest.raises(IntegrityError, match="ZI-6101"):
+            open_queue(classifier, Serve())
+        assert threading.active_count() == before
+
+
+def test_nothing_is_kept_after_the_end(folders):
     before = threading.active_count()
     with served(folders["group"]) as (_, ask):
         assert ask("/embed", {"inputs": "a"}).status_code == 200

@@ -1,7 +1,7 @@
 """Texts of many callers in shared passes: every answer once and right, whatever is cancelled, fails or overflows."""
 
 import threading
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 
 import pytest
 import torch
@@ -113,6 +113,32 @@ def test_what_is_cancelled_is_not_computed():
         assert kept.result(30).representation_D.item() == sum(range(20, 30))
         assert scheduler.stats().cancelled == 1
     assert [ids for _, texts in answerer.passes for ids in texts] == [(1,), tuple(range(20, 30))]
+
+
+def test_what_is_cancelled_as_a_worker_takes_it_is_counted(monkeypatch):
+    """Between the cancelling and its callback, which takes the text out of the queue, the worker comes."""
+    taken = threading.Event()
+    plain = Future.set_running_or_notify_cancel
+
+    def noticed(future):
+        try:
+            return plain(future)
+        finally:
+            if future.cancelled():
+                taken.set()
+
+    monkeypatch.setattr(Future, "set_running_or_notify_cancel", noticed)
+    answerer = Sums(is_open=False)
+    with opened(answerer) as scheduler:
+        scheduler.submit(text(1))
+        assert answerer.begun.acquire(timeout=30)
+        cancelled = scheduler.submit(text(2))
+        cancelled._done_callbacks.insert(0, lambda _: answerer.gate.set() or taken.wait(30))
+        assert cancelled.cancel()
+        assert taken.is_set(), "a worker took it first"
+        assert scheduler.drain(30)
+        assert scheduler.stats().cancelled == 1
+    assert [ids for _, texts in answerer.passes for ids in texts] == [(1,)]
 
 
 def test_a_pass_that_raises_fails_its_texts_and_the_worker_lives_on():

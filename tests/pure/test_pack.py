@@ -44,7 +44,7 @@ def published_bytes(index):
     return tensor_bytes
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     limit=st.integers(1, 80_000),
     pad=st.integers(0, 70),

@@ -82,11 +82,8 @@ class Pinning:
     @property
     def locked(self) -> Locked:
         """As things stand."""
-        return Locked(
-            sum(nbytes for _, nbytes in list(self._registered)),
-            self._wanted_bytes,
-            not self._thread.is_alive(),
-        )
+        is_settled = not self._thread.is_alive()  # asked first: what is counted after the end is all there is
+        return Locked(sum(nbytes for _, nbytes in list(self._registered)), self._wanted_bytes, is_settled)
 
     def settle(self) -> Locked:
         """Wait until everything is locked or refused."""

@@ -67,7 +67,11 @@ def open_queue(classifier: Classifier, limits: Serve) -> TextScheduler:
     engine = classifier.engine
     deferral = classifier.deferral(max_queue_tokens=limits.queue_tokens)
     if deferral is not None:
-        deferral.submit(classifier.encode([WARM_TEXT])[0]).result()
+        try:
+            deferral.submit(classifier.encode([WARM_TEXT])[0]).result()
+        except BaseException:
+            deferral.close()
+            raise
     objective_s = limits.objective_ms / 1000 if engine.num_students > 1 else None
     try:
         return open_scheduler(

@@ -63,6 +63,7 @@ class Server(uvicorn.Server):
         self.shift = Shift(app.meters, service)
         self.failure: ZinferError | None = None
         self._ends_s: float | None = None
+        self._last_words = ""
         limits = service.limits
         super().__init__(
             uvicorn.Config(
@@ -92,6 +93,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end.  While draining, when nothing is in flight or the grace is over."""
         is_over = await super().on_tick(counter)
+        if self._last_words:
+            self.say(self._last_words)
+            self._last_words = ""
         if line := self.shift.line(time.perf_counter()):
             self.say(line)
         if self._ends_s is None or is_over:
@@ -110,13 +114,17 @@ class Server(uvicorn.Server):
         return False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal: drain; a second one: end now."""
+        """A signal: drain; a second one: end now.
+
+        Nothing is written here: the signal may have come in the middle of another line.
+        """
         if self._ends_s is not None:
             self.should_exit = self.force_exit = True
             return
         self.service.is_draining = True
         self._ends_s = time.perf_counter() + self.service.limits.grace_s
-        self.say(f"{signal.Signals(sig).name}: answering {self.service.in_flight} requests, then the end")
+        name = signal.Signals(sig).name
+        self._last_words = f"{name}: answering {self.service.in_flight} requests, then the end"
 
     async def _warm(self, host: str, port: int) -> None:
         loop = asyncio.get_running_loop()

@@ -219,7 +219,9 @@ class TextScheduler:
                 num_students, batch = self._intake.take()
                 if not batch:
                     return
+                taken = len(batch)
                 batch = [one for one in batch if one.item.future.set_running_or_notify_cancel()]
+                self._tally.cancelled += taken - len(batch)  # after they were queued, before `_discard` came
                 self._at_work += 1
             try:
                 if batch:

@@ -55,6 +55,7 @@ class Renderer:
             answer = b""
         finally:
             watchdog.cancel()
+            watchdog.join()
         if not answer.endswith(b"\n"):
             raise DiedError(self._last_words(process, deadline_s))
         found: dict[str, Any] = json.loads(answer)
