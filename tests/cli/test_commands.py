@@ -8,7 +8,10 @@ import pytest
 from tiny_models import streaming_bytes, write_tiny
 
 from zinfer import SamplingParams
+from zinfer.api import DEMO
 from zinfer.cli.main import COMMANDS, run
+from zinfer.cli.store import perplexity_lines
+from zinfer.jobs.perplexity import Perplexity
 
 IDS = "5,9,200,31,7,44"
 
@@ -222,6 +225,31 @@ def test_a_quantised_store_from_shard_to_text(model, tmp_path, capsys):
     capsys.readouterr()
     assert run(["inspect", str(again)]) == 0
     assert "panels-32" in capsys.readouterr().out
+
+
+def test_the_quality_report_has_the_perplexity_of_a_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ZINFER_RUNTIME_THREADS", "1")
+    store, text = tmp_path / "store", tmp_path / "text.txt"
+    text.write_text((DEMO / "heldout.txt").read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    about = ["--text", str(text)]
+    assert run(["shard", str(DEMO), "--out", str(store), "--weights", "int8", *about]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"perplexity \d+\.\d+ as published, .*\(limit \+1%\)", out)
+    assert "warning" not in out
+    verify = ["verify", str(store), "--source", str(DEMO), *about]
+    assert run([*verify, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["perplexity"]
+    assert told["stored"] <= told["published"] * 1.01
+    assert told["text"] == str(text)
+    text.write_text("")
+    assert refused(capsys, verify)[:2] == (2, "ZI-1118")
+
+
+def test_a_perplexity_beyond_the_limit_is_said():
+    lines = list(perplexity_lines(Perplexity("t", 9, 10.0, 10.7, 0.06)))
+    assert lines[0].startswith("perplexity 10.000 as published, 10.700 in the store: +7.00% on 9 tokens of t")
+    assert lines[1].startswith("warning")
+    assert list(perplexity_lines(None)) == []
 
 
 def test_shard_verify_and_find_a_flipped_bit(model, tmp_path, capsys):

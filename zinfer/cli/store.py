@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,16 @@ from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
 from zinfer.units import Bytes, rate_text, seconds_text
 
+if TYPE_CHECKING:
+    from zinfer.jobs.perplexity import Perplexity
+
+
+text_option = click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Of quantised weights: also measure perplexity on this text (default: heldout.txt beside the model).",
+)
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
@@ -40,7 +50,8 @@ from zinfer.units import Bytes, rate_text, seconds_text
     show_default=True,
     help="The kernel that reads quantised weights; auto: this machine's.",
 )
-def shard(model: Path, out: Path, weights: str | None, layout: str) -> None:
+@text_option
+def shard(model: Path, out: Path, weights: str | None, layout: str, text: Path | None) -> None:
     """Write MODEL as a store: aligned for direct reads, checksummed, resumable, quantised where --weights says so.
 
     Interrupted at any moment, the same command goes on where it stopped.
@@ -53,6 +64,10 @@ def shard(model: Path, out: Path, weights: str | None, layout: str) -> None:
     nbytes, spent_s = _folder_bytes(out), time.perf_counter() - begin_s
     for line in quality_lines(out):
         click.echo(line)
+    if encoder is not None and stored_weights(model) == PUBLISHED:
+        with Progress() as progress:
+            for line in perplexity_lines(_measured(out, model, text, progress)):
+                click.echo(line)
     click.echo(
         f"done       {out}: {Bytes(nbytes)} in {seconds_text(spent_s)} ({rate_text(nbytes / spent_s)})"
     )
@@ -66,14 +81,17 @@ def shard(model: Path, out: Path, weights: str | None, layout: str) -> None:
     type=click.Path(path_type=Path),
     help="Also check that this is the folder it was made from, and how close quantised matrices are.",
 )
+@text_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def verify(store: Path, source: Path | None, as_json: bool) -> None:
+def verify(store: Path, source: Path | None, text: Path | None, as_json: bool) -> None:
     """Read every block of STORE and compare it with its checksum."""
     with Progress(quiet=as_json) as progress:
         mismatches = list(verify_store(store, progress))
         if source is not None:
             mismatches += check_sources(store, source, progress)
         quality = _checked_quality(store, source, progress)
+        is_whole = not mismatches and all(matrix.is_same for matrix in quality)
+        measured = _measured(store, source, text, progress) if source and quality and is_whole else None
     if as_json:
         rows = [{"file": m.file, "offset": m.offset, "bytes": m.nbytes, "found": m.found} for m in mismatches]
         told = {"store": str(store), "bytes": _folder_bytes(store), "mismatches": rows}
@@ -81,7 +99,8 @@ def verify(store: Path, source: Path | None, as_json: bool) -> None:
             {"name": q.name, "rms": q.found.rms, "worst_group": q.found.worst, "written": q.written}
             for q in quality
         ]
-        click.echo(json.dumps(told | ({"quality": matrices} if quality else {})))
+        told |= {"quality": matrices} if quality else {}
+        click.echo(json.dumps(told | ({"perplexity": measured.to_dict()} if measured else {})))
     for mismatch in mismatches:
         click.echo(
             f"damaged    {mismatch.file} at {mismatch.offset}, {mismatch.nbytes} bytes: {mismatch.found} "
@@ -109,6 +128,8 @@ def verify(store: Path, source: Path | None, as_json: bool) -> None:
                 f"quality    {len(quality)} matrices against {source}: relative RMS error at most "
                 f"{worst.found.rms:.4f} ({worst.name}, limit {worst.limit})"
             )
+        for line in perplexity_lines(measured):
+            click.echo(line)
         click.echo(
             f"verified   {store}: {Bytes(_folder_bytes(store))}, every block is what its checksum says"
         )
@@ -144,6 +165,26 @@ def _checked_quality(store: Path, source: Path | None, progress: Progress) -> tu
     if manifest.quantised is None or source is None:
         return ()
     return check_quality(store, source, encoder_for(manifest.weights, manifest.quantised.layout), progress)
+
+
+def _measured(store: Path, source: Path, text: Path | None, progress: Progress) -> Perplexity | None:
+    """The perplexity of a store and its source; None where there is no text for it."""
+    from zinfer.jobs.perplexity import compare_perplexity, text_beside
+
+    found = text_beside(source, text)
+    return None if found is None else compare_perplexity(store, source, found, watch=progress)
+
+
+def perplexity_lines(measured: Perplexity | None) -> Iterator[str]:
+    """What rounding cost in words, and whether that is more than it should be."""
+    if measured is None:
+        return
+    yield (
+        f"perplexity {measured.published:.3f} as published, {measured.stored:.3f} in the store: {measured.rise:+.2%} "
+        f"on {measured.num_tokens} tokens of {measured.text} (limit {measured.limit:+.0%})"
+    )
+    if not measured.is_close:
+        yield f"warning    that is above {measured.limit:+.0%}; --weights int8 or published keeps more"
 
 
 def described_weights(manifest: Manifest, spec: ModelSpec) -> dict[str, Any]:

@@ -33,6 +33,7 @@ STORED_BYTES = DTYPE_BYTES | {"U8": 1}
 SLOT_BYTES = 4 * MIB  # of bf16 into which a piece of a matrix is unpacked; one panel at least
 GPU_SLOT_BYTES = 64 * MIB  # the same on a GPU, where a small product costs as much as a larger one
 RMS_LIMITS = {"int8": 0.006, "int4": 0.11}  # relative RMS error of a matrix that looks trained, at most
+PERPLEXITY_LIMITS = {"int8": 0.01, "int4": 0.06}  # by what share it may rise for a model that is trained
 WEIGHT_BYTES = {"int8": 8.5 / 8, "int4": 4.5 / 8}  # scale and zero of a group are 32 bits
 RATE_NAMES = {"int8": "I8", "int4": "I4"}  # under which a machine's profile has their products
 
