@@ -10,6 +10,7 @@ from tiny_models import streaming_bytes, write_tiny
 from zinfer import SamplingParams
 from zinfer.api import DEMO
 from zinfer.cli.main import COMMANDS, run
+from zinfer.cli.prompts import as_line, read_prompt_lines
 from zinfer.cli.store import perplexity_lines
 from zinfer.jobs.perplexity import Perplexity
 
@@ -73,6 +74,71 @@ def test_files_in_and_out(model, tmp_path, capsys):
     assert [line["prompt_tokens"] for line in lines] == [3, 1]
     assert all(len(line["token_ids"]) == 3 for line in lines)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    """Not at what else Unicode counts as an end; a byte order mark is no part of the first."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + '{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}'.encode())
+    assert read_prompt_lines(source) == ["a\u2028b\x85c", "d"]
+
+
+def test_a_file_that_is_no_utf8_is_named_with_its_line(model, tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
+    code, name, message, remedy = refused(capsys, ["generate", model, "-i", source])
+    assert (code, name) == (3, "ZI-4911")
+    assert "line 2 is not UTF-8" in message
+    assert remedy.startswith(f"iconv -f latin1 -t utf-8 {source}")
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape():
+    assert as_line({"text": "\ud800é"}) == '{"text": "\\ud800\\u00e9"}'
+    assert as_line({"text": "é"}) == '{"text": "é"}'
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "MODEL", "--prompt-ids", "1", "-o", "PLACE"],
+        ["generate", "MODEL", "--prompt-ids", "1", "--trace", "PLACE"],
+        ["score", "MODEL", "-i", "IN", "-o", "PLACE"],
+        ["bench", "throughput", "MODEL", "--json", "PLACE"],
+        ["bench", "throughput", "MODEL", "--svg", "PLACE"],
+        ["plan", "MODEL", "--save", "PLACE"],
+        ["trace", "IN", "--png", "PLACE"],
+        ["classify", "MODEL", "-i", "IN", "-o", "PLACE.csv"],
+        ["embed", "MODEL", "-i", "IN", "-o", "PLACE.npy"],
+    ],
+)
+def test_a_place_for_results_is_tried_before_any_work(model, tmp_path, capsys, monkeypatch, argv):
+    for opened in ("api.LLM.__init__", "classifier.Classifier.__init__", "cli.plan.open_for_planning"):
+        monkeypatch.setattr(f"zinfer.{opened}", lambda *_args, **_options: 1 / 0)
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": [1], "continuation": [2]}\n')
+    names = {"MODEL": str(model), "IN": str(source)}
+    for place in ("missing/file", "folder"):
+        (tmp_path / "folder.csv").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder.npy").mkdir(exist_ok=True)
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        given = [names.get(part, part.replace("PLACE", str(tmp_path / place))) for part in argv]
+        assert refused(capsys, given)[:2] == (5, "ZI-5931")
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_results_never_take_the_place_of_the_prompts(model, tmp_path, capsys, command):
+    source = tmp_path / "lines.jsonl"
+    source.write_text('{"prompt": [1], "continuation": [2]}\n')
+    code, name, _, remedy = refused(capsys, [command, model, "-i", source, "-o", source])
+    assert (code, name, remedy) == (2, "ZI-1118", f"--output {tmp_path / 'lines-results.jsonl'}")
+    assert source.read_text().startswith('{"prompt"')
+
+
+def test_doctor_looks_for_a_place_before_it_measures(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZINFER_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("zinfer.memory.measure.measure", lambda *_args, **_options: 1 / 0)
+    assert refused(capsys, ["doctor"])[:2] == (5, "ZI-5931")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +233,9 @@ def test_an_impossible_budget_names_one_that_works(model, capsys):
         (["verify", "MODEL"], 6, None),
         (["trace", "no-such-trace.json", "--png", "x.png"], 3, "ZI-4901"),
         (["plan", "MODEL", "--machine", "no-such-machine"], 2, "ZI-1007"),
+        (["plan", "no-such-model", "--requests", "0"], 2, "ZI-1109"),
+        (["generate", "MODEL", "--prompt-ids", "1", "--set", "runtime.threads=100000"], 2, "ZI-1003"),
+        (["run-batch", "MODEL", "-i", __file__, "-o", "/tmp"], 2, "ZI-1711"),
     ],
 )
 def test_mistakes_end_in_one_numbered_error(model, capsys, argv, exit_code, code):

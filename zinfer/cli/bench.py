@@ -20,6 +20,7 @@ from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
 from zinfer.cli.render import WHY
 from zinfer.runtime.stats import SLOW_SHARE
+from zinfer.whole import refuse_unwritable, written_whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -94,6 +95,8 @@ def _asked(options: dict[str, Any]) -> _Asked:
 
 
 def _measure(asked: _Asked, drive: Callable[[LLM, Load, Progress], Run]) -> None:
+    refuse_unwritable(asked.json_file)
+    refuse_unwritable(asked.svg_file)
     prompt_len = Span.parse(asked.prompt_len, "--prompt-len")
     gen_len = Span.parse(asked.gen_len, "--gen-len")
     if asked.svg_file is not None:
@@ -128,9 +131,8 @@ def _measure(asked: _Asked, drive: Callable[[LLM, Load, Progress], Run]) -> None
 
 def _write(run: Run, block: dict[str, Any], asked: _Asked) -> None:
     if asked.json_file is not None:
-        partial = asked.json_file.with_name(asked.json_file.name + ".partial")
-        partial.write_text(json.dumps({"zinfer": __version__} | block, indent=1) + "\n", encoding="utf-8")
-        partial.replace(asked.json_file)
+        with written_whole(asked.json_file) as file:
+            file.write(json.dumps({"zinfer": __version__} | block, indent=1).encode() + b"\n")
         click.echo(f"wrote {asked.json_file}", err=True)
     if asked.svg_file is not None:
         from zinfer.bench.draw import draw

@@ -23,10 +23,10 @@ from zinfer.cli.texts import (
     size_of,
     source_options,
     windows,
-    written_whole,
 )
 from zinfer.runtime.labels import Label
 from zinfer.students.cascade import check_threshold
+from zinfer.whole import refuse_input_as_output, refuse_unwritable, written_whole
 
 OUTPUTS = (".jsonl", ".csv")
 
@@ -86,6 +86,8 @@ def classify(
     of code is from.
     """
     check_suffix(output_file, OUTPUTS)
+    refuse_input_as_output(input_file, output_file)
+    refuse_unwritable(output_file)
     check_suffix(deferred_file, OUTPUTS[:1])
     model, texts = model_and_texts(model, texts, input_file)
     settings = settings_of(model, **options).settings

@@ -13,7 +13,7 @@ from zinfer.cli.plan import DEMO, open_for_planning
 from zinfer.cli.progress import Progress
 from zinfer.config.limits import MemoryLimits, memory_limits
 from zinfer.config.machine import Compute, Machine
-from zinfer.config.profiles import save_machine
+from zinfer.config.profiles import save_machine, writable_profile
 from zinfer.errors import MachineError
 from zinfer.plan.profile import matrix_shapes
 from zinfer.units import Bytes, rate_text, seconds_text
@@ -38,6 +38,8 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     from zinfer.runtime.quant_rates import makers
     from zinfer.runtime.small_model import SmallModel
 
+    if not no_save:
+        writable_profile()
     spec, source = open_for_planning(model or DEMO)
     shapes = matrix_shapes(spec) if model else SHAPES
     dtypes = (spec.dtype,) if model else tuple(DTYPES)

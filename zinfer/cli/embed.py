@@ -22,8 +22,8 @@ from zinfer.cli.texts import (
     size_of,
     source_options,
     windows,
-    written_whole,
 )
+from zinfer.whole import refuse_input_as_output, refuse_unwritable, written_whole
 
 OUTPUTS = (".npy", ".jsonl")
 HEADER_BYTES = 128  # of a .npy file, written when the number of rows is known
@@ -60,6 +60,8 @@ def embed(
 ) -> None:
     """Turn each text into a vector, by MODEL: a folder of an encoder, or its store (default: the bundled example)."""
     check_suffix(output_file, OUTPUTS)
+    refuse_input_as_output(input_file, output_file)
+    refuse_unwritable(output_file)
     model, texts = model_and_texts(model, texts, input_file)
     settings = settings_of(model, **options).settings
     given = windows(texts, input_file, text_column, pair_column)

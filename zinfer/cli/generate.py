@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import click
 from zinfer.api import LLM, Prompts
 from zinfer.cli.options import engine_options, sampling_options, settings_of, split_sampling
 from zinfer.cli.progress import Progress
-from zinfer.cli.prompts import read_prompts, write_results
+from zinfer.cli.prompts import as_line, read_prompts, write_lines
 from zinfer.cli.render import forecast_line, stats_lines
 from zinfer.runtime.request import RequestOutput
 from zinfer.sampling.params import SamplingParams
+from zinfer.whole import refuse_input_as_output, refuse_unwritable, written_whole
 
 
 @click.command()
@@ -47,6 +47,9 @@ def generate(
 ) -> None:
     """Continue text with MODEL, a Hugging Face folder or a zinfer store (default: the bundled model)."""
     prompts = read_prompts(prompt, prompt_ids, input_file)
+    refuse_input_as_output(input_file, output_file)
+    refuse_unwritable(output_file)
+    refuse_unwritable(trace_file)
     params, engine = split_sampling(options)
     loaded = settings_of(model, **engine)
     streams = input_file is None and output_file is None and not as_json
@@ -86,11 +89,12 @@ def _batch(
     with Progress("tokens", quiet=as_json and not sys.stderr.isatty()) as progress:
         outputs: list[RequestOutput] = llm.generate(prompts, params, progress=progress)
     if output_file is not None:
-        write_results(output_file, [output.to_dict() for output in outputs])
+        with written_whole(output_file) as file:
+            write_lines(file, (output.to_dict() for output in outputs))
         click.echo(f"wrote {len(outputs)} results to {output_file}", err=True)
     elif not as_json:
         for output in outputs:
-            click.echo(json.dumps(output.to_dict(), ensure_ascii=False))
+            click.echo(as_line(output.to_dict()))
     if as_json:
         record = {"outputs": [output.to_dict() for output in outputs], "plan": llm.plan.to_dict()}
-        click.echo(json.dumps(record | {"stats": llm.stats.to_dict()}, ensure_ascii=False))
+        click.echo(as_line(record | {"stats": llm.stats.to_dict()}))

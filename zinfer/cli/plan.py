@@ -26,6 +26,7 @@ from zinfer.plan.profile import matrix_shapes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
+from zinfer.whole import refuse_unwritable
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 
@@ -57,10 +58,11 @@ def plan(
     that is not this one.
     """
     settings = settings_of(model, **options).settings
+    num_requests = _num_requests(requests, batch or 1)
+    refuse_unwritable(save_file)
     spec, source = open_for_planning(Path(settings.model) if settings.model else DEMO)
     machine, is_here = planning_machine(settings, source, spec)
     resolved = resolve(settings, machine, limits=memory_limits() if is_here else None, num_gpus=num_gpus())
-    num_requests = _num_requests(requests, batch or 1)
     workload = Workload(batch or 1, prompt_len, gen_len, num_requests=num_requests)
     batches = batch_sizes(num_requests) if requests and batch is None else []
     made = make_plan(spec, source, resolved, machine, workload, batches=batches)

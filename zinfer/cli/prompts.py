@@ -1,13 +1,14 @@
-"""Prompts and results as files.  In: flags or JSON lines.  Out: prompts; results, written whole or not at all."""
+"""Prompts and results as files.  In: flags or JSON lines.  Out: prompts; results as lines."""
 
 from __future__ import annotations
 
 import json
-import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-from zinfer.errors import CheckpointError, MachineError, UsageError
+from zinfer.errors import CheckpointError, UsageError
 
 
 def read_prompts(
@@ -38,10 +39,12 @@ def read_prompts(
 def read_prompt_lines(path: Path) -> list[str] | list[list[int]]:
     """JSON lines {"prompt": text} or {"prompt": [ids]}, all of one kind.  Raises CheckpointError ZI-4911 to ZI-4913."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().split(b"\n")  # JSON text may hold what else Unicode counts as a line's end
+    except OSError as error:
         raise CheckpointError(
-            "ZI-4911", f"{path} cannot be read: {error}", remedy=f"ls -l {path.parent}"
+            "ZI-4911",
+            f"{path} cannot be read: {error.strerror}",
+            remedy=f"ls -ld {shlex.quote(str(path))}   # a file is wanted",
         ) from error
     prompts = [_prompt(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -52,7 +55,16 @@ def read_prompt_lines(path: Path) -> list[str] | list[list[int]]:
     return texts or ids
 
 
-def _prompt(path: Path, number: int, line: str) -> str | list[int]:
+def _prompt(path: Path, number: int, raw: bytes) -> str | list[int]:
+    try:
+        line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        where = shlex.quote(str(path))
+        raise CheckpointError(
+            "ZI-4911",
+            f"{path} line {number} is not UTF-8: {error.reason} at its byte {error.start}",
+            remedy=f"iconv -f latin1 -t utf-8 {where} > prompts.jsonl   # or whatever it was written in",
+        ) from None
     try:
         prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -68,18 +80,17 @@ def _prompt(path: Path, number: int, line: str) -> str | list[int]:
     )
 
 
-def write_results(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """One JSON line per result; the file appears complete or not at all.  Raises MachineError ZI-5911."""
-    partial = path.with_name(path.name + ".partial")
+def write_lines(file: BinaryIO, records: Iterable[Mapping[str, object]]) -> None:
+    """One JSON line per result."""
+    for record in records:
+        file.write(as_line(record).encode() + b"\n")
+
+
+def as_line(record: Mapping[str, object]) -> str:
+    """As JSON on one line; half a surrogate pair, which is no Unicode, stays an escape."""
+    line = json.dumps(record, ensure_ascii=False)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MachineError(
-            "ZI-5911", f"{path} cannot be written: {error.strerror}", remedy="choose another --output"
-        ) from error
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,10 +15,11 @@ from zinfer.api import LLM
 from zinfer.checkpoint.strict_json import parse_object
 from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
-from zinfer.cli.prompts import write_results
+from zinfer.cli.prompts import as_line, write_lines
 from zinfer.cli.render import forecast_line, stats_lines
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.jobs.requests import read_lines
+from zinfer.whole import refuse_input_as_output, refuse_unwritable, written_whole
 
 WINDOW = 1024  # pairs that are planned for and scored together
 
@@ -62,16 +62,19 @@ def score(
             "either --prompt and --continuation or --input is wanted",
             remedy='zinfer score -p "import" -c " os" -c " sys"',
         )
+    refuse_input_as_output(input_file, output_file)
+    refuse_unwritable(output_file)
     flags = [(prompt or "", text) for text in continuations]
     pairs = iter(flags) if input_file is None else _read_pairs(input_file)
     settings = settings_of(model, **engine).settings
     with Progress() as loading, LLM(settings=settings, watch=loading) as llm:
         records = _records(llm, pairs)
         if output_file is not None:
-            write_results(output_file, records)
+            with written_whole(output_file) as file:
+                write_lines(file, records)
         else:
             for record in records:
-                click.echo(json.dumps(record, ensure_ascii=False))
+                click.echo(as_line(record))
         click.echo(forecast_line(llm.plan), err=True)
         for line in stats_lines(llm.stats):
             click.echo(line, err=True)

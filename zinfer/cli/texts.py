@@ -1,20 +1,18 @@
-"""What `classify` and `embed` share.  In: arguments or a table.  Out: windows of texts; files, whole or not at all."""
+"""What `classify` and `embed` share.  In: arguments or a table.  Out: windows of texts."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
 from zinfer.classifier import WINDOW
 from zinfer.cli.options import F
-from zinfer.errors import CheckpointError, MachineError, UsageError
+from zinfer.errors import CheckpointError, UsageError
 from zinfer.tables import read_table, text_of
 from zinfer.tokenizer import Text
 
@@ -116,26 +114,6 @@ def windows(
 def size_of(input_file: Path | None) -> int:
     """Bytes that there are to read, for progress; 0 where texts are arguments or the file is no file."""
     return input_file.stat().st_size if input_file is not None and input_file.is_file() else 0
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears complete or not at all.  Raises MachineError ZI-5931."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MachineError(
-            "ZI-5931", f"{path} cannot be written: {error.strerror}", remedy="choose another --output"
-        ) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def check_suffix(path: Path | None, wanted: Sequence[str]) -> None:

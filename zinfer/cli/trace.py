@@ -11,6 +11,7 @@ import click
 
 from zinfer.errors import CheckpointError, MachineError
 from zinfer.units import seconds_text
+from zinfer.whole import refuse_unwritable
 
 COLOURS = {
     "peer": "#64b5cd",
@@ -28,6 +29,7 @@ COLOURS = {
 @click.option("--last", default=0.0, help="Draw only the last N seconds (0: all).")
 def trace(trace_file: Path, out: Path, last: float) -> None:
     """Draw TRACE_FILE: one lane per link and engine, and each lane's busy share."""
+    refuse_unwritable(out)
     lanes = read_lanes(trace_file)
     end_s = max(begin_s + length_s for spans in lanes.values() for begin_s, length_s in spans)
     begin_s = max(0.0, end_s - last) if last else 0.0
@@ -48,7 +50,7 @@ def read_lanes(path: Path) -> dict[str, list[tuple[float, float]]]:
         for event in events:
             if event["ph"] == "X":
                 lanes[names[event["tid"]]].append((event["ts"] / 1e6, event["dur"] / 1e6))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             "ZI-4901",
             f"{path} is not a trace: {error}",

@@ -15,6 +15,7 @@ from zinfer.config.load import cache_folder, read_toml
 from zinfer.config.machine import Machine
 from zinfer.config.schema import closest
 from zinfer.errors import UsageError
+from zinfer.whole import refuse_unwritable, unwritable, written_whole
 
 SIM_DEFAULT = "sim-default"  # what device="sim" uses when no machine is named
 _SHIPPED = resources.files("zinfer.config") / "data"
@@ -57,13 +58,22 @@ def saved_machine() -> Machine | None:
     return machine if machine.fingerprint == fingerprint() else None
 
 
-def save_machine(machine: Machine) -> Path:
-    """Write the profile where `saved_machine` finds it."""
+def writable_profile() -> Path:
+    """Where `saved_machine` looks, its folder made.  Raises MachineError ZI-5931 where nothing can be saved there."""
     path = profile_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(machine.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    refuse_unwritable(path)
+    return path
+
+
+def save_machine(machine: Machine) -> Path:
+    """Write the profile where `saved_machine` finds it.  Raises MachineError ZI-5931."""
+    path = writable_profile()
+    with written_whole(path) as file:
+        file.write(machine.model_dump_json(indent=1).encode() + b"\n")
     return path
 
 

@@ -60,7 +60,7 @@ class JobOutput:
             raise UsageError(
                 "ZI-1711",
                 f"{path} is there already, and is not the output of a job that could go on",
-                remedy=f"choose another -o, or: rm {shlex.quote(str(path))}",
+                remedy="choose another -o" + ("" if path.is_dir() else f", or: rm {shlex.quote(str(path))}"),
             )
         self._fd = disk.open(path)
         try:

@@ -29,6 +29,7 @@ from zinfer.plan.shares import link_seconds
 from zinfer.spec.quant import op_bytes
 from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
+from zinfer.whole import written_whole
 
 _FORMAT = 1
 _WAITING_SHARE = 0.02  # of a device: less than that is not worth the links' time
@@ -112,11 +113,9 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict` as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        """Write `to_dict` as JSON; the file appears whole or not at all.  Raises MachineError ZI-5931."""
+        with written_whole(Path(path)) as file:
+            file.write(json.dumps(self.to_dict(), indent=1).encode() + b"\n")
 
     @classmethod
     def load(cls, path: str | Path, source: Source) -> Plan:

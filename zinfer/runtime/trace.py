@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zinfer.whole import written_whole
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -60,7 +62,7 @@ class TraceRecorder(Recorder):
             self.spans.extend(spans)
 
     def save(self, path: Path) -> None:
-        """Write Chrome's trace event format (microseconds; one thread id per lane)."""
+        """Write Chrome's trace event format (microseconds; one thread id per lane).  Raises MachineError ZI-5931."""
         start_s = min((span.begin_s for span in self.spans), default=0.0)
         lanes = {lane: i for i, lane in enumerate(sorted({span.lane for span in self.spans}))}
         events: list[dict[str, Any]] = [
@@ -78,6 +80,5 @@ class TraceRecorder(Recorder):
             }
             for span in sorted(self.spans, key=lambda span: span.begin_s)
         ]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-        partial.replace(path)
+        with written_whole(path) as file:
+            file.write(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
