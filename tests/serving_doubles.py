@@ -65,15 +65,19 @@ class HeldQueue:
         return sum(len(text.ids) for text, _ in self.waiting)
 
     def submit(self, text):
-        future = Future()
+        return self.submit_all([text])[0]
+
+    def submit_all(self, texts):
+        futures = [Future() for _ in texts]
         with self.lock:
-            if self.tokens + len(text.ids) > self.max_queue_tokens:
+            if self.tokens + sum(len(text.ids) for text in texts) > self.max_queue_tokens:
                 raise Overloaded(self.tokens, self.max_queue_tokens, 2.25)
-            self.waiting.append((text, future))
-            future.add_done_callback(self._gone)
+            self.waiting += zip(texts, futures, strict=True)
+            for future in futures:
+                future.add_done_callback(self._gone)
             if self.is_open:
                 self.answer()
-        return future
+        return futures
 
     def _gone(self, future):
         with self.lock:

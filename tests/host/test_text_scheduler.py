@@ -79,6 +79,39 @@ def test_an_idle_worker_takes_what_is_there_and_a_busy_one_collects():
     assert [len(texts) for _, texts in answerer.passes] == [1, 5], "what came meanwhile shares a pass"
 
 
+def test_texts_of_one_caller_come_together_so_an_idle_worker_takes_all_of_them():
+    answerer = Sums()
+    with opened(answerer, workers=3) as scheduler:
+        futures = scheduler.submit_all([text(at, at) for at in range(1, 11)])
+        assert [future.result(30).representation_D.item() for future in futures] == list(range(2, 22, 2))
+    assert [len(texts) for _, texts in answerer.passes] == [10], "never the first of them alone"
+
+
+def test_more_than_a_pass_holds_is_shared_by_workers():
+    answerer = Sums(is_open=False)
+    with opened(answerer, workers=2, pass_tokens=20) as scheduler:
+        futures = scheduler.submit_all([text(at, at) for at in range(20, 40)])
+        for _ in range(2):
+            assert answerer.begun.acquire(timeout=30), "both are at work"
+        answerer.gate.set()
+        assert len({future.result(30).representation_D.item() for future in futures}) == 20
+
+
+def test_a_caller_has_all_or_none_of_its_texts_queued():
+    answerer = Sums(is_open=False)
+    with opened(answerer, max_queue_tokens=10) as scheduler:
+        scheduler.submit(text(1))
+        assert answerer.begun.acquire(timeout=30)
+        scheduler.submit_all([text(1, 2), text(3, 4)])
+        with pytest.raises(Overloaded):
+            scheduler.submit_all([text(*range(5)), text(7, 8)])
+        with pytest.raises(BudgetError, match="2 texts of 12 tokens"):
+            scheduler.submit_all([text(*range(6)), text(*range(6))])
+        assert scheduler.stats().queue_texts == 2
+        assert scheduler.stats().rejected == 1
+        answerer.gate.set()
+
+
 def test_a_full_queue_says_when_to_come_again():
     answerer = Sums(is_open=False)
     with opened(answerer, max_queue_tokens=10) as scheduler:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from zinfer.students.controller import RAISE_S, Controller, ServiceTable, isotonic
+from zinfer.errors import BudgetError
+from zinfer.students.controller import PASS_SHARE, RAISE_S, WORTH, Controller, ServiceTable, isotonic
 from zinfer.students.intake import Intake, Overloaded
 from zinfer.students.tally import percentile
 
@@ -129,7 +130,104 @@ def test_the_arrival_rate_forgets():
 
 def test_passes_are_cut_to_what_the_objective_allows():
     controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=100_000)
-    assert TABLE.at(1, controller.pass_tokens) <= 0.4 * OBJECTIVE_S < TABLE.at(1, controller.pass_tokens + 9)
+    for m, tokens in controller.full.items():
+        most = TABLE.tokens_within(m, PASS_SHARE * OBJECTIVE_S, 100_000)
+        assert TABLE.at(m, most) <= PASS_SHARE * OBJECTIVE_S < TABLE.at(m, most + 9)
+        assert 1 <= tokens <= most, (
+            "whoever comes meanwhile does not wait for long, however many students answer"
+        )
+        assert TABLE.at(m, tokens) / tokens <= WORTH * TABLE.at(m, most) / most, "and little is lost"
+    assert controller.full[4] < controller.full[1]
+
+
+@given(tables, st.integers(1, 5), st.integers(1, 5000))
+def test_a_pass_is_no_larger_than_pays(measured, m, most):
+    table = isotonic(TOKENS, measured)
+    m = min(m, table.num_students)
+    tokens = table.worthwhile(m, most)
+    limit_s = WORTH * table.at(m, most) / most
+    assert 1 <= tokens <= most
+    assert table.at(m, tokens) / tokens <= limit_s * (1 + 1e-9)
+    assert all(table.at(m, one) / one > limit_s for one in TOKENS if one < tokens), "the smallest of them"
+
+
+def test_where_tokens_cost_alike_passes_are_small_and_where_a_pass_costs_they_are_large():
+    flat = ServiceTable(TOKENS, (tuple(1e-5 * n for n in TOKENS),))
+    steep = ServiceTable(TOKENS, ((0.01, 0.01, 0.01, 0.011),))
+    assert flat.worthwhile(1, 1024) == 16
+    assert steep.worthwhile(1, 1024) == 1024
+    assert steep.worthwhile(1, 800) == 800, "a size that was not measured is taken where it is the largest"
+
+
+def intake_of(controller, *, most=10**9, now_s=0.0):
+    """An intake of one worker at a moment that stands still."""
+    return Intake(
+        num_students=4,
+        objective_s=OBJECTIVE_S,
+        max_queue_tokens=most,
+        pass_tokens=1024,
+        pass_texts=64,
+        controller=controller,
+        clock=lambda: now_s,
+    )
+
+
+def test_what_could_not_be_answered_in_time_is_refused_and_told_when_to_come():
+    controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024)
+    intake, most = intake_of(controller), controller.most_tokens()
+    last_s = most / controller.full[1] * TABLE.at(1, controller.full[1])
+    assert last_s <= OBJECTIVE_S < last_s * (most + 1) / most, "as many as the fewest students answer in time"
+    for at in range(most // 50):
+        intake.put(at, 50)
+    with pytest.raises(Overloaded) as caught:
+        intake.put("late", 51)
+    assert f"{most} may" in str(caught.value)
+    intake.served(1, 100, 100 * 2e-5)
+    with pytest.raises(Overloaded) as caught:
+        intake.put("late", 51)
+    assert caught.value.retry_after_s == pytest.approx(max((intake.buffer.tokens + 51 - most) * 2e-5, 0.001))
+    for _ in range(60):
+        controller.observe(1, 400, 4 * TABLE.at(1, 400))
+    assert controller.most_tokens() == pytest.approx(most / 4, rel=0.01), (
+        "fewer on a machine that became slower"
+    )
+
+
+def test_a_request_larger_than_the_objective_allows_is_taken_by_an_idle_server():
+    controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024)
+    intake, size = intake_of(controller), controller.most_tokens() + 400
+    assert len(intake.put_all([(at, 50) for at in range(size // 50)])) == size // 50
+    with pytest.raises(Overloaded):
+        intake.put("next", 1)
+
+
+def test_without_a_controller_the_queue_is_as_long_as_was_said():
+    intake = intake_of(None, most=5000)
+    intake.put_all([(at, 50) for at in range(100)])
+    with pytest.raises(Overloaded):
+        intake.put("more", 1)
+
+
+def test_texts_of_a_request_are_taken_all_or_none():
+    intake = intake_of(None, most=100)
+    assert intake.put_all([("a", 30), ("b", 40)]) == [0, 1]
+    with pytest.raises(Overloaded):
+        intake.put_all([("c", 20), ("d", 20)])
+    assert (len(intake.buffer), intake.buffer.tokens, intake.rejected) == (2, 70, 1)
+    assert [one.item for one in intake.take()[1]] == ["a", "b"]
+    with pytest.raises(BudgetError, match="2 texts of 101 tokens were given") as caught:
+        intake.put_all([("e", 50), ("f", 51)])
+    assert caught.value.code == "ZI-2206"
+    assert not len(intake.buffer)
+
+
+def test_a_pass_of_many_students_is_as_short_as_one_of_few():
+    controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024)
+    intake = intake_of(controller)
+    intake.put_all([(at, 50) for at in range(16)])
+    students, texts = intake.take()
+    assert students == 4, "there is time for all of them"
+    assert sum(one.tokens for one in texts) <= controller.full[4] < 16 * 50
 
 
 def test_a_machine_that_became_slower_is_noticed():

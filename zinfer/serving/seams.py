@@ -54,6 +54,10 @@ class TextQueue(Protocol):
         """Queue a text.  Raises Overloaded with `retry_after_s`; a future cancelled in time is never computed."""
         ...
 
+    def submit_all(self, texts: Sequence[Encoded]) -> list[Future[Served]]:
+        """Queue the texts of one request, all or none."""
+        ...
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more, wait for what was taken; False where time ran out."""
         ...

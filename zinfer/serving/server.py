@@ -19,6 +19,7 @@ from zinfer.errors import MachineError, ZinferError
 from zinfer.serving.access import BACKLOG, bind, check_binding
 from zinfer.serving.app import Guard, make_app
 from zinfer.serving.model import ServedClassifier, open_queue
+from zinfer.serving.pauses import few_pauses
 from zinfer.serving.protocol import MAX_HEADER_BYTES, timed_protocol
 from zinfer.serving.service import Service
 from zinfer.serving.shift import Shift
@@ -41,12 +42,17 @@ def run_server(opened: Callable[[], Classifier], settings: Settings, *, say: Say
     """
     limits = settings.serve
     check_binding(limits)
-    with bind(limits) as listening, opened() as classifier:
+    with bind(limits) as listening, opened() as classifier, few_pauses() as settle:
+
+        def settled(about: dict[str, Any]) -> None:
+            settle()
+            ready(about)
+
         service = Service(ServedClassifier(classifier), open_queue(classifier, limits), limits)
         before_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         try:
-            server = Server(make_app(service), service, say=say, ready=ready)
+            server = Server(make_app(service), service, say=say, ready=settled)
             server.run(sockets=[listening])
         finally:
             sys.setswitchinterval(before_s)

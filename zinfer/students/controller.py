@@ -14,7 +14,8 @@ from dataclasses import dataclass
 RATE_S = 0.25  # time constant of the arrival rate
 RAISE_S = 1.0  # how long one student more must have fitted before it answers
 SHARE, MOST_LOAD = 0.8, 0.9  # of the objective; of what passes can carry
-PASS_SHARE = 0.4  # of the objective: a text waits for the pass in progress, then for its own
+PASS_SHARE = 0.3  # of the objective: a text waits for the pass in progress, then for its own
+WORTH = 1.1  # a pass is no longer than what brings the cost of a token within so much of its least
 _DRIFT = 0.1  # weight of one pass in what measured seconds are corrected by
 _MOST_DRIFT = 8.0
 
@@ -51,6 +52,13 @@ class ServiceTable:
             low, high = (middle, high) if self.at(num_students, middle) <= seconds else (low, middle - 1)
         return low
 
+    def worthwhile(self, num_students: int, most: int) -> int:
+        """The smallest pass whose token costs at most WORTH times what one of `most` tokens costs: larger ones only
+        make others wait."""
+        limit_s = WORTH * self.at(num_students, most) / most
+        points = sorted({point for point in self.tokens if point < most} | {most})
+        return next(point for point in points if self.at(num_students, point) <= limit_s * point)
+
 
 def isotonic(tokens: Sequence[int], seconds: Sequence[Sequence[float]]) -> ServiceTable:
     """A table of what was measured, made non-decreasing in both arguments.
@@ -76,8 +84,10 @@ class Controller:
     0.8 of the objective, and what comes is at most 0.9 of what full passes carry.
 
     Lowers at once; raises by one after each second in which m + 1 would have held both.  Load is judged at a full
-    pass, whose cost per token is least, so the choice never grows with what waits.  `observe` corrects the measured
-    table by what passes take now.  Used under the caller's lock, with the caller's clock.
+    pass, so the choice never grows with what waits.  `full[m]` are the tokens of a full pass of m students: no more
+    than take 0.3 of the objective, so that whoever comes meanwhile does not wait for long, and no more than pay.
+    `observe` corrects the measured table by what passes take now.  Used under the caller's lock, with the caller's
+    clock.
     """
 
     def __init__(
@@ -93,7 +103,10 @@ class Controller:
         self.table, self.objective_s, self.workers = table, objective_s, workers
         self.least, self.most = least, most or table.num_students
         assert 1 <= least <= self.most <= table.num_students, "the table has a row for every choice"
-        self.pass_tokens = table.tokens_within(least, PASS_SHARE * objective_s, pass_tokens)
+        self.full = {
+            m: table.worthwhile(m, table.tokens_within(m, PASS_SHARE * objective_s, pass_tokens))
+            for m in range(least, self.most + 1)
+        }
         self.num_students = self.most
         self._rate, self._rate_at_s = 0.0, -math.inf
         self._drift = 1.0
@@ -120,11 +133,16 @@ class Controller:
 
     def fits(self, num_students: int, queue_tokens: int, age_s: float, rate: float) -> bool:
         """Whether both conditions hold with that many students."""
-        full = self.pass_tokens
+        full = self.full[num_students]
         pass_s = self.seconds(num_students, min(queue_tokens, full))
         drain_s = self.seconds(num_students, full) * queue_tokens / full / self.workers
         is_in_time = max(age_s + pass_s, drain_s) <= SHARE * self.objective_s
         return is_in_time and rate * self.seconds(num_students, full) / full <= MOST_LOAD * self.workers
+
+    def most_tokens(self) -> int:
+        """How many may wait so that the fewest students answer the last of them within the objective, at least 1."""
+        full = self.full[self.least]
+        return max(int(full * self.objective_s * self.workers / self.seconds(self.least, full)), 1)
 
     def largest(self, queue_tokens: int, age_s: float, rate: float) -> int:
         """The choice without a memory: never grows with any of the three."""

@@ -6,7 +6,7 @@ Integers and seconds only: the threads around it are those of `scheduler`, in te
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from zinfer.errors import BudgetError
@@ -21,7 +21,7 @@ _WINDOW = 0.2  # weight of one pass in the measured rate
 
 
 class Overloaded(BudgetError):  # noqa: N818  # what is wrong is the moment, not the text
-    """ZI-2205: the queue is full.  `retry_after_s` is when there should be room, from what waits and what is served."""
+    """ZI-2205: as much waits as may.  `retry_after_s`: when there should be room, from what waits and is served."""
 
     def __init__(self, queue_tokens: int, max_queue_tokens: int, retry_after_s: float) -> None:
         super().__init__(
@@ -54,27 +54,43 @@ class Intake(Generic[T]):
         self.num_students, self.controller = num_students, controller
         self.overdue_s = float("inf") if objective_s is None else objective_s / 2
         self.max_queue_tokens, self.pass_texts, self.workers = max_queue_tokens, pass_texts, workers
-        self.pass_tokens = pass_tokens if controller is None else min(pass_tokens, controller.pass_tokens)
+        self.pass_tokens = pass_tokens
         self.clock = clock
         self.token_s: float | None = None  # seconds of a token in recent passes
         self.rejected = 0
 
     def put(self, item: T, tokens: int) -> int:
-        """Queue a text; its number.  Raises Overloaded ZI-2205 where the queue is full, BudgetError ZI-2206 for a
-        text that no queue of this size can hold."""
+        """Queue a text; its number.  Raises as `put_all`."""
+        return self.put_all([(item, tokens)])[0]
+
+    def put_all(self, texts: Sequence[tuple[T, int]]) -> list[int]:
+        """Queue (item, tokens) of several texts, all or none of them; their numbers.
+
+        Raises Overloaded ZI-2205 where the queue is full, or so long that even the fewest students would answer the
+        last of them too late; BudgetError ZI-2206 for what no queue of this size can hold.
+        """
+        tokens = sum(size for _, size in texts)
         if tokens > self.max_queue_tokens:
             raise BudgetError(
                 "ZI-2206",
-                f"a text of {tokens} tokens was given, the queue holds {self.max_queue_tokens}",
+                f"{_so_many(texts)} of {tokens} tokens {'was' if len(texts) == 1 else 'were'} given, the queue holds "
+                f"{self.max_queue_tokens}",
                 remedy=f"max_queue_tokens={tokens}",
             )
-        if self.buffer.tokens + tokens > self.max_queue_tokens:
+        most = self.most_tokens()
+        if self.buffer.tokens and self.buffer.tokens + tokens > most:
             self.rejected += 1
-            raise Overloaded(self.buffer.tokens, self.max_queue_tokens, self.retry_after_s(tokens))
+            raise Overloaded(self.buffer.tokens, most, self.retry_after_s(tokens))
         now_s = self.clock()
         if self.controller is not None:
             self.controller.arrived(tokens, now_s)
-        return self.buffer.put(item, tokens, now_s)
+        return [self.buffer.put(item, size, now_s) for item, size in texts]
+
+    def most_tokens(self) -> int:
+        """How many may wait now: what the queue holds, and with a controller no more than is answered in time."""
+        if self.controller is None:
+            return self.max_queue_tokens
+        return min(self.max_queue_tokens, self.controller.most_tokens())
 
     def take(self) -> tuple[int, list[Waiting[T]]]:
         """(number of students, texts) of the next pass; no texts where none wait."""
@@ -84,7 +100,15 @@ class Intake(Generic[T]):
         now_s, num_students = self.clock(), self.num_students
         if self.controller is not None:
             num_students = self.controller.decide(self.buffer.tokens, now_s - oldest_s, now_s)
-        return num_students, self.buffer.take(self.pass_tokens, self.pass_texts, now_s, self.overdue_s)
+        return num_students, self.buffer.take(
+            self._room(num_students), self.pass_texts, now_s, self.overdue_s
+        )
+
+    def _room(self, num_students: int) -> int:
+        """Tokens of a pass."""
+        if self.controller is None:
+            return self.pass_tokens
+        return min(self.pass_tokens, self.controller.full[num_students])
 
     def served(self, num_students: int, tokens: int, seconds: float) -> None:
         """A pass has ended."""
@@ -95,7 +119,11 @@ class Intake(Generic[T]):
 
     def retry_after_s(self, tokens: int) -> float:
         """Seconds until so many tokens should have room: what is too much, at the measured rate."""
-        excess = self.buffer.tokens + tokens - self.max_queue_tokens
+        excess = self.buffer.tokens + tokens - self.most_tokens()
         if self.token_s is None:
             return UNKNOWN_S
         return max(excess * self.token_s / self.workers, LEAST_S)
+
+
+def _so_many(texts: Sequence[object]) -> str:
+    return "a text" if len(texts) == 1 else f"{len(texts)} texts"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -135,12 +136,18 @@ class TextScheduler:
             thread.start()
 
     def submit(self, text: Encoded) -> Future[Served]:
-        """Queue a text.  A future that is cancelled before its pass leaves the queue at once and is never computed.
+        """Queue a text, as `submit_all`."""
+        return self.submit_all([text])[0]
 
-        Raises Overloaded ZI-2205 where the queue is full, BudgetError ZI-2206 for a text that it never holds,
+    def submit_all(self, texts: Sequence[Encoded]) -> list[Future[Served]]:
+        """Queue the texts of a caller, all or none: one pass takes them together where they fit into one.
+
+        A future that is cancelled before its pass leaves the queue at once and is never computed.
+
+        Raises Overloaded ZI-2205 where the queue is full, BudgetError ZI-2206 for texts that it never holds,
         MachineError ZI-5341 once `drain` or `close` was called.
         """
-        job = _Job(text, Future())
+        jobs: list[_Job] = [_Job(text, Future()) for text in texts]
         with self._change:
             if not self._is_open:
                 raise MachineError(
@@ -148,12 +155,11 @@ class TextScheduler:
                     "the scheduler takes no more texts: it is being closed",
                     remedy="another server",
                 )
-            number = self._intake.put(job, len(text.ids))
-            self._change.notify()
-        job.future.add_done_callback(
-            lambda future: self._discard(number, job) if future.cancelled() else None
-        )
-        return job.future
+            numbers = self._intake.put_all([(job, len(job.text.ids)) for job in jobs])
+            self._change.notify(len(jobs))
+        for number, job in zip(numbers, jobs, strict=True):
+            job.future.add_done_callback(partial(self._leave, number, job))
+        return [job.future for job in jobs]
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more texts and wait until all that were taken are answered; False where time ran out."""
@@ -204,7 +210,10 @@ class TextScheduler:
     ) -> None:
         self.close()
 
-    def _discard(self, number: int, job: _Job) -> None:
+    def _leave(self, number: int, job: _Job, future: Future[Served]) -> None:
+        """Take a text whose future was cancelled out of the queue."""
+        if not future.cancelled():
+            return
         with self._change:
             if not self._intake.buffer.discard(number):
                 return  # a worker has it, or close
