@@ -34,7 +34,8 @@ QUEUES = {  # seconds; together at most half an hour
 }
 SERVED = {"students_burst.py": 360, "serve_soak.py": 150}  # a teacher and its students, the bundled ones
 BENCHMARKS = ALONE | QUEUES | SERVED
-TAKES_NO_OPTIONS = ("overlap.py", "several_devices.py")
+TAKES_NO_OPTIONS = ("overlap.py",)
+TAKES_ONLY_RESULTS = ("several_devices.py",)
 QUICK_IS_UNKNOWN = ("roofs.py",)
 TAKES_ONLY_QUICK = ("students_latency.py", *SERVED)
 
@@ -52,6 +53,8 @@ def options_of(script: str, words: list[str]) -> list[str]:
     """Those of the given options that a script understands."""
     if script in TAKES_NO_OPTIONS:
         return []
+    if script in TAKES_ONLY_RESULTS:
+        return words[words.index("--results") :][:2] if "--results" in words else []
     if script in TAKES_ONLY_QUICK:
         return [word for word in words if word == "--quick"]
     return [word for word in words if not (word == "--quick" and script in QUICK_IS_UNKNOWN)]

@@ -139,6 +139,19 @@ class Record:
         return path
 
 
+def quantised_store(model: Path, folder: Path, weights: str, log: Path, timeout_s: float) -> Path:
+    """`folder` as a store of the model in this format, made by `zinfer shard` if it is not there.
+
+    Raises RuntimeError where it cannot be made.
+    """
+    if not (folder / "config.json").exists():
+        words = ["shard", str(model), "--out", str(folder), "--weights", weights]
+        child = run_child([sys.executable, "-m", "zinfer", *words], log, timeout_s=timeout_s)
+        if child.returncode:
+            raise RuntimeError(f"the {weights} store cannot be made: {child.why}")
+    return folder
+
+
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Median, smallest and largest of some durations, and how many they are; an empty list gives none."""
     if not seconds:

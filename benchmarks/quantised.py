@@ -18,7 +18,7 @@ from typing import Any
 
 from calls import Bench, Call, median_s, num_wrong, parser, run, start
 from conditions import PROFILE, Conditions, checkpoint_bytes, embedding_bytes
-from harness import ENVIRONMENT, MIB, Record, run_child, summary
+from harness import ENVIRONMENT, MIB, Record, quantised_store, summary
 
 ROWS, PROMPT, OUTPUT = 8, 16, 24
 STREAMED_SHARE, AT_LEAST = 0.6, 0.92
@@ -29,23 +29,9 @@ def store(bench: Bench, weights: str) -> Path:
     model = bench.conditions.model
     if weights == "bf16":
         return model
-    folder = bench.conditions.work / f"{model.name}-{weights}"
-    if not (folder / "config.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "zinfer",
-            "shard",
-            str(model),
-            "--out",
-            str(folder),
-            "--weights",
-            weights,
-        ]
-        child = run_child(command, bench.conditions.work / f"shard-{weights}.log", timeout_s=1200)
-        if child.returncode:
-            raise RuntimeError(f"the {weights} store cannot be made: {child.why}")
-    return folder
+    work = bench.conditions.work
+    log = work / f"shard-{weights}.log"
+    return quantised_store(model, work / f"{model.name}-{weights}", weights, log, 1200)
 
 
 def pass_bytes(model: Path) -> int:

@@ -1,6 +1,6 @@
 """Do the links of several devices add up?  In: simulated devices.  Out: one record, by links, on both clocks.
 
-usage: several_devices.py [--dry-run]
+usage: several_devices.py [--dry-run] [--results DIR]
 
 Every chunk comes up from host memory in shares, over two links of the same rate, over unequal ones, and over two that
 stand behind one root port.  Copies are real and paced by the simulated machine; nothing computes, so that a pass takes
@@ -9,6 +9,7 @@ as long as the links need.  Every byte of one more pass is compared with the fil
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from harness import ROOT, Record, summary
+from harness import RESULTS, ROOT, Record, summary
 from overlap import one_pass
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -87,8 +88,11 @@ def wall_passes(
 
 def main() -> int:
     """All cases on both clocks; exit status 1 where the wall clock is off by more than TOLERANCE."""
-    is_dry = "--dry-run" in sys.argv[1:]
-    count, pages, passes = (6, 64, 1) if is_dry else (24, 2048, 5)
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--dry-run", action="store_true", help="small, and no record")
+    made.add_argument("--results", type=Path, default=RESULTS, help="folder for records")
+    options = made.parse_args()
+    count, pages, passes = (6, 64, 1) if options.dry_run else (24, 2048, 5)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +119,7 @@ def main() -> int:
             virtual, wall = rows[-1]["virtual_ratio"], rows[-1]["wall_ratio"]
             print(f"{name:14} expected {EXPECTED[name]:.3f}  virtual {virtual:.3f}  wall {wall:.3f}")
     off = [row["links"] for row in rows if abs(row["wall_ratio"] / row["expected_ratio"] - 1) > TOLERANCE]
-    if is_dry:
+    if options.dry_run:
         return 0
     record = Record(
         bench="several_devices",
@@ -128,7 +132,7 @@ def main() -> int:
         answer_matches=True,
         rows=rows,
     )
-    print(f"{'MISSED by ' + ', '.join(off) if off else 'met'}  {record.write()}")
+    print(f"{'MISSED by ' + ', '.join(off) if off else 'met'}  {record.write(options.results)}")
     return int(bool(off))
 
 

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from decode import row_of, steady
-from harness import run_child
+from harness import quantised_store
 from setting import MIB, Bench, block, saved_probe
 
 
@@ -19,22 +19,8 @@ def run(bench: Bench) -> None:
     """Shard, run both, write."""
     model = bench.checkpoint()
     known, probe = bench.known(model), saved_probe(bench)
-    store = bench.work / f"{model.name}-int4"
-    if not (store / "config.json").exists():
-        command = [
-            sys.executable,
-            "-m",
-            "zinfer",
-            "shard",
-            str(model),
-            "--out",
-            str(store),
-            "--weights",
-            "int4",
-        ]
-        child = run_child(command, bench.work / "shard.log", timeout_s=max(bench.left_s - 60, 60))
-        if child.returncode:
-            raise RuntimeError(f"the store cannot be made: {child.why}")
+    work, most_s = bench.work, max(bench.left_s - 60, 60)
+    store = quantised_store(model, work / f"{model.name}-int4", "int4", work / "shard.log", most_s)
     prompt = known.prompts(1, bench.size.prompt, bench.size.prompt)
     common: dict[str, Any] = {
         "memory": {"host": 64 * MIB if bench.is_dry else "90%"},

@@ -193,5 +193,10 @@ class TestAll:
         assert runner.chosen(["--only", "packed.py", "--quick"]) == (["packed.py"], ["--quick"])
         assert runner.chosen(["--quick"]) == (list(runner.BENCHMARKS), ["--quick"])
         assert runner.options_of("overlap.py", ["--quick"]) == []
+        assert runner.options_of("several_devices.py", ["--quick", "--results", "r", "--x"]) == [
+            "--results",
+            "r",
+        ]
+        assert runner.options_of("several_devices.py", ["--quick"]) == []
         with pytest.raises(KeyError, match=r"none\.py"):
             runner.chosen(["--only", "none.py"])

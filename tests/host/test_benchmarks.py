@@ -400,3 +400,23 @@ class TestGguf:
         with pytest.raises(KeyError, match="OPTForCausalLM"):
             write_gguf.write(tmp_path, tmp_path / "model.gguf")
         assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_store_is_made_once_and_a_failure_is_said(tmp_path, monkeypatch):
+    commands = []
+
+    def run_child(command, log, timeout_s):
+        commands.append((command[2:], log, timeout_s))
+        return harness.Child(len(commands) - 1, 0.0, 0, 0, None, "no room", False)
+
+    monkeypatch.setattr(harness, "run_child", run_child)
+    made = (tmp_path / "m", tmp_path / "m-int4", "int4", tmp_path / "log", 9.0)
+    assert harness.quantised_store(*made) == tmp_path / "m-int4"
+    words = ["zinfer", "shard", str(tmp_path / "m"), "--out", str(tmp_path / "m-int4"), "--weights", "int4"]
+    assert commands == [(words, tmp_path / "log", 9.0)]
+    with pytest.raises(RuntimeError, match=r"int4 store cannot be made.*no room"):
+        harness.quantised_store(*made)
+    (tmp_path / "m-int4").mkdir()
+    (tmp_path / "m-int4" / "config.json").write_text("{}")
+    assert harness.quantised_store(*made) == tmp_path / "m-int4"
+    assert len(commands) == 2

@@ -1,9 +1,9 @@
 """What shares over several CUDA devices ask of the runtime, and in which order, with a runtime that writes it down."""
 
-import threading
 from contextlib import ExitStack, contextmanager
 
 import chunk_files
+import cuda_double
 import pytest
 import torch
 from links_of import with_links
@@ -24,15 +24,13 @@ from zinfer.plan.shares import ways_up
 PAGES = [8, 8, 8, 8]
 
 
-class Runtime:
-    """Stands for torch.cuda on several devices: streams are named as they are made, every call is noted."""
+class Runtime(cuda_double.Runtime):
+    """Several devices: streams are numbered as they are made, of waiting only that for events is noted."""
 
     def __init__(self):
-        self.calls, self.num_streams, self.num_events = [], 0, 0
-        self.finish, self.error, self.refuses = threading.Event(), None, None
-        self.finish.set()
+        super().__init__()
+        self.refuses, self.current = None, []
         self.compute = FakeStream(self, "compute")
-        self.current = []
 
     def Stream(self, device):
         self.num_streams += 1
@@ -41,9 +39,6 @@ class Runtime:
     def Event(self, **_):
         self.num_events += 1
         return FakeEvent(self, self.num_events)
-
-    def current_stream(self, device):
-        return self.compute
 
     @contextmanager
     def stream(self, stream):
@@ -54,29 +49,12 @@ class Runtime:
         self.current.pop()
 
 
-class FakeStream:
-    def __init__(self, runtime, name):
-        self.runtime, self.name = runtime, name
-
+class FakeStream(cuda_double.FakeStream):
     def wait_stream(self, other):
         pass
 
-    def wait_event(self, event):
-        self.runtime.calls.append((self.name, "waits for", event.number))
 
-
-class FakeEvent:
-    def __init__(self, runtime, number):
-        self.runtime, self.number = runtime, number
-
-    def record(self, stream):
-        self.runtime.calls.append((stream.name, "records", self.number))
-
-    def synchronize(self):
-        self.runtime.finish.wait(20)
-        if self.runtime.error:
-            raise self.runtime.error
-
+class FakeEvent(cuda_double.FakeEvent):
     def elapsed_time(self, end):
         return 1000.0 * (end.number - self.number)
 

@@ -85,7 +85,7 @@ def test_scattered_pages_read_the_same():
     kv.close(1)
     kv.close(3)
     kv.tables.check()
-    assert kv.has_room(640)
+    assert kv.free_tokens == 640
 
 
 @pytest.mark.parametrize("keep", [[], [0], [0, 1, 2], [3], [0, 2, 5], [1, 2, 3, 4, 5]])
@@ -175,11 +175,13 @@ def test_growth_on_demand_keeps_what_is_there():
 
 def test_room_is_told_before_it_is_asked_for():
     kv = cache(num_pages=3)
-    assert kv.has_room(48)
-    assert not kv.has_room(49)
+    assert kv.free_tokens == kv.capacity_tokens == 48
     kv.open(0, 17)
-    assert kv.has_room(16)
-    assert not kv.has_room(17)
+    assert (kv.free_tokens, kv.capacity_tokens) == (16, 48)
+    assert not kv.grow(0, 49)
+    assert kv.free_tokens == 16
+    assert kv.grow(0, 48)
+    assert kv.free_tokens == 0
 
 
 def test_page_tables_lead_to_the_rows_in_place():

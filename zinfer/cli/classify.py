@@ -17,8 +17,8 @@ from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
 from zinfer.cli.texts import (
     Window,
+    answer_options,
     check_suffix,
-    group_options,
     model_and_texts,
     size_of,
     source_options,
@@ -41,12 +41,7 @@ OUTPUTS = (".jsonl", ".csv")
     help="Rows with label and score: .jsonl or .csv.",
 )
 @click.option("--top-k", default=1, show_default=True, help="Labels per text, likeliest first (0: all).")
-@click.option(
-    "--exact/--no-exact",
-    default=None,
-    help="A text's result depends on nothing but the text (default on).",
-)
-@group_options
+@answer_options
 @click.option("--teacher", help="Of a group: who answers where it is not sure; may exceed its memory.")
 @click.option("--defer-below", type=float, metavar="P", help="Not sure: less confident than this (0 to 1).")
 @click.option(

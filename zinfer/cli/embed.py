@@ -16,8 +16,8 @@ from zinfer.cli.options import engine_options, settings_of
 from zinfer.cli.progress import Progress
 from zinfer.cli.texts import (
     Window,
+    answer_options,
     check_suffix,
-    group_options,
     model_and_texts,
     size_of,
     source_options,
@@ -38,12 +38,7 @@ HEADER_BYTES = 128  # of a .npy file, written when the number of rows is known
     type=click.Path(path_type=Path),
     help="float32 [N, D] as .npy, or rows with their embedding as .jsonl.",
 )
-@click.option(
-    "--exact/--no-exact",
-    default=None,
-    help="A text's result depends on nothing but the text (default on).",
-)
-@group_options
+@answer_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @engine_options
 def embed(

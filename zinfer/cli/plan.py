@@ -22,7 +22,6 @@ from zinfer.errors import UsageError
 from zinfer.plan.explain import alternatives, explain, explained_dict
 from zinfer.plan.make import make_plan
 from zinfer.plan.optimise import batch_sizes
-from zinfer.plan.profile import matrix_shapes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
@@ -117,10 +116,7 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
     if machine is not None and spec.dtype in machine.host.products:
         return machine, True
     try:
-        from zinfer.kernels.quant import any_linear
-        from zinfer.memory.measure import probe
-        from zinfer.runtime.quant_rates import makers
-        from zinfer.runtime.small_model import SmallModel
+        from zinfer.runtime.probed import probed
     except ModuleNotFoundError:  # a laptop without torch: plans need none
         return load_machine(SIM_DEFAULT), False
     click.echo(
@@ -128,16 +124,7 @@ def planning_machine(settings: Settings, source: Source, spec: ModelSpec) -> tup
         "and saves one)",
         err=True,
     )
-    files = [file for file in source.files if file.is_file()]
-    machine = probe(
-        files,
-        any_linear,
-        SmallModel,
-        dtype=spec.dtype,
-        shapes=matrix_shapes(spec),
-        modes=(settings.exact,),
-        formats=makers([spec.weights]),
-    )
+    machine = probed([file for file in source.files if file.is_file()], spec, exact=settings.exact)
     if machine.skipped:
         click.echo(f"note       no time was left for {'; '.join(machine.skipped)}: guessed", err=True)
     return machine, True

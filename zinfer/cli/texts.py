@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,9 +28,12 @@ _SOURCE = (
     ),
     click.option("--pair-column", help="Column or key of the text's pair."),
 )
-
-
-_GROUP = (
+_ANSWER = (
+    click.option(
+        "--exact/--no-exact",
+        default=None,
+        help="A text's result depends on nothing but the text (default on).",
+    ),
     click.option("--students", type=int, help="Of a group: how many answer (default: all)."),
     click.option(
         "--degraded", is_flag=True, help="Serve a damaged group with its first whole students, and say so."
@@ -38,16 +41,18 @@ _GROUP = (
 )
 
 
-def group_options(command: F) -> F:
-    """Add the options that only a group of students has."""
-    for option in reversed(_GROUP):
-        command = option(command)
-    return command
-
-
 def source_options(command: F) -> F:
     """Add the arguments and options that say which texts."""
-    for option in reversed(_SOURCE):
+    return _with(_SOURCE, command)
+
+
+def answer_options(command: F) -> F:
+    """Add the options that say who answers, and how: the students of a group, exactly or not."""
+    return _with(_ANSWER, command)
+
+
+def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
+    for option in reversed(options):
         command = option(command)
     return command
 

@@ -79,10 +79,6 @@ class PagedKv:
         """Tokens for which nobody owns a page yet."""
         return self.tables.pool.free_pages * PAGE_TOKENS
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether `open` would find its pages now."""
-        return pages_for(num_tokens) <= self.tables.pool.free_pages
-
     def open(self, sequence_id: int, num_tokens: int) -> None:
         """Give a new sequence pages for its first `num_tokens` tokens; BudgetError ZI-2501 when they lack."""
         if sequence_id in self._spilled:

@@ -20,12 +20,11 @@ from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings, parse_settings
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.kernels.precision import computable
-from zinfer.kernels.quant import any_linear
 from zinfer.log import logger
 from zinfer.memory.devices import free_bytes, visible_devices
 from zinfer.plan.make import Plan, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
-from zinfer.plan.profile import matrix_shapes, profile
+from zinfer.plan.profile import profile
 from zinfer.plan.records import Workload
 from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
@@ -217,9 +216,7 @@ def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> t
         return load_machine(settings.machine), True
     if settings.device == "sim":
         return load_machine(SIM_DEFAULT), True
-    from zinfer.memory.measure import probe
-    from zinfer.runtime.quant_rates import makers
-    from zinfer.runtime.small_model import SmallModel
+    from zinfer.runtime.probed import probed
 
     machine = saved_machine()
     if machine is not None and spec.dtype in machine.host.products:
@@ -228,15 +225,7 @@ def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> t
         "no machine profile with %s products is saved: probing for 2 s (zinfer doctor measures and saves one)",
         spec.dtype,
     )
-    machine = probe(
-        files,
-        any_linear,
-        SmallModel,
-        dtype=spec.dtype,
-        shapes=matrix_shapes(spec),
-        modes=(settings.exact,),
-        formats=makers([spec.weights]),
-    )
+    machine = probed(files, spec, exact=settings.exact)
     if machine.skipped:
         logger.warning("the probe had no time for %s: guessed (zinfer doctor)", "; ".join(machine.skipped))
     return machine, False
