@@ -12,12 +12,15 @@ from student_groups import COUNT, make_group
 from text_models import CONFIGS
 
 from zinfer.errors import UsageError
+from zinfer.students import forms
 from zinfer.students.bank import StudentBank
 from zinfer.students.fixed import BUCKETS, ROWS, TEXTS, Bucket, bucket_of, fill_up
 from zinfer.students.forms import SIZES, Forms
 from zinfer.students.lanes import Lanes
+from zinfer.students.serving import MAX_ROWS
 from zinfer.students.spread import CopyingCollective, SpreadBank
 from zinfer.students.stacked import filled, fused
+from zinfer.students.student import answer
 
 LENGTHS = (5, 17, 1, 9, 17, 40, 9)
 
@@ -65,13 +68,37 @@ def test_forms_agree_for_every_prefix(family, two_threads):
     bank.close()
 
 
+@pytest.mark.parametrize("form", ["in turn", "threaded"])
+def test_what_all_students_read_is_looked_up_once(form, two_threads, monkeypatch):
+    bank, seen, own = StudentBank(make_group()), [], forms.embedded
+    monkeypatch.setattr(forms, "embedded", lambda *given: seen.append(1) or own(*given))
+    batch = pack(texts())
+    with torch.no_grad():
+        rows = bank.forms.by_name[form](batch, COUNT)
+        alone = [
+            answer(bank.spec, bank.group.shared, weights, batch) for weights in bank.forms._students[:COUNT]
+        ]
+    assert seen == [1]
+    assert (rows - torch.stack(alone)).abs().max() <= 1e-5, "and is what each of them would have looked up"
+    bank.close()
+
+
+def test_large_passes_have_a_form_of_their_own(bank):
+    """What is fastest for hundreds of rows is not for thousands: stacked products fall out of the caches."""
+    assert SIZES[-1] == MAX_ROWS, "no pass of a group is larger than what was measured"
+    for rows in (SIZES[-2], SIZES[-2] + 1, SIZES[-1]):
+        with torch.no_grad():
+            bank.forms.run(pack(texts([40] * (rows // 40) + [rows % 40])), 1)
+    assert set(bank.forms.chosen) == {(SIZES[-2], 1), (SIZES[-1], 1)}
+
+
 def test_a_student_per_thread_really_runs_on_other_threads_with_one_core_each(two_threads, monkeypatch):
     seen, bank = [], StudentBank(make_group())
     own = Forms._some
 
-    def noted(self, batch, students):
+    def noted(self, batch, entered_TM, students):
         seen.append((threading.current_thread().name, list(students), torch.get_num_threads()))
-        return own(self, batch, students)
+        return own(self, batch, entered_TM, students)
 
     monkeypatch.setattr(Forms, "_some", noted)
     with torch.no_grad():

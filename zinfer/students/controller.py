@@ -15,7 +15,6 @@ RATE_S = 0.25  # time constant of the arrival rate
 RAISE_S = 1.0  # how long one student more must have fitted before it answers
 SHARE, MOST_LOAD = 0.8, 0.9  # of the objective; of what passes can carry
 PASS_SHARE = 0.3  # of the objective: a text waits for the pass in progress, then for its own
-WORTH = 1.1  # a pass is no longer than what brings the cost of a token within so much of its least
 _DRIFT = 0.1  # weight of one pass in what measured seconds are corrected by
 _MOST_DRIFT = 8.0
 
@@ -52,13 +51,6 @@ class ServiceTable:
             low, high = (middle, high) if self.at(num_students, middle) <= seconds else (low, middle - 1)
         return low
 
-    def worthwhile(self, num_students: int, most: int) -> int:
-        """The smallest pass whose token costs at most WORTH times what one of `most` tokens costs: larger ones only
-        make others wait."""
-        limit_s = WORTH * self.at(num_students, most) / most
-        points = sorted({point for point in self.tokens if point < most} | {most})
-        return next(point for point in points if self.at(num_students, point) <= limit_s * point)
-
 
 def isotonic(tokens: Sequence[int], seconds: Sequence[Sequence[float]]) -> ServiceTable:
     """A table of what was measured, made non-decreasing in both arguments.
@@ -85,7 +77,7 @@ class Controller:
 
     Lowers at once; raises by one after each second in which m + 1 would have held both.  Load is judged at a full
     pass, so the choice never grows with what waits.  `full[m]` are the tokens of a full pass of m students: no more
-    than take 0.3 of the objective, so that whoever comes meanwhile does not wait for long, and no more than pay.
+    than take 0.3 of the objective, so that whoever comes meanwhile does not wait for long.
     `observe` corrects the measured table by what passes take now.  Used under the caller's lock, with the caller's
     clock.
     """
@@ -104,7 +96,7 @@ class Controller:
         self.least, self.most = least, most or table.num_students
         assert 1 <= least <= self.most <= table.num_students, "the table has a row for every choice"
         self.full = {
-            m: table.worthwhile(m, table.tokens_within(m, PASS_SHARE * objective_s, pass_tokens))
+            m: table.tokens_within(m, PASS_SHARE * objective_s, pass_tokens)
             for m in range(least, self.most + 1)
         }
         self.num_students = self.most

@@ -19,11 +19,11 @@ from zinfer.layers.packed import Packed
 from zinfer.runtime.texts import pack_texts
 from zinfer.spec.records import ModelSpec
 from zinfer.students.lanes import Lanes
-from zinfer.students.stacked import fused
+from zinfer.students.stacked import embedded, fused
 from zinfer.students.student import PROJECTION, answer
 from zinfer.tokenizer import Encoded
 
-SIZES = (16, 64, 256)  # token rows for which a form is chosen; larger passes do as the largest
+SIZES = (16, 64, 256, 1024)  # token rows for which a form is chosen; larger passes do as the largest
 TYPICAL = 32  # tokens of a text in the measured passes
 Form = Callable[[Packed, int], Tensor]  # packed texts, m -> f_1 .. f_m, fp32 [m, S, D]
 
@@ -80,15 +80,20 @@ class Forms:
         return fused(self._spec, self._shared, stacked, batch)
 
     def _in_turn(self, batch: Packed, num_students: int) -> Tensor:
-        return torch.stack(self._some(batch, range(num_students)))
+        return torch.stack(self._some(batch, self._entered(batch), range(num_students)))
 
     def _threaded(self, batch: Packed, num_students: int) -> Tensor:
         assert self._lanes is not None, "the form is there only with threads"
-        parts = [partial(self._some, batch, [k]) for k in range(num_students)]
+        entered_TM = self._entered(batch)
+        parts = [partial(self._some, batch, entered_TM, [k]) for k in range(num_students)]
         return torch.stack([rows for part in self._lanes.run(parts) for rows in part])
 
-    def _some(self, batch: Packed, students: Sequence[int]) -> list[Tensor]:
-        return [answer(self._spec, self._shared, self._students[k], batch) for k in students]
+    def _entered(self, batch: Packed) -> Tensor:
+        return embedded(self._spec, self._shared, self._spec.program[0], batch)
+
+    def _some(self, batch: Packed, entered_TM: Tensor, students: Sequence[int]) -> list[Tensor]:
+        own = [self._students[k] for k in students]
+        return [answer(self._spec, self._shared, weights, batch, entered_TM=entered_TM) for weights in own]
 
 
 def _lengths(size: int) -> list[int]:

@@ -99,7 +99,7 @@ def _answers(
 ) -> Tensor:
     """The student's program, every op over the student axis, then the projections."""
     embed, *ops = spec.program
-    stream = _embedded(spec, shared, embed, batch).expand(len(stacked[PROJECTION]), -1, -1)
+    stream = embedded(spec, shared, embed, batch).expand(len(stacked[PROJECTION]), -1, -1)
     read = query = key = stream
     for op in ops:
         views = {weight.role: stacked[weight.name] for weight in op.weights if weight.name in stacked}
@@ -126,7 +126,7 @@ def _answers(
     return _linear(pool_rows(stream), stacked[PROJECTION], stacked[OFFSET])
 
 
-def _embedded(spec: ModelSpec, shared: Mapping[str, Tensor], op: Op, batch: Packed) -> Tensor:
+def embedded(spec: ModelSpec, shared: Mapping[str, Tensor], op: Op, batch: Packed) -> Tensor:
     """[T, M], once for all students."""
     flow = EncoderFlow()
     for lookup in spec.lookups:

@@ -79,12 +79,17 @@ def pooled(
     weights: Mapping[str, Tensor],
     batch: Packed,
     layers: list[Tensor] | None = None,
+    entered_TM: Tensor | None = None,
 ) -> Tensor:
-    """What the student's layers pool, fp32 [S, D]; `layers` receives each layer's rows.  Runs under autograd."""
-    flow = EncoderFlow(layers=layers)
-    for lookup in student.lookups:
-        flow.rows[lookup.role] = shared[lookup.name][batch.ids(lookup.role) + lookup.offset]
-    for op in student.program:
+    """What the student's layers pool, fp32 [S, D]; `layers` receives each layer's rows.  Runs under autograd.
+
+    `entered_TM` is what the embedding op gives, where that was computed once for several students.
+    """
+    flow = EncoderFlow(layers=layers, stream=entered_TM)
+    if entered_TM is None:
+        for lookup in student.lookups:
+            flow.rows[lookup.role] = shared[lookup.name][batch.ids(lookup.role) + lookup.offset]
+    for op in student.program if entered_TM is None else student.program[1:]:
         views = {
             weight.role: (weights if weight.name in weights else shared)[weight.name][
                 weight.start : weight.stop
@@ -101,9 +106,10 @@ def answer(
     weights: Mapping[str, Tensor],
     batch: Packed,
     layers: list[Tensor] | None = None,
+    entered_TM: Tensor | None = None,
 ) -> Tensor:
-    """f_k: the student's share of the group's representation, fp32 [S, D]."""
-    rows_SD = pooled(student, shared, weights, batch, layers)
+    """f_k: the student's share of the group's representation, fp32 [S, D]; arguments are those of `pooled`."""
+    rows_SD = pooled(student, shared, weights, batch, layers, entered_TM)
     return F.linear(rows_SD, weights[PROJECTION], weights[OFFSET])
 
 
