@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import httpx2
 import pytest
 from serving_doubles import listening
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD = b"POST /embed HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
 BODY = b'{"inputs": "abc"}'
@@ -257,3 +258,61 @@ def test_a_model_that_does_not_load_ends_the_server():
     here.socket.close()
     assert here.server.failure.code == "ZI-6001"
     assert not here.is_ready.is_set()
+
+
+def refused_by(way, raw, monkeypatch):
+    """Status, headers and body of a request that finds no room, by the door or by the routes."""
+    parsed_by, receive = [], H11Protocol.data_received
+    monkeypatch.setattr(H11Protocol, "data_received", lambda *own: parsed_by.append(1) or receive(*own))
+    with listening() as site:
+        site.site.service._room_at_s = time.perf_counter() + 1000
+        if way == "routes":  # whatever the door does not read at a glance is for them
+            raw = raw.replace(b"\r\n\r\n", b"\r\nconnection: keep-alive\r\n\r\n", 1)
+        with site.connect() as connection:
+            for _ in range(3):
+                connection.sendall(raw)
+                found = read_one(connection)
+            text = site.site.app.meters
+            counts = text.requests.labels("/embed", "429"), text.rejected.labels("overloaded")
+            until(lambda: [count._value.get() for count in counts] == [3, 3])
+            site.site.service._room_at_s = 0.0
+            connection.sendall(request())
+            assert read_one(connection)[0] == 200, "the connection goes on"
+        monkeypatch.undo()
+        assert len(parsed_by) == (1 if way == "door" else 4), "the door needs no parser, the routes do"
+        return found
+
+
+def test_the_door_refuses_as_the_routes_do(monkeypatch):
+    """The fast path and its slow twin: the same status, headers and words, seconds apart."""
+    fast, slow = (refused_by(way, request(), monkeypatch) for way in ("door", "routes"))
+    assert fast[0] == slow[0] == 429
+    for _, headers, body in (fast, slow):
+        assert 900 < body.pop("retry_after_s") <= 1000
+        assert re.fullmatch(r"ask again after \d+\.\d{3} s", body.pop("remedy"))
+        assert 900 < int(headers.pop("retry-after")) <= 1000
+        assert int(headers.pop("content-length")) > 0
+        headers.pop("date")
+    assert fast[1:] == slow[1:]
+
+
+def test_a_connection_too_many_is_told_so_and_closed(monkeypatch):
+    monkeypatch.setattr("zinfer.serving.protocol.LINGER_S", 0.2)
+    with listening(max_connections=2) as site, ExitStack() as stack:
+        kept = [stack.enter_context(site.connect()) for _ in range(2)]
+        for connection in kept:
+            connection.sendall(request())
+            assert read_one(connection)[0] == 200
+        with site.connect() as third:
+            third.sendall(request())
+            status, headers, body = parsed(read_all(third))
+        assert (status, headers["connection"], body["code"]) == (429, "close", "ZI-2210")
+        assert headers["retry-after"] == "1"
+        for connection in kept:
+            connection.sendall(request())
+            assert read_one(connection)[0] == 200, "those that were there go on"
+        kept[0].close()
+        until(lambda: len(site.server.server_state.connections) < 2)
+        with site.connect() as fourth:
+            fourth.sendall(request())
+            assert read_one(fourth)[0] == 200, "and their places are free again"

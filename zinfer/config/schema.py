@@ -28,6 +28,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "serve.max_bodies=64MiB",
     "serve.max_texts=64",
     "serve.max_chars=200000",
+    "serve.max_connections=1000",
     "serve.header_s=10",
     "serve.body_s=20",
     "serve.idle_s=75",
@@ -140,6 +141,7 @@ class Serve(_Group):
     max_bodies: Annotated[int, BeforeValidator(read_bytes), Field(ge=1)] = 64 * 2**20  # of all that are held
     max_texts: Annotated[int, Field(ge=1)] = 64  # of one request
     max_chars: Annotated[int, Field(ge=1)] = 200_000  # of one text
+    max_connections: Annotated[int, Field(ge=1)] = 4096  # open at once; further ones are refused and closed
     header_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10  # from a request's first byte
     body_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20  # from its headers
     idle_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 75  # a connection between requests

@@ -16,7 +16,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zinfer import __version__
 from zinfer.log import logger
-from zinfer.serving.access import check_key
 from zinfer.serving.asks import Kind
 from zinfer.serving.body import Bodies, ClientGone
 from zinfer.serving.metrics import CONTENT_TYPE, Meters
@@ -77,17 +76,21 @@ class Guard:
             await refused(error)(scope, receive, noted)
         finally:
             self.service.in_flight -= 1
-            self.count(scope, status, time.perf_counter() - begin_s)
+            self.count(scope["path"], status, time.perf_counter() - begin_s)
 
     def check(self, scope: Scope) -> None:
         """Raises Refusal 401 ZI-1174."""
         if scope["path"] not in _OPEN_PATHS:
             found = dict(scope["headers"]).get(b"authorization")
-            check_key(self.service.limits, None if found is None else found.decode("latin-1"))
+            self.service.check_key(None if found is None else found.decode("latin-1"))
 
-    def count(self, scope: Scope, status: int, seconds: float) -> None:
+    def count_refused(self, path: str, refusal: Refusal) -> None:
+        """A request that was refused before it was parsed."""
+        self.count(path, refusal.status, 0.0)
+
+    def count(self, path: str, status: int, seconds: float) -> None:
         """A path that there is not is counted as "other": strangers make no new time series."""
-        path = scope["path"] if scope["path"] in self.paths else "other"
+        path = path if path in self.paths else "other"
         self.meters.requests.labels(path, str(status)).inc()
         if path in ("/predict", "/embed") and status == 200:
             self.meters.latency.observe(seconds)

@@ -1,6 +1,7 @@
-"""HTTP/1.1 with a clock.  In: bytes of one connection.  Out: uvicorn's requests; slow headers and trash are refused.
+"""HTTP/1.1 with a clock and a door.  In: bytes of one connection.  Out: uvicorn's requests; trash is refused.
 
-uvicorn waits for headers for ever and answers trash in plain text; both are amended here, in a subclass.
+uvicorn waits for headers for ever, answers trash in plain text and parses what it refuses; all three are amended here,
+in a subclass.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from zinfer.config.schema import Serve
+from zinfer.serving.door import Door, written
 from zinfer.serving.refusal import Refusal
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -20,12 +22,14 @@ LINGER_S = (
 )
 
 
-def timed_protocol(limits: Serve) -> type[H11Protocol]:
+def timed_protocol(limits: Serve, own_door: Door) -> type[H11Protocol]:
     """The protocol with these limits: uvicorn makes one instance per connection."""
 
     class Timed(TimedProtocol):
         """With the limits of this server."""
 
+        door = own_door
+        max_connections = limits.max_connections
         header_s = limits.header_s
         idle_s = limits.idle_s
 
@@ -33,19 +37,34 @@ def timed_protocol(limits: Serve) -> type[H11Protocol]:
 
 
 class TimedProtocol(H11Protocol):
-    """A request's headers are whole `header_s` after their first byte; before it a connection may idle `idle_s`."""
+    """A request's headers are whole `header_s` after their first byte; before it a connection may idle `idle_s`.
 
+    What `door` refuses is answered without the parser.  A connection beyond `max_connections` gets a 429 and its end.
+    """
+
+    door: Door
+    max_connections: int
     header_s = 10.0
     idle_s = 75.0
     _timer: asyncio.TimerHandle | None = None
+    _is_turned_away = False
 
     def connection_made(self, transport: Any) -> None:
         """The first request may take as long to begin as any later one."""
         super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(self.idle_s, self.timeout_keep_alive_handler)
+        if len(self.connections) > self.max_connections:
+            self._turn_away()
+            return
+        self._await_request()
 
     def data_received(self, data: bytes) -> None:
         """Begin the clock with a request's first byte, stop it with its headers' last."""
+        if self._is_turned_away:
+            return
+        if self._is_between_requests() and (refusal := self.door.refusal(data)) is not None:
+            self.transport.write(written(refusal, self.server_state.default_headers))
+            self._await_request()
+            return
         if self._timer is None and self.conn.their_state is h11.IDLE:
             self._timer = self.loop.call_later(self.header_s, self._headers_are_late)
         super().data_received(data)
@@ -86,6 +105,22 @@ class TimedProtocol(H11Protocol):
         ):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+    def _await_request(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.idle_s, self.timeout_keep_alive_handler)
+
+    def _is_between_requests(self) -> bool:
+        """Nothing of an earlier request is left, its answer has been read, and nothing of another has come."""
+        is_idle = self.conn.states == {h11.CLIENT: h11.IDLE, h11.SERVER: h11.IDLE}
+        return is_idle and not self.conn.trailing_data[0] and not self.flow.write_paused
+
+    def _turn_away(self) -> None:
+        """Say so at once and read no more; closing before the request has come would lose what was said."""
+        self._is_turned_away = True
+        self.transport.write(written(self.door.turned_away(), self.server_state.default_headers))
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
 
     def _headers_are_late(self) -> None:
         self._timer = None

@@ -18,6 +18,7 @@ from zinfer.config.schema import Settings
 from zinfer.errors import MachineError, ZinferError
 from zinfer.serving.access import BACKLOG, bind, check_binding
 from zinfer.serving.app import Guard, make_app
+from zinfer.serving.door import Door
 from zinfer.serving.model import ServedClassifier, open_queue
 from zinfer.serving.pauses import few_pauses
 from zinfer.serving.protocol import MAX_HEADER_BYTES, timed_protocol
@@ -75,7 +76,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http=timed_protocol(limits),
+                http=timed_protocol(limits, Door(service, app.count_refused)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

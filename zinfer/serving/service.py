@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from zinfer.config.schema import Serve
 from zinfer.errors import ZinferError
 from zinfer.log import logger
+from zinfer.serving.access import check_key
 from zinfer.serving.answers import FEW_NUMBERS, Answered, written
 from zinfer.serving.asks import Ask, Kind, read_ask
 from zinfer.serving.refusal import Refusal, as_refusal
@@ -97,16 +98,26 @@ class Service:
             )
 
     def check_room(self) -> None:
-        """Raises Refusal 429 ZI-2210 until there should be room again: an overload costs no reading and no cutting.
+        """Raises Refusal 429 ZI-2210 until there should be room again: an overload costs no reading and no cutting."""
+        if (refusal := self.lack_of_room()) is not None:
+            raise refusal
 
-        There is none either while more is to be parsed and cut into tokens than half a second's work.
+    def lack_of_room(self) -> Refusal | None:
+        """What `check_room` raises.
+
+        There is no room either while more is to be parsed and cut into tokens than half a second's work.
         """
         wait_s = self._room_at_s - time.perf_counter()
         if wait_s > 0:
-            raise full("others were refused a moment ago", wait_s)
+            return full("others were refused a moment ago", wait_s)
         before_s = self._beginning * self._begin_s / _THREADS
         if before_s > _MOST_BEFORE_S:
-            raise full(f"{self._beginning} requests are to be parsed first", before_s)
+            return full(f"{self._beginning} requests are to be parsed first", before_s)
+        return None
+
+    def check_key(self, authorization: str | None) -> None:
+        """Raises Refusal 401 ZI-1174."""
+        check_key(self.limits, authorization)
 
     def is_ready(self) -> bool:
         """Warm, not ending, and with room in the queue."""
