@@ -9,6 +9,7 @@ from tiny_models import streaming_bytes, write_tiny
 
 from zinfer import SamplingParams
 from zinfer.api import DEMO
+from zinfer.classifier import DEMO as GROUP
 from zinfer.cli.main import COMMANDS, run
 from zinfer.cli.prompts import as_line, read_prompt_lines
 from zinfer.cli.store import perplexity_lines
@@ -106,7 +107,7 @@ def test_half_a_surrogate_pair_is_written_as_an_escape():
         ["bench", "throughput", "MODEL", "--json", "PLACE"],
         ["bench", "throughput", "MODEL", "--svg", "PLACE"],
         ["plan", "MODEL", "--save", "PLACE"],
-        ["trace", "IN", "--png", "PLACE"],
+        ["trace", "IN", "--png", "PLACE.png"],
         ["classify", "MODEL", "-i", "IN", "-o", "PLACE.csv"],
         ["embed", "MODEL", "-i", "IN", "-o", "PLACE.npy"],
     ],
@@ -120,6 +121,7 @@ def test_a_place_for_results_is_tried_before_any_work(model, tmp_path, capsys, m
     for place in ("missing/file", "folder"):
         (tmp_path / "folder.csv").mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder.npy").mkdir(exist_ok=True)
+        (tmp_path / "folder.png").mkdir(exist_ok=True)
         (tmp_path / "folder").mkdir(exist_ok=True)
         given = [names.get(part, part.replace("PLACE", str(tmp_path / place))) for part in argv]
         assert refused(capsys, given)[:2] == (5, "ZI-5931")
@@ -234,6 +236,13 @@ def test_an_impossible_budget_names_one_that_works(model, capsys):
         (["trace", "no-such-trace.json", "--png", "x.png"], 3, "ZI-4901"),
         (["plan", "MODEL", "--machine", "no-such-machine"], 2, "ZI-1007"),
         (["plan", "no-such-model", "--requests", "0"], 2, "ZI-1109"),
+        (["doctor", "--seconds", "0"], 2, "ZI-1119"),
+        (["doctor", "--seconds", "nan"], 2, "ZI-1119"),
+        (["doctor", "--seconds", "inf"], 2, "ZI-1119"),
+        (["trace", "x.json", "--png", "x.png", "--last", "-1"], 2, "ZI-1119"),
+        (["trace", "x.json", "--png", "x.docx"], 2, "ZI-1138"),
+        (["run-batch", "MODEL", "-i", __file__, "-o", "/dev/null"], 2, "ZI-1711"),
+        (["verify", "no-such-store"], 3, "ZI-4001"),
         (["generate", "MODEL", "--prompt-ids", "1", "--set", "runtime.threads=100000"], 2, "ZI-1003"),
         (["run-batch", "MODEL", "-i", __file__, "-o", "/tmp"], 2, "ZI-1711"),
     ],
@@ -319,6 +328,49 @@ def test_a_perplexity_beyond_the_limit_is_said():
     assert lines[0].startswith("perplexity 10.000 as published, 10.700 in the store: +7.00% on 9 tokens of t")
     assert lines[1].startswith("warning")
     assert list(perplexity_lines(None)) == []
+
+
+def test_another_source_says_nothing_against_the_store(model, tmp_path, capsys):
+    """Least of all that it should be removed."""
+    store = tmp_path / "store"
+    assert run(["shard", str(model), "--out", str(store)]) == 0
+    assert refused(capsys, ["verify", store, "--source", tmp_path / "missing"])[:2] == (3, "ZI-4001")
+    other = write_tiny("llama", tmp_path / "other", num_hidden_layers=1)
+    code, name, message, remedy = refused(capsys, ["verify", store, "--source", other])
+    assert (code, name) == (6, "ZI-6012")
+    assert "the store itself is whole" in message
+    assert "rm " not in remedy
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "generate"])
+def test_a_group_of_students_is_called_by_its_name(capsys, command):
+    argv = [command, GROUP] + (["-p", "x"] if command == "generate" else [])
+    code, name, _, remedy = refused(capsys, argv)
+    assert (code, name) == (3, "ZI-4022")
+    assert remedy == f"zinfer classify {GROUP} 'a text'"
+
+
+def test_text_that_is_no_unicode_is_refused(tmp_path, capsys):
+    """As bytes of another encoding become on a command line."""
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a\\ud800"}')
+    for argv in (
+        ["generate", "-p", "a\udce9"],
+        ["generate", "-i", source],
+        ["score", "-p", "\udce9", "-c", "b"],
+    ):
+        assert refused(capsys, argv)[:2] == (2, "ZI-1131")
+
+
+def test_a_prompt_that_is_too_long_names_what_would_fit(model, capsys):
+    context = json.loads((model / "config.json").read_text())["max_position_embeddings"]
+    for count, more, remedy in (
+        (context - 2, 5, "--max-tokens 2"),
+        (context, 1, f"give at most {context - 1} tokens"),
+    ):
+        ids = ",".join(["1"] * count)
+        found = refused(capsys, ["generate", model, "--prompt-ids", ids, "--max-tokens", more])
+        assert found[1::2] == ("ZI-1107", remedy)
 
 
 def test_shard_verify_and_find_a_flipped_bit(model, tmp_path, capsys):

@@ -19,6 +19,8 @@ from zinfer.plan.records import Forecast
 from zinfer.runtime.stats import PassRecord
 from zinfer.runtime.turns import Turns
 
+NAN, INF = float("nan"), float("inf")
+
 FORECAST = Forecast(1.0, 0.5, 0.6, 4.0, 9.0, 8, "disk", {"disk": 100}, {"disk": 0.45, "compute": 0.1})
 
 
@@ -125,7 +127,12 @@ class TestDrivers:
         assert max(done.sequences for done in got.passes) == 3
 
     def test_arrivals_are_either_open_or_closed(self, llm, load):
-        for how in ({}, {"concurrency": 1, "request_rate": 1.0}, {"concurrency": 0}):
+        for how in (
+            {},
+            {"concurrency": 1, "request_rate": 1.0},
+            {"concurrency": 0},
+            *({"request_rate": rate} for rate in (0.0, NAN, INF)),
+        ):
             with pytest.raises(UsageError, match="ZI-1123"):
                 drive.latency(llm, load, quiet, **how)
 

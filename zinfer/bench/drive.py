@@ -42,7 +42,8 @@ def latency(
 
     An open loop's requests count from when they were due.  Raises UsageError ZI-1123 unless exactly one is given.
     """
-    if (concurrency is None) == (request_rate is None) or (concurrency or request_rate or 0) <= 0:
+    asked = concurrency or request_rate or 0
+    if (concurrency is None) == (request_rate is None) or not 0 < asked < float("inf"):
         raise UsageError(
             "ZI-1123",
             f"requests arrive either by concurrency ({concurrency}) or by request rate ({request_rate}), above 0",

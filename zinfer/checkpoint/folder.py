@@ -68,7 +68,7 @@ class ModelFolder:
 def open_folder(path: Path) -> ModelFolder:
     """Look a model folder over by its names alone; nothing in it is opened.
 
-    Raises CheckpointError ZI-4001 to ZI-4007 and ZI-4019: what the path is instead, and what to do.
+    Raises CheckpointError ZI-4001 to ZI-4007, ZI-4019 and ZI-4022: what the path is instead, and what to do.
     """
     if not os.path.lexists(path):
         raise _missing(path)
@@ -110,6 +110,12 @@ def refuse_without_weights(folder: ModelFolder) -> None:
         )
     if "snapshots" in folder.names and "blobs" in folder.names:
         raise _cache_entry(folder)
+    if "students.json" in folder.names:
+        raise CheckpointError(
+            "ZI-4022",
+            f"{where} is a group of students, which labels texts or turns them into vectors",
+            remedy=f"zinfer classify {quoted(where)} 'a text'",
+        )
     if any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(
             "ZI-4019",

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import psutil
 
+from zinfer.cli.options import check_seconds
 from zinfer.cli.plan import DEMO, open_for_planning
 from zinfer.cli.progress import Progress
 from zinfer.config.limits import MemoryLimits, memory_limits
@@ -38,6 +39,8 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     from zinfer.runtime.quant_rates import makers
     from zinfer.runtime.small_model import SmallModel
 
+    if seconds is not None:
+        check_seconds("--seconds", seconds)
     if not no_save:
         writable_profile()
     spec, source = open_for_planning(model or DEMO)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from zinfer.config.load import Loaded, load_settings
+from zinfer.errors import UsageError
 from zinfer.sampling.params import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,6 +76,14 @@ def engine_options(command: F) -> F:
     for option in reversed(_ENGINE):
         command = option(command)
     return command
+
+
+def check_seconds(flag: str, seconds: float, *, may_be_none: bool = False) -> None:
+    """Raises UsageError ZI-1119 for what is no duration."""
+    if not (0 < seconds < float("inf") or (may_be_none and seconds == 0)):
+        raise UsageError(
+            "ZI-1119", f"{flag} wants a number of seconds above 0, {seconds} was given", remedy=f"{flag} 5"
+        )
 
 
 def settings_of(

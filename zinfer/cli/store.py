@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zinfer.checkpoint.describe import describe
+from zinfer.checkpoint.folder import open_folder
 from zinfer.checkpoint.index import STORE_FILE, CheckpointIndex
 from zinfer.chunks.encode import Encoder
 from zinfer.chunks.manifest import Manifest, read_manifest
@@ -71,7 +73,7 @@ def shard(model: Path, out: Path, weights: str | None, layout: str, text: Path |
     click.echo(
         f"done       {out}: {Bytes(nbytes)} in {seconds_text(spent_s)} ({rate_text(nbytes / spent_s)})"
     )
-    click.echo(f'next       zinfer generate {out} -p "Once upon a time"')
+    click.echo(f'next       zinfer generate {shlex.quote(str(out))} -p "Once upon a time"')
 
 
 @click.command()
@@ -86,14 +88,18 @@ def shard(model: Path, out: Path, weights: str | None, layout: str, text: Path |
 def verify(store: Path, source: Path | None, text: Path | None, as_json: bool) -> None:
     """Read every block of STORE and compare it with its checksum."""
     with Progress(quiet=as_json) as progress:
-        mismatches = list(verify_store(store, progress))
         if source is not None:
-            mismatches += check_sources(store, source, progress)
-        quality = _checked_quality(store, source, progress)
-        is_whole = not mismatches and all(matrix.is_same for matrix in quality)
+            open_folder(source)
+        mismatches = list(verify_store(store, progress))
+        others = [] if source is None else list(check_sources(store, source, progress))
+        quality = [] if others else _checked_quality(store, source, progress)
+        is_whole = not (mismatches or others) and all(matrix.is_same for matrix in quality)
         measured = _measured(store, source, text, progress) if source and quality and is_whole else None
     if as_json:
-        rows = [{"file": m.file, "offset": m.offset, "bytes": m.nbytes, "found": m.found} for m in mismatches]
+        rows = [
+            {"file": m.file, "offset": m.offset, "bytes": m.nbytes, "found": m.found}
+            for m in (*mismatches, *others)
+        ]
         told = {"store": str(store), "bytes": _folder_bytes(store), "mismatches": rows}
         matrices = [
             {"name": q.name, "rms": q.found.rms, "worst_group": q.found.worst, "written": q.written}
@@ -107,11 +113,19 @@ def verify(store: Path, source: Path | None, text: Path | None, as_json: bool) -
             f"instead of {mismatch.expected}",
             err=True,
         )
+    where = shlex.quote(str(store))
     if mismatches:
         raise IntegrityError(
             "ZI-6010",
             f"{len(mismatches)} of the blocks of {store} are not what its manifest promises",
-            remedy=f"rm -r {store} && zinfer shard MODEL --out {store}",
+            remedy=f"rm -r {where} && zinfer shard MODEL --out {where}",
+        )
+    if others:
+        raise IntegrityError(
+            "ZI-6012",
+            f"{len(others)} files of {source} are not those that {store} was made from ({others[0].file}: "
+            f"{others[0].found} instead of {others[0].expected}); the store itself is whole",
+            remedy=f"--source the folder it was made from, or: zinfer shard {source} --out {where}-new",
         )
     if differing := [matrix for matrix in quality if not matrix.is_same]:
         first = differing[0]
@@ -119,7 +133,7 @@ def verify(store: Path, source: Path | None, text: Path | None, as_json: bool) -
             "ZI-6011",
             f"{len(differing)} matrices of {store} are not what was written: {first.name} has a relative RMS error of "
             f"{first.found.rms:.6f} instead of {first.written:.6f}",
-            remedy=f"rm -r {store} && zinfer shard MODEL --out {store} --weights FORMAT",
+            remedy=f"rm -r {where} && zinfer shard MODEL --out {where} --weights FORMAT",
         )
     if not as_json:
         if quality:

@@ -121,11 +121,11 @@ def size_of(input_file: Path | None) -> int:
     return input_file.stat().st_size if input_file is not None and input_file.is_file() else 0
 
 
-def check_suffix(path: Path | None, wanted: Sequence[str]) -> None:
+def check_suffix(path: Path | None, wanted: Sequence[str], flag: str = "--output") -> None:
     """Raises UsageError ZI-1138 before any work is done for a file that would not be written."""
     if path is not None and path.suffix.lower() not in wanted:
         raise UsageError(
             "ZI-1138",
             f"{path} ends in {path.suffix or 'nothing'}; {' or '.join(wanted)} was wanted",
-            remedy=f"--output {path.with_suffix(wanted[0])}",
+            remedy=f"{flag} {path.with_suffix(wanted[0])}",
         )

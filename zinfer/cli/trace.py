@@ -9,10 +9,13 @@ from typing import Any
 
 import click
 
+from zinfer.cli.options import check_seconds
+from zinfer.cli.texts import check_suffix
 from zinfer.errors import CheckpointError, MachineError
 from zinfer.units import seconds_text
 from zinfer.whole import refuse_unwritable
 
+PICTURES = (".png", ".svg", ".pdf")
 COLOURS = {
     "peer": "#64b5cd",
     "disk": "#4c72b0",
@@ -29,6 +32,8 @@ COLOURS = {
 @click.option("--last", default=0.0, help="Draw only the last N seconds (0: all).")
 def trace(trace_file: Path, out: Path, last: float) -> None:
     """Draw TRACE_FILE: one lane per link and engine, and each lane's busy share."""
+    check_seconds("--last", last, may_be_none=True)
+    check_suffix(out, PICTURES, "--png")
     refuse_unwritable(out)
     lanes = read_lanes(trace_file)
     end_s = max(begin_s + length_s for spans in lanes.values() for begin_s, length_s in spans)

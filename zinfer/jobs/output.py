@@ -56,11 +56,17 @@ class JobOutput:
         self.num_damaged = 0  # results that were on disk once and are not now; they are made again
         self._disk = disk
         self._end = 0
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                "ZI-1711",
+                f"{path} is no file; results are kept in one, so that the job can go on",
+                remedy="-o results.jsonl",
+            )
         if not journal_path(path).exists() and path.exists() and path.stat().st_size:
             raise UsageError(
                 "ZI-1711",
                 f"{path} is there already, and is not the output of a job that could go on",
-                remedy="choose another -o" + ("" if path.is_dir() else f", or: rm {shlex.quote(str(path))}"),
+                remedy=f"choose another -o, or: rm {shlex.quote(str(path))}",
             )
         self._fd = disk.open(path)
         try:

@@ -88,12 +88,15 @@ class Model:
                 f"token id {bad[0]} is outside the vocabulary of {self.spec.vocab_size}",
                 remedy=f"use ids from 0 to {self.spec.vocab_size - 1}",
             )
-        if len(ids) + max_tokens > self.spec.max_context:
+        room = self.spec.max_context - len(ids)
+        if max_tokens > room:
+            more = f" and {max_tokens} to generate" if max_tokens else ""
             raise UsageError(
                 "ZI-1107",
-                f"{len(ids)} prompt tokens and {max_tokens} to generate exceed the model's context of "
-                f"{self.spec.max_context}",
-                remedy=f"--max-tokens {max(self.spec.max_context - len(ids), 1)}",
+                f"{len(ids)} prompt tokens{more} exceed the model's context of {self.spec.max_context}",
+                remedy=f"--max-tokens {room}"
+                if room > 0
+                else f"give at most {self.spec.max_context - min(max_tokens, 1)} tokens",
             )
 
     def workload(

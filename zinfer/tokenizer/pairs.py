@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from zinfer.errors import UsageError
-from zinfer.tokenizer.text import Tokenizer
+from zinfer.tokenizer.text import Tokenizer, refuse_half_pairs
 
 Text: TypeAlias = str | tuple[str, str]
 MAX_CHARS = (
@@ -55,11 +55,4 @@ def _check(text: Text, number: int) -> None:
                 f"text {number} has {len(part)} characters, at most {MAX_CHARS} are taken",
                 remedy="cut it into documents of a few thousand words",
             )
-        try:
-            part.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                "ZI-1131",
-                f"text {number} is no Unicode text: half a surrogate pair stands at character {error.start}",
-                remedy="decode its bytes with errors='replace'",
-            ) from None
+        refuse_half_pairs(part, f"text {number}")

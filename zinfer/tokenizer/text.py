@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from zinfer.errors import CheckpointError
+from zinfer.errors import CheckpointError, UsageError
 from zinfer.tokenizer.chat import find_templates, render_chat
 from zinfer.tokenizer.renderer import Renderer
 from zinfer.tokenizer.stream import IncrementalDecoder
@@ -63,8 +63,15 @@ class Tokenizer:
         return self._core.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.  Special tokens spelled out in the text are recognised, as upstream."""
-        return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of a text.  Special tokens spelled out in the text are recognised, as upstream.
+
+        Raises UsageError ZI-1131 for a text that is no Unicode.
+        """
+        try:
+            return list(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            refuse_half_pairs(text, "the text")
+            raise
 
     def encode_batch(
         self, texts: Sequence[str | tuple[str, str]], max_tokens: int, direction: str = "right"
@@ -120,6 +127,18 @@ class Tokenizer:
 
     def _is_silent(self, token_id: int) -> bool:
         return token_id in self._special_ids or self._core.id_to_token(token_id) is None
+
+
+def refuse_half_pairs(text: str, what: str) -> None:
+    """Raises UsageError ZI-1131 for half a surrogate pair, as bytes of another encoding become on a command line."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            "ZI-1131",
+            f"{what} is no Unicode text: half a surrogate pair stands at character {error.start}",
+            remedy="decode its bytes with errors='replace'; on a command line: -p \"$(iconv -f latin1 prompt.txt)\"",
+        ) from None
 
 
 def load_tokenizer(folder: HasSideFiles) -> Tokenizer | None:
