@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from tiny_models import streaming_bytes, write_tiny
@@ -243,6 +245,7 @@ def test_an_impossible_budget_names_one_that_works(model, capsys):
         (["trace", "x.json", "--png", "x.docx"], 2, "ZI-1138"),
         (["run-batch", "MODEL", "-i", __file__, "-o", "/dev/null"], 2, "ZI-1711"),
         (["verify", "no-such-store"], 3, "ZI-4001"),
+        (["generate", "", "-p", "x"], 2, "ZI-1003"),
         (["generate", "MODEL", "--prompt-ids", "1", "--set", "runtime.threads=100000"], 2, "ZI-1003"),
         (["run-batch", "MODEL", "-i", __file__, "-o", "/tmp"], 2, "ZI-1711"),
     ],
@@ -260,11 +263,42 @@ def test_mistakes_end_in_one_numbered_error(model, capsys, argv, exit_code, code
 
 
 @pytest.mark.parametrize(
-    "argv", [["generate", "--no-such-flag"], ["no-such-command"], ["plan", "--batch", "many"]]
+    "argv",
+    [
+        ["generate", "--no-such-flag"],
+        ["no-such-command"],
+        ["plan", "--batch", "many"],
+        ["plan", "--gen-len", "-1"],
+        ["plan", "--prompt-len", "0"],
+    ],
 )
 def test_usage_errors_exit_with_2(argv, capsys):
     assert run(argv) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_plan_says_when_it_is_for_another_workload(model, capsys):
+    assert run(["plan", str(model), "--prompt-len", "99999999", "--gen-len", "5"]) == 0
+    said = capsys.readouterr()
+    note = re.search(
+        r"note +99999999 prompt tokens and 5 to generate .* planned for (\d+) and (\d+)", said.err
+    )
+    assert f"prompt {note[1]} · generate {note[2]}" in said.out
+    assert run(["plan", str(model), "--prompt-len", "9", "--gen-len", "5"]) == 0
+    assert "planned for" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("sink", "exit_code"), [("| head -c 3", 0), ("> /dev/full", 5)])
+def test_output_that_nobody_takes(model, sink, exit_code):
+    """With more than a pipe holds, and with so little that the interpreter's last flush would meet it."""
+    for argv in (["inspect", str(model)], ["plan", str(model), "--json"]):
+        call = f"from zinfer.cli.main import main; main({argv})"
+        line = f"{shlex.join([sys.executable, '-c', call])} {sink}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], check=False, capture_output=True, text=True, timeout=100)
+        assert done.returncode == exit_code, done.stderr
+        assert ("error ZI-5932  the output cannot be written: No space" in done.stderr) is bool(exit_code)
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -348,7 +348,10 @@ def test_progress_ends_where_it_said(index, tmp_path):
 def test_3001_another_folder_is_not_written_over(index, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    assert refused(UsageError, write, index, tmp_path / "out").code == "ZI-3001"
+    error = refused(UsageError, write, index, tmp_path / "out")
+    assert (error.code, error.remedy) == ("ZI-3001", f"--out {tmp_path / 'out-zinfer'}"), (
+        "no word of removing it"
+    )
     other = model(tmp_path / "other", tiny_spec())
     write(other, tmp_path / "store", spec=tiny_spec())
     assert refused(UsageError, write, index, tmp_path / "store").code == "ZI-3001"

@@ -94,10 +94,11 @@ class Journal:
         return True
 
 
-def occupied(folder: Path, what: str) -> UsageError:
-    """The refusal to write a store over something else."""
-    where = shlex.quote(str(folder))
-    return UsageError("ZI-3001", f"{folder} {what}", remedy=f"choose another --out, or: rm -r {where}")
+def occupied(folder: Path, what: str, *, is_ours: bool = True) -> UsageError:
+    """The refusal to write a store over something else; only what zinfer wrote is it said how to remove."""
+    remedy = f"--out {shlex.quote(f'{folder}-zinfer')}"
+    remedy += f", or: rm -r {shlex.quote(str(folder))}" if is_ours else ""
+    return UsageError("ZI-3001", f"{folder} {what}", remedy=remedy)
 
 
 def _line(record: Record) -> bytes:

@@ -144,7 +144,7 @@ def write_store(
             _accept_finished(read_manifest(out), layout, index, out, disk, encoder, origin)
             return
         if names and JOURNAL_FILE not in names:
-            raise occupied(out, "is not empty, and what it holds is no store")
+            raise occupied(out, "is not empty, and what it holds is no store", is_ours=False)
         with closing(Journal(out / JOURNAL_FILE, _identity(layout, index), disk)) as journal:
             writer = StoreWriter(
                 layout, source, index, out, journal, disk, progress, sync_bytes, encoding, origin

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import click
 
 from zinfer import __version__
-from zinfer.errors import ZinferError
+from zinfer.errors import MachineError, ZinferError
 
 COMMANDS = {
     "generate": ("zinfer.cli.generate", "Generate text from prompts, under a memory budget."),
@@ -43,6 +46,21 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Nobody reads on (`| head -1`): the end, and no error.  Raises MachineError ZI-5932 for a full output."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _close_output()
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            _close_output()
+            raise MachineError(
+                "ZI-5932", f"the output cannot be written: {error.strerror}", remedy="df -h   # make room"
+            ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List names and one line each without importing them."""
@@ -89,8 +107,6 @@ def run(argv: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted: nothing half-written is left; run the same command to go on", err=True)
         return 130
-    except BrokenPipeError:
-        return 0
     except Exception as error:
         click.echo(f"error ZI-0001  a bug in zinfer: {type(error).__name__}: {error}", err=True)
         click.echo("  try: the same command with -vv, and report what it prints", err=True)
@@ -98,6 +114,12 @@ def run(argv: list[str]) -> int:
             traceback.print_exc()
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _close_output() -> None:
+    """What is still in its buffer would fail again when the interpreter ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show(error: ZinferError, is_verbose: bool) -> None:

@@ -36,8 +36,16 @@ DEMO = Path(__file__).parents[1] / "assets" / "demo"
     "--batch", type=click.IntRange(1), help="Sequences at once  [default: 1, or what is best for --requests]"
 )
 @click.option("--requests", metavar="N|open", help="Requests in all; open: a queue without end.")
-@click.option("--prompt-len", default=128, show_default=True, help="Tokens of a prompt.")
-@click.option("--gen-len", default=128, show_default=True, help="Tokens to generate per sequence.")
+@click.option(
+    "--prompt-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of a prompt."
+)
+@click.option(
+    "--gen-len",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens to generate per sequence.",
+)
 @click.option("--save", "save_file", type=click.Path(path_type=Path), help="Write the plan as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @engine_options
@@ -66,6 +74,12 @@ def plan(
     batches = batch_sizes(num_requests) if requests and batch is None else []
     made = make_plan(spec, source, resolved, machine, workload, batches=batches)
     others = alternatives(spec, made)
+    if (made.workload.prompt_len, made.workload.gen_len) != (prompt_len, gen_len):
+        click.echo(
+            f"note       {prompt_len} prompt tokens and {gen_len} to generate are not what this model takes: "
+            f"planned for {made.workload.prompt_len} and {made.workload.gen_len}",
+            err=True,
+        )
     if save_file is not None:
         made.save(save_file)
     if as_json:

@@ -154,7 +154,7 @@ class Serve(_Group):
 class Settings(_Group):
     """Everything a user can choose.  `machine` names a shipped profile or a file; None: this machine."""
 
-    model: str | None = None
+    model: Annotated[str, Field(min_length=1)] | None = None
     device: Annotated[str, Field(pattern=r"^(auto|cpu|sim|cuda(:\d+)?)$")] = "auto"
     exact: bool = True
     memory: Memory = Memory()
