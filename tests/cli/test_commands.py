@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -286,6 +287,20 @@ def test_a_plan_says_when_it_is_for_another_workload(model, capsys):
     assert f"prompt {note[1]} · generate {note[2]}" in said.out
     assert run(["plan", str(model), "--prompt-len", "9", "--gen-len", "5"]) == 0
     assert "planned for" not in capsys.readouterr().err
+
+
+def test_an_interruption_that_an_import_swallows_is_not_lost(tmp_path, capsys, monkeypatch):
+    (tmp_path / "swallowing.py").write_text(
+        "import click, signal\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
+        "nosy = click.Command('nosy', callback=lambda: 0)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(COMMANDS, "nosy", ("swallowing", "Swallow."))
+    assert run(["nosy"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run(["nosy"]) == 0
 
 
 @pytest.mark.parametrize(("sink", "exit_code"), [("| head -c 3", 0), ("> /dev/full", 5)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from contextlib import suppress
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import click
@@ -44,7 +46,8 @@ class LazyGroup(click.Group):
         """Import the module that holds the subcommand."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
+        module = _whole_import(COMMANDS[cmd_name][0])
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -114,6 +117,27 @@ def run(argv: list[str]) -> int:
             traceback.print_exc()
         return 1
     return result if isinstance(result, int) else 0
+
+
+def _whole_import(name: str) -> ModuleType:
+    """Import a module; Ctrl-C meanwhile is raised afterwards.
+
+    What initialises libraries (torch takes a second) swallows errors now and then, and with them the interruption.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return import_module(name)  # somebody else's way of being interrupted
+    came: list[int] = []
+    try:
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    except ValueError:  # not the main thread, which alone is interrupted
+        return import_module(name)
+    try:
+        module = import_module(name)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+    return module
 
 
 def _close_output() -> None:
