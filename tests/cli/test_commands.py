@@ -295,12 +295,18 @@ def test_an_interruption_that_an_import_swallows_is_not_lost(tmp_path, capsys, m
         "try:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    pass\n"
         "nosy = click.Command('nosy', callback=lambda: 0)\n"
     )
+    (tmp_path / "impatient.py").write_text(
+        "import signal\n" + "signal.raise_signal(signal.SIGINT)\n" * 2 + "1 / 0"
+    )
+    monkeypatch.setitem(COMMANDS, "twice", ("impatient", "Come."))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(COMMANDS, "nosy", ("swallowing", "Swallow."))
     assert run(["nosy"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(["nosy"]) == 0
+    assert run(["twice"]) == 130, "a second one is not put off"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(("sink", "exit_code"), [("| head -c 3", 0), ("> /dev/full", 5)])

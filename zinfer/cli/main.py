@@ -9,7 +9,7 @@ import sys
 import traceback
 from contextlib import suppress
 from importlib import import_module
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import click
@@ -120,15 +120,21 @@ def run(argv: list[str]) -> int:
 
 
 def _whole_import(name: str) -> ModuleType:
-    """Import a module; Ctrl-C meanwhile is raised afterwards.
+    """Import a module; Ctrl-C meanwhile is raised afterwards, a second one at once.
 
     What initialises libraries (torch takes a second) swallows errors now and then, and with them the interruption.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return import_module(name)  # somebody else's way of being interrupted
     came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if came:
+            signal.default_int_handler(number, frame)
+        came.append(number)
+
     try:
-        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+        signal.signal(signal.SIGINT, note)
     except ValueError:  # not the main thread, which alone is interrupted
         return import_module(name)
     try:
