@@ -107,6 +107,17 @@ class Overlap(BaseModel):
     disk: float = Field(default=1.0, ge=1)
     compute: float = Field(default=1.0, ge=1)
 
+    def at_once(self, disk_s: float, work_s: float) -> tuple[float, float]:
+        """Seconds that both take side by side, of those that each takes alone.
+
+        Each is slower by its factor for the share of its own time in which the other one works.
+        """
+        if not disk_s or not work_s:
+            return disk_s, work_s
+        disk = 1 + (self.disk - 1) * min(work_s * self.compute / disk_s, 1)
+        work = 1 + (self.compute - 1) * min(disk_s * self.disk / work_s, 1)
+        return disk_s * disk, work_s * work
+
 
 class Machine(BaseModel):
     """Capacities in bytes, links, and compute rates of the host and of one device (None where there is none)."""

@@ -10,7 +10,7 @@ from zinfer.errors import BudgetError
 from zinfer.plan.forecast import decode_load, simulate_load
 from zinfer.plan.make import Plan
 from zinfer.plan.place import place, size_flag
-from zinfer.plan.records import Budget, KvPlan, Tier
+from zinfer.plan.records import Budget, Forecast, KvPlan, Tier
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.shares import COMPUTE, ROWS, largest_share, link_seconds, num_share_slots, ways_up
 from zinfer.spec.records import ModelSpec
@@ -67,7 +67,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         *_link_lines(plan),
         f"pass       {seconds_text(forecast.pass_s)} per {kind} pass, bound by {forecast.binding}: "
         + " · ".join(f"{lane} {seconds_text(seconds)}" for lane, seconds in busy),
-        f"           a pass carries up to {forecast.token_rows} rows before computation binds",
+        f"           a pass carries up to {forecast.token_rows} rows before computation binds{_fuller(forecast)}",
         f"speed      {forecast.tokens_per_s:.3g} {unit}s/s · first {unit} after "
         f"{seconds_text(forecast.first_token_s)} · all after {seconds_text(forecast.job_s)}",
         *_alternative_lines(others),
@@ -81,6 +81,11 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
 def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, Any]:
     """`Plan.to_dict` and the alternatives, for --json."""
     return plan.to_dict() | {"alternatives": [asdict(other) for other in others]}
+
+
+def _fuller(forecast: Forecast) -> str:
+    """Where this job takes less time with fuller passes than those."""
+    return f", up to {forecast.full_rows} for this job" if forecast.fill > 1 else ""
 
 
 def _kv_words(kv: KvPlan) -> str:

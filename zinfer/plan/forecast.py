@@ -26,14 +26,15 @@ def forecast(
     *,
     queue_s: float,
     token_rows: int,
+    full_rows: int,
     exact: bool,
 ) -> Forecast:
     """Simulate the first pass, which loads and prefills, and a later prefill.
 
     `steady` is a decode pass, simulated; `queue_s` what all requests take once everything is loaded, in passes of
-    about `token_rows` rows.  Uses the machine's rates only, no timing of a run.
+    about `full_rows` rows.  Uses the machine's rates only, no timing of a run.
     """
-    rows = min(workload.batch * workload.prompt_len, token_rows)
+    rows = min(workload.batch * workload.prompt_len, full_rows)
     prefill = PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len, workload.kv)
     first, later = simulate_load(spec, table, placement, schedule, machine, prefill, exact=exact)
     decode = pass_costs(spec, table, placement, machine, decode_load(workload), exact=exact)
@@ -44,6 +45,7 @@ def forecast(
         tokens_per_s=decode_load(workload).sequences / steady.seconds,
         job_s=max(first.seconds - later.seconds, 0.0) + queue_s,
         token_rows=token_rows,
+        full_rows=full_rows,
         binding=_binding(steady, decode),
         bytes_per_pass=steady.bytes,
         busy_s=steady.busy_s,

@@ -17,9 +17,9 @@ from zinfer.config.resolve import Resolved
 from zinfer.errors import BudgetError, UsageError
 from zinfer.plan.choose import choose
 from zinfer.plan.curve import Curve, compute_curve
-from zinfer.plan.forecast import engine_of, forecast
+from zinfer.plan.forecast import engine_of
 from zinfer.plan.kv import kv_plans, kv_reasons
-from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
+from zinfer.plan.optimise import Candidate, Cheapest, cost_of, forecast_of, judge, least_cost
 from zinfer.plan.place import Reserve, tier_uses
 from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, graph_bytes, reserve_for
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
@@ -201,23 +201,6 @@ def as_read(source: Source, *, device: str, exact: bool) -> Source:
     return replace(source, align=ALIGN if exact or device != "cpu" else LOOSE_ALIGN)
 
 
-def forecast_of(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exact: bool) -> Forecast:
-    """Predict the run of a planned batch size."""
-    choice = candidate.choice
-    return forecast(
-        spec,
-        choice.table,
-        choice.placement,
-        choice.schedule,
-        machine,
-        candidate.workload,
-        choice.steady,
-        queue_s=candidate.run.seconds,
-        token_rows=candidate.token_rows,
-        exact=exact,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Maker:
     """What stays the same while batch sizes are tried."""
@@ -373,12 +356,20 @@ class _Maker:
         return (False, True) if waiting > self.budget.device * _WAITING_SHARE else (False,)
 
     def _with_rows(self, settled: Workload) -> Candidate:
-        """Plan the workload; where far fewer rows are free than were asked for, the weights get their memory."""
-        candidate = self._placed(settled)
-        rows = max(_SPARE_ROWS * candidate.token_rows, settled.batch)
-        if self.resolved.settings.runtime.max_rows == "auto" and rows < settled.prefill_rows:
-            candidate = self._placed(replace(settled, prefill_rows=rows))
-        return candidate
+        """Plan the workload; where fewer rows suit it than were asked for, the weights get their memory."""
+        asked, runtime = self._placed(settled), self.resolved.settings.runtime
+        if runtime.max_rows != "auto":
+            return asked
+        wanted = sorted(
+            {max(_SPARE_ROWS * rows, settled.batch) for rows in (asked.token_rows, asked.full_rows)}
+        )
+        fewer = [
+            self._placed(replace(settled, prefill_rows=rows))
+            for rows in wanted
+            if rows < settled.prefill_rows
+        ]
+        found = [*fewer, asked] if len(fewer) < len(wanted) else fewer
+        return min(found, key=lambda candidate: cost_of(candidate, runtime.objective))
 
     def _placed(self, settled: Workload) -> Candidate:
         lookahead = self.resolved.settings.runtime.lookahead
@@ -394,4 +385,6 @@ class _Maker:
             exact=self.resolved.settings.exact,
             lookahead=None if lookahead == "auto" else lookahead,
         )
-        return judge(settled, reserve, choice, self._curve(settled))
+        objective = self.resolved.settings.runtime.objective
+        curve = self._curve(settled)
+        return judge(settled, reserve, choice, curve, machine=self.machine, objective=objective)

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from math import inf
 from typing import Generic, TypeVar
 
-from zinfer.config.machine import Machine
+from zinfer.config.machine import Machine, Overlap
 from zinfer.errors import BudgetError
 from zinfer.plan.choose import Choice
 from zinfer.plan.curve import Curve
+from zinfer.plan.forecast import forecast
+from zinfer.plan.passes import PassSeconds, best_fill
 from zinfer.plan.place import Reserve
-from zinfer.plan.queue import QueueRun, queue_passes, run_queue
-from zinfer.plan.records import Budget, Tier, Workload
+from zinfer.plan.queue import QueueRun, queue_passes
+from zinfer.plan.records import Budget, Forecast, Tier, Workload
 from zinfer.plan.shares import link_seconds
 from zinfer.plan.tokens import TokenBudget
+from zinfer.spec.records import ModelSpec
 
 C = TypeVar("C")
 
@@ -37,31 +40,50 @@ class Candidate:
     curve: Curve
     run: QueueRun
     token_rows: int  # T*
+    full_rows: int  # what its passes are filled to
+    pass_s: PassSeconds
 
     @property
     def stream_s(self) -> float:
         """The busiest link's seconds in a steady pass."""
         return link_seconds(self.choice.steady.busy_s)
 
-    def pass_s(self, rows: int) -> float:
-        """Seconds of a steady pass of `rows` rows, on the pattern of the simulated decode pass."""
-        return scaled_pass_s(self.choice, self.curve, self.workload, rows)
 
-
-def scaled_pass_s(choice: Choice, curve: Curve, workload: Workload, rows: int) -> float:
-    """The simulated decode pass, stretched where more rows make computation bind."""
-    stream_s = link_seconds(choice.steady.busy_s)
-    return choice.steady.seconds * (
-        max(stream_s, curve.at(rows)) / max(stream_s, curve.at(workload.batch), 1e-12)
-    )
-
-
-def judge(workload: Workload, reserve: Reserve, choice: Choice, curve: Curve) -> Candidate:
-    """Simulate the queue of a planned batch size."""
+def judge(
+    workload: Workload,
+    reserve: Reserve,
+    choice: Choice,
+    curve: Curve,
+    *,
+    machine: Machine,
+    objective: str = "throughput",
+) -> Candidate:
+    """Simulate the queue of a planned batch size, with passes as full as suits it."""
+    is_shared = choice.placement.compute_tier is Tier.HOST
+    overlap = machine.overlap if is_shared else Overlap()
+    pass_s = PassSeconds.of(choice.steady, curve, overlap, workload.batch)
     stream_s = link_seconds(choice.steady.busy_s)
     budget = TokenBudget(curve, stream_s, batch=workload.batch, max_rows=workload.prefill_rows)
-    run = run_queue(workload, budget.rows, lambda rows: scaled_pass_s(choice, curve, workload, rows))
-    return Candidate(workload, reserve, choice, curve, run, budget.rows)
+    full_rows, run = best_fill(workload, budget.rows, pass_s, objective)
+    return Candidate(workload, reserve, choice, curve, run, budget.rows, full_rows, pass_s)
+
+
+def forecast_of(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exact: bool) -> Forecast:
+    """Predict the run of a planned batch size."""
+    choice = candidate.choice
+    return forecast(
+        spec,
+        choice.table,
+        choice.placement,
+        choice.schedule,
+        machine,
+        candidate.workload,
+        choice.steady,
+        queue_s=candidate.run.seconds,
+        token_rows=candidate.token_rows,
+        full_rows=candidate.full_rows,
+        exact=exact,
+    )
 
 
 def open_tokens_per_s(candidate: Candidate) -> float:

@@ -194,3 +194,9 @@ class Forecast:
     binding: str  # "disk" | "h2d" | "compute" | "overhead"
     bytes_per_pass: dict[str, int]  # link name -> bytes ("disk", "h2d")
     busy_s: dict[str, float]  # engine or link -> busy seconds in a steady pass
+    full_rows: int = 0  # what a pass is filled to: T*, or more where that makes the job shorter
+
+    @property
+    def fill(self) -> float:
+        """Times T* that a pass carries."""
+        return max(self.full_rows / max(self.token_rows, 1), 1.0)

@@ -11,8 +11,8 @@ from zinfer.errors import BudgetError
 from zinfer.plan.choose import Choice
 from zinfer.plan.curve import compute_curve
 from zinfer.plan.forecast import decode_load, engine_of, simulate_load
-from zinfer.plan.make import Plan, forecast_of
-from zinfer.plan.optimise import Candidate, batch_sizes, cost_of, judge
+from zinfer.plan.make import Plan
+from zinfer.plan.optimise import Candidate, batch_sizes, cost_of, forecast_of, judge
 from zinfer.plan.place import place
 from zinfer.plan.profile import reserve_for
 from zinfer.plan.records import Budget, Placement, Workload
@@ -92,7 +92,8 @@ def _again(
     _, steady = simulate_load(spec, plan.table, placement, schedule, machine, load, exact=plan.exact)
     engine = engine_of(machine, tier)
     curve = compute_curve(spec, engine, workload, exact=plan.exact, machine=machine).scaled(scale)
-    return judge(workload, reserve, Choice(plan.limit, plan.table, placement, schedule, steady), curve)
+    choice = Choice(plan.limit, plan.table, placement, schedule, steady)
+    return judge(workload, reserve, choice, curve, machine=machine)
 
 
 def _plan_of(spec: ModelSpec, plan: Plan, candidate: Candidate, machine: Machine) -> Plan:

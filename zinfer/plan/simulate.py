@@ -35,6 +35,7 @@ class PassRun:
     bytes: dict[str, int]  # link -> bytes of the fetches that the pass began
     peak_bytes: dict[Tier, int]  # weights: chunks on their way or there, slots and staging in full
     timeline: tuple[Stretch, ...]
+    disk_slowdown: float = 1.0  # by which computation beside it has stretched the disk's seconds
 
 
 class Simulator:
@@ -72,10 +73,7 @@ class Simulator:
         self._held = {Tier.HOST: placement.staging * placement.slot_bytes, Tier.DEVICE: 0}
 
     def side_by_side(self, steps: Iterable[Step], compute_s: Sequence[float]) -> Sequence[float]:
-        """Slow disk and processor down for as long as both work in this pass; returns the seconds of computation.
-
-        Each is slower by the machine's factor for the share of its own time in which the other one works.
-        """
+        """Slow disk and processor down for as long as both work in this pass; returns the seconds of computation."""
         self._disk_slowdown = 1.0
         both = self._overlap
         if self.placement.compute_tier is not Tier.HOST or both.disk * both.compute == 1:
@@ -85,9 +83,9 @@ class Simulator:
         work_s = sum(compute_s[step.chunk] for step in steps if isinstance(step, Compute))
         if not disk_s or not work_s:
             return compute_s
-        self._disk_slowdown += (both.disk - 1) * min(work_s * both.compute / disk_s, 1)
-        factor = 1 + (both.compute - 1) * min(disk_s * both.disk / work_s, 1)
-        return [seconds * factor for seconds in compute_s]
+        slow_disk_s, slow_work_s = both.at_once(disk_s, work_s)
+        self._disk_slowdown = slow_disk_s / disk_s
+        return [seconds * slow_work_s / work_s for seconds in compute_s]
 
     def run(self, steps: Iterable[Step], compute_s: Sequence[float], rows_s: float = 0.0) -> PassRun:
         """One pass; `compute_s` holds seconds per chunk of the table, `rows_s` those of its embedding rows.
@@ -123,7 +121,10 @@ class Simulator:
             busy_s[lane] = busy_s.get(lane, 0.0) + end_s - start_s
             if lane in self._bytes:
                 moved[lane] += self._bytes[lane][number]
-        return PassRun(self.now_s - begin_s, bubble_s, busy_s, dict(moved), peak_bytes, tuple(timeline))
+        seconds = self.now_s - begin_s
+        return PassRun(
+            seconds, bubble_s, busy_s, dict(moved), peak_bytes, tuple(timeline), self._disk_slowdown
+        )
 
     def _fetch(self, chunk: int) -> list[Stretch]:
         home, tier = self.placement.home[chunk], self.placement.compute_tier

@@ -16,13 +16,17 @@ class TokenBudget:
     """T*: the rows at which computation begins to bind (architecture.md: T* = F b (1 - f) / 2 N B, here from
     measured curves).  Below it rows are free; above it they cost what they would cost in the next pass.
 
-    `stream_s` is the busiest link's time per pass; with nothing to stream every pass may as well be full.
+    `stream_s` is the busiest link's time per pass; with nothing to stream every pass may as well be full.  A job whose
+    plan found fuller passes better carries `fill` times T*.
     `observe` corrects both sides by measured over predicted, computation by group of ops.
     """
 
-    def __init__(self, curve: Curve, stream_s: float, *, batch: int, max_rows: int) -> None:
+    def __init__(
+        self, curve: Curve, stream_s: float, *, batch: int, max_rows: int, fill: float = 1.0
+    ) -> None:
         self._curve = curve
         self._stream_s = stream_s
+        self._fill = fill
         self._least = min(batch + _PROMPT_ROWS, max_rows)
         self._max_rows = max_rows
         self.compute_scale = dict.fromkeys(curve.seconds, 1.0)
@@ -30,10 +34,17 @@ class TokenBudget:
         self.rows = self._find()
 
     def follow(
-        self, curve: Curve, stream_s: float, *, batch: int, max_rows: int, is_corrected: bool = False
+        self,
+        curve: Curve,
+        stream_s: float,
+        *,
+        batch: int,
+        max_rows: int,
+        fill: float = 1.0,
+        is_corrected: bool = False,
     ) -> None:
         """Another plan: its curve and its link time.  What was learnt holds on, unless they are corrected by it."""
-        self._curve, self._stream_s = curve, stream_s
+        self._curve, self._stream_s, self._fill = curve, stream_s, fill
         if is_corrected:
             self.compute_scale = dict.fromkeys(curve.seconds, 1.0)
             self.stream_scale = 1.0
@@ -68,7 +79,7 @@ class TokenBudget:
                 low = middle
             else:
                 high = middle - 1
-        return low
+        return min(round(low * self._fill), self._max_rows)
 
 
 def _towards(scale: float, measured: float, predicted: float) -> float:

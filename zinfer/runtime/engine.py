@@ -129,6 +129,7 @@ class Engine:
             plan.stream_s,
             batch=plan.workload.batch,
             max_rows=plan.workload.prefill_rows,
+            fill=plan.forecast.fill,
             is_corrected=is_corrected,
         )
 
@@ -182,7 +183,11 @@ def open_engine(
             raise typed from error
         raise
     budget = TokenBudget(
-        plan.curve, plan.stream_s, batch=plan.workload.batch, max_rows=plan.workload.prefill_rows
+        plan.curve,
+        plan.stream_s,
+        batch=plan.workload.batch,
+        max_rows=plan.workload.prefill_rows,
+        fill=plan.forecast.fill,
     )
     scheduler = Scheduler(
         kv,
