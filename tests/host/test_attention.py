@@ -324,3 +324,41 @@ def test_partials_merge_in_any_grouping_to_the_whole():
         assert torch.equal(merged.result(), a.result())
     lost = Partial(b.total, b.weight, a.top)
     assert not torch.allclose(a.merge(lost).result(), a.merge(b).result())
+
+
+def prompts_of(lengths, monkeypatch=None, at_most=None, dtype=torch.bfloat16):
+    """Whole prompts attended in one call of `attend`; the runs that went together."""
+    if at_most is not None:
+        monkeypatch.setattr(attention, "PROMPT_ROWS", at_most)
+    heads, kv_heads, dim = 8, 2, 32
+    shape = {"num_layers": 1, "num_kv_heads": kv_heads, "head_dim": dim, "dtype": WORDS[dtype]}
+    kv = PagedKv(**shape, num_pages=sum(length // 16 + 1 for length in lengths))
+    for id_, length in enumerate(lengths):
+        kv.open(id_, length)
+    batch = packed(lengths, [0] * len(lengths))
+    q, k, v = qkv(sum(lengths), heads, kv_heads, dim, dtype)
+    out = attend(
+        q, k, v, 0, batch, kv.view(range(len(lengths)), batch.bounds), scale=0.2, window=None, exact=False
+    )
+    (work,) = batch.memo.values()
+    return out, [len(run) for run in work.prompts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_of_one_length_attend_together_with_the_bits_of_each_alone(monkeypatch, dtype):
+    lengths = [16] * 11 + [17, 17, 1, 1, 16, 130, 130]
+    together, runs = prompts_of(lengths, dtype=dtype)
+    assert runs == [8, 3, 2, 2, 1, 1, 1], "at most 128 rows, one length, neighbours"
+    alone, runs = prompts_of(lengths, monkeypatch, at_most=0, dtype=dtype)
+    assert runs == [1] * len(lengths)
+    assert torch.equal(together, alone)
+
+
+def test_prompts_that_see_each_other_would_be_seen(monkeypatch):
+    alone, _ = prompts_of([16] * 8, monkeypatch, at_most=0)
+    monkeypatch.undo()
+    plain = attention._fused
+    monkeypatch.setattr(attention, "_fused", lambda q, k, v, scale, num=1: plain(q, k, v, scale))
+    joined, runs = prompts_of([16] * 8)
+    assert runs == [8]
+    assert not torch.equal(joined, alone)

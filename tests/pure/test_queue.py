@@ -123,11 +123,11 @@ def test_the_batch_chosen_is_the_best_of_all(flags, num_requests):
 
     def cost(plan):
         if "runtime__objective" in flags:
-            run = run_queue(plan.workload, plan.forecast.token_rows, pass_times(plan))
+            run = run_queue(plan.workload, plan.forecast.full_rows, pass_times(plan))
             return run.mean_finish_s
         if num_requests is None:
             return pass_times(plan)(round(plan.workload.batch * (1 + 40 / 24))) / plan.workload.batch
-        return run_queue(plan.workload, plan.forecast.token_rows, pass_times(plan)).seconds
+        return run_queue(plan.workload, plan.forecast.full_rows, pass_times(plan)).seconds
 
     assert len(costs) > 3
     assert cost(chosen) == pytest.approx(min(map(cost, costs.values())))

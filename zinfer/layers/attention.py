@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.partial import Partial, partial
 from zinfer.layers.shapes import Shapes, agreeing_shapes
 from zinfer.layers.stacks import Stack, Visibility, decode_stacks, exact_stacks, visibility
-from zinfer.spec.attention_cost import KV_BLOCK, fused_sequences
+from zinfer.spec.attention_cost import KV_BLOCK, PROMPT_ROWS, fused_sequences
 
 
 def attend(
@@ -44,9 +45,9 @@ def attend(
         return _one_by_one(q_THD, k_TKD, v_TKD, layer, batch, kv, shapes, scale, window, exact)
     work = _worked_out(batch, kv, shapes, window, exact, q_THD)
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-    for s in work.prompts:
-        rows = slice(batch.bounds[s], batch.bounds[s + 1])
-        out_THD[rows] = _fused(q_THD[rows], k_TKD[rows], v_TKD[rows], scale)
+    for run in work.prompts:
+        rows = slice(batch.bounds[run.start], batch.bounds[run.stop])
+        out_THD[rows] = _fused(q_THD[rows], k_TKD[rows], v_TKD[rows], scale, len(run))
     on_device(out_THD, q_THD, k_TKD, v_TKD, layer, kv, work.device, scale, window)
     if not (work.decodes or work.blockwise):
         return out_THD
@@ -59,7 +60,7 @@ def attend(
     if found_THD is out_THD:
         return out_THD
     found_THD = kv.take_back(found_THD)
-    for s in (*work.prompts, *work.device.prompts):
+    for s in (*chain(*work.prompts), *work.device.prompts):
         rows = slice(batch.bounds[s], batch.bounds[s + 1])
         found_THD[rows] = out_THD[rows]
     return found_THD
@@ -67,10 +68,10 @@ def attend(
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """How the sequences of a batch are attended: whole prompts, single rows over their past, what a device has
-    kernels for, all else."""
+    """How the sequences of a batch are attended: whole prompts, neighbours of one length together, single rows over
+    their past, what a device has kernels for, all else."""
 
-    prompts: list[int]
+    prompts: list[range]
     decodes: list[Stack]
     device: DeviceWork
     blockwise: list[Stack]
@@ -108,7 +109,7 @@ def _arrange(
         return fused_sequences(shapes.kv_heads, shapes.head_dim, num_keys, like_THD.element_size())
 
     return _Work(
-        by_kind["prompt"],
+        _runs(batch, by_kind["prompt"]),
         decode_stacks(batch, kv, by_kind["decode"], window, at_most),
         device,
         exact_stacks(batch, kv, by_kind[None], window, shapes),
@@ -125,6 +126,20 @@ def _fusable(batch: Packed, sequence: int, window: int | None) -> str | None:
     return "decode" if num_new == 1 else None
 
 
+def _runs(batch: Packed, prompts: Sequence[int]) -> list[range]:
+    """Neighbours of one length, at most PROMPT_ROWS rows of them: many small calls cost more than their rows."""
+    runs: list[range] = []
+    for s in prompts:
+        num_new = batch.bounds[s + 1] - batch.bounds[s]
+        last = runs[-1] if runs else range(0)
+        is_alike = last.stop == s and num_new * len(last) == batch.bounds[s] - batch.bounds[last.start]
+        if last and is_alike and num_new * (len(last) + 1) <= PROMPT_ROWS:
+            runs[-1] = range(last.start, s + 1)
+        else:
+            runs.append(range(s, s + 1))
+    return runs
+
+
 def _shapes(q_THD: Tensor, kv_heads: int) -> Shapes:
     _, num_heads, head_dim = q_THD.shape
     return agreeing_shapes(
@@ -132,13 +147,13 @@ def _shapes(q_THD: Tensor, kv_heads: int) -> Shapes:
     )
 
 
-def _fused(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scale: float) -> Tensor:
-    """torch's own attention of a whole prompt."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_NHD, k_NKD, v_NKD))
+def _fused(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scale: float, num_prompts: int = 1) -> Tensor:
+    """torch's own attention of whole prompts, all of one length."""
+    q, k, v = (x.unflatten(0, (num_prompts, -1)).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return out[0].transpose(0, 1)
+    return out.transpose(1, 2).reshape(q_NHD.shape)
 
 
 def _fused_stack(out_THD: Tensor, q_THD: Tensor, layer: int, kv: KvView, stack: Stack, scale: float) -> None:

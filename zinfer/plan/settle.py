@@ -17,6 +17,9 @@ from zinfer.spec.records import ModelSpec
 _MAX_ROWS = 16384
 _TEXT_ROWS = 2048  # of an encoder, whose pass is one micro-batch
 _MICRO_ROWS = 1024  # products are at their full rate there, and activations stay small
+_CPU_MICRO_ROWS = (
+    256  # likewise on a processor, whose caches hold no more; a prompt that is longer stays whole
+)
 _ACTIVATIONS_SHARE = 1 / 8  # of the budget: what rows beyond the batch may take from the weights
 
 
@@ -63,7 +66,9 @@ def asked_workload(
         lengths=lengths,
         num_requests=num_requests,
         prefill_rows=max(rows, least_rows),
-        micro_rows=_MICRO_ROWS if runtime.micro_rows == "auto" else runtime.micro_rows,
+        micro_rows=_micro_rows(resolved.device, length)
+        if runtime.micro_rows == "auto"
+        else runtime.micro_rows,
         cache_tokens=workload.cache_tokens if runtime.kv_tokens == "auto" else runtime.kv_tokens,
     )
     if runtime.max_rows == "auto":
@@ -75,6 +80,12 @@ def asked_workload(
                 break
         reasons["runtime.max_rows"] = f"auto: {settled.prefill_rows} rows leave the budget to the weights"
     return _with_logit_rows(spec, settled, compute_bytes * _ACTIVATIONS_SHARE, exact=exact), reasons
+
+
+def _micro_rows(device: str, longest: int) -> int:
+    """Rows at once where the settings leave it open.  A prompt that is cut attends to its beginning through the cache,
+    which takes longer than whole."""
+    return _CPU_MICRO_ROWS if device == "cpu" and longest <= _CPU_MICRO_ROWS else _MICRO_ROWS
 
 
 def _with_logit_rows(spec: ModelSpec, workload: Workload, share: float, *, exact: bool) -> Workload:

@@ -6,6 +6,7 @@ from zinfer.spec.records import DTYPE_BYTES
 
 KV_BLOCK = 256  # tokens; attention cuts keys at multiples of it, counted from the sequence's first token
 QUERY_ROWS = 128  # most rows of scores per key-value head (new rows times heads of a group) at once
+PROMPT_ROWS = 128  # most rows of whole prompts, all of one length, in one fused call
 STACK_BYTES = (
     4 * 2**20
 )  # of keys, values, scores and sums that one call carries, if it carries several sequences
@@ -77,8 +78,9 @@ def attention_workspace_bytes(
     blockwise += alone * heads * head_dim // group * width  # queries as they are, or results in their dtype
     if exact:
         return output + blockwise
-    # One fused call: a whole prompt, with its own output; or gathered keys and values of stacked sequences.
-    prompt = min(rows, context) * heads * head_dim * width + kernel_bytes(rows, context, heads, head_dim)
+    # One fused call: a whole prompt or some short ones, with their output; or gathered keys and values of a stack.
+    prompt_rows = min(rows, max(context, PROMPT_ROWS))
+    prompt = prompt_rows * heads * head_dim * width + kernel_bytes(rows, prompt_rows, heads, head_dim)
     element = gathered + width if kv_dtype == "INT8" else width
     of_one = 2 * context * kv_heads * head_dim * element
     decode = max(of_one, min(STACK_BYTES * element // width, sequences * of_one))
