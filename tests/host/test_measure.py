@@ -1,11 +1,14 @@
 """The machine's measurement, on tiny inputs: all is measured, positive and consistent; no seconds are asserted."""
 
 import threading
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import CONFIGS
 
 from zinfer.chunks.table import PAGE, PIECE_BYTES
@@ -17,7 +20,8 @@ from zinfer.memory import measure as measuring
 from zinfer.memory import measure_beside, measure_links
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_beside import measure_overlap
-from zinfer.memory.measure_links import measure_disk, ranges
+from zinfer.memory.measure_links import measure_disk, measure_fresh, ranges, typical
+from zinfer.memory.slab import HostSlab
 from zinfer.plan.cost import OpCosts, PassLoad, quantised_seconds_per_byte
 from zinfer.runtime.quant_rates import makers
 from zinfer.runtime.small_model import SmallModel
@@ -150,6 +154,43 @@ def test_a_saved_profile_takes_the_disk_as_it_is_now(files):
     assert again.disk_row_latency_s < 1e9
     for other in ({"measured": False}, {"fingerprint": "another machine"}):
         assert for_files(moved.model_copy(update=other), files).disk_row_latency_s == 1e9
+
+
+def test_the_usual_time_is_the_mean_of_the_machines_own_speeds():
+    assert typical([2.0]) == 2.0
+    assert typical([1.0] * 5 + [1.3] * 5) == pytest.approx(1.15)
+    assert typical([1.0] * 5 + [1.3] * 5 + [9.0, 40.0]) == pytest.approx(1.15), "others' work is left out"
+    assert typical([5.0, 1.0, 1.2]) == pytest.approx(1.1), "in any order"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=40))
+def test_the_usual_time_lies_between_the_best_and_half_above_the_lowest_decile(times):
+    decile = sorted(times)[len(times) // 10]
+    assert min(times) * (1 - 1e-9) <= typical(times) <= 1.5 * decile * (1 + 1e-9)
+
+
+def test_fresh_memory_is_found_once_by_all_threads_and_given_back(monkeypatch):
+    """By a clock that ticks when it is asked: once per huge page and at the end."""
+    slabs, ticks = [], count(0.0, 1.0)
+
+    class Slab(HostSlab):
+        def __init__(self, nbytes):
+            super().__init__(nbytes)
+            self.bytes_N.fill_(7)
+            self.found_N = self.bytes_N.numpy()
+            slabs.append(self)
+
+        def close(self):
+            self.stored = int((self.found_N == 0).sum())
+            super().close()
+
+    monkeypatch.setattr(measure_links, "HostSlab", Slab)
+    monkeypatch.setattr(measure_links.time, "perf_counter", lambda: next(ticks))
+    assert measure_fresh(1e9, 64 * MIB) == pytest.approx(64 * MIB / 33)
+    assert measure_fresh(0.0, 64 * MIB) == pytest.approx(8 * MIB / 5), "time is up: each thread's first"
+    assert [slab.stored for slab in slabs] == [64 * MIB // PAGE, 8 * MIB // PAGE]
+    assert [len(slab.bytes_N) for slab in slabs] == [0, 0]
 
 
 def test_ranges_are_direct_reads_inside_the_files(files):

@@ -149,6 +149,40 @@ def test_what_works_at_once_is_slowed_and_no_more(disk, compute_s):
     assert slowed.bytes == alone.bytes
 
 
+@pytest.mark.parametrize("resident", [0, 4, 16])
+@pytest.mark.parametrize("compute_s", [0.1, 3.0])
+def test_the_first_pass_finds_pages_for_what_stays(resident, compute_s):
+    """Finding pages is work of the processor: it shows where that is the slower one, and never later."""
+    count, rate = 16, 0.5 * PAGE  # two seconds a chunk
+    table = table_of([1] * count)
+    slots = 0 if resident == count else 3
+    budget = Budget(host=(resident + slots) * PAGE)
+    placement = place(table, budget, compute_tier=Tier.HOST, reserve=Reserve(), lookahead=2)
+    assert sum(map(placement.resident, range(count))) == resident
+    schedule, machine = build_schedule(table, placement), machine_with(1.0)
+    fresh = machine.model_copy(update={"fresh_bytes_per_s": rate})
+    first, steady = simulate(table, placement, schedule, machine, [compute_s] * count)
+    slow_first, same_steady = simulate(table, placement, schedule, fresh, [compute_s] * count)
+    assert same_steady == steady if not resident else same_steady.seconds == steady.seconds
+    added_s = 2.0 * resident
+    assert first.seconds <= slow_first.seconds <= first.seconds + added_s + 1e-9
+    assert slow_first.busy_s["compute"] == pytest.approx(first.busy_s["compute"] + added_s)
+    if compute_s > 1:
+        assert slow_first.seconds == pytest.approx(first.seconds + added_s)
+
+
+def test_below_a_device_pages_are_found_by_pinning():
+    table = table_of([1] * 8)
+    budget = Budget(host=8 * PAGE, device=8 * PAGE)
+    placement = place(table, budget, compute_tier=Tier.DEVICE, reserve=Reserve(), lookahead=1)
+    machine = machine_with(1.0, h2d=2.0).model_copy(update={"fresh_bytes_per_s": 1.0})
+    plain = machine.model_copy(update={"fresh_bytes_per_s": None})
+    schedule = build_schedule(table, placement)
+    assert simulate(table, placement, schedule, machine, [1.0] * 8) == simulate(
+        table, placement, schedule, plain, [1.0] * 8
+    )
+
+
 def test_what_stays_is_not_slowed():
     table = table_of([1] * 8)
     placement = place(table, Budget(host=9 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=1)

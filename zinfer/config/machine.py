@@ -134,6 +134,7 @@ class Machine(BaseModel):
     d2h: Link | None = None
     links: tuple[DeviceLink, ...] = ()  # of several devices, that which computes first; none: h2d is all
     host_copy_bytes_per_s: float | None = None  # within host memory; for the reader, no plan uses it
+    fresh_bytes_per_s: float | None = None  # memory that nobody has used gets its pages; None: at no cost
     host: Compute
     overlap: Overlap = Overlap()
     device: Compute | None = None

@@ -149,7 +149,7 @@ def _shapes(q_THD: Tensor, kv_heads: int) -> Shapes:
 
 def _fused(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, scale: float, num_prompts: int = 1) -> Tensor:
     """torch's own attention of whole prompts, all of one length."""
-    q, k, v = (x.unflatten(0, (num_prompts, -1)).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
+    q, k, v = (x.view(num_prompts, -1, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

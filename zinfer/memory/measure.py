@@ -23,6 +23,7 @@ from zinfer.memory.measure_links import (
     device_of,
     measure_copies,
     measure_disk,
+    measure_fresh,
     measure_host_copy,
     typical_seconds,
 )
@@ -105,10 +106,11 @@ def probe(
 
 
 def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.12) -> Machine:
-    """The machine as it is now for these files: disks drift, and another one may hold them."""
+    """The machine as it is now for these files: disks drift, fresh memory too, and another disk may hold them."""
     if not paths or not machine.measured or machine.fingerprint != fingerprint():
         return machine
-    return machine.model_copy(update=_disk_fields(paths, seconds))
+    fresh = measure_fresh(seconds / 4)
+    return machine.model_copy(update=_disk_fields(paths, seconds) | {"fresh_bytes_per_s": fresh})
 
 
 def measure(
@@ -154,12 +156,14 @@ def measure(
             overlap = measure_overlap(
                 paths, partial(_round, product, pool, 1, modes[0]), min(seconds / 10, clock.left_s)
             )
+    fresh = measure_fresh(seconds / 40) if clock.allows("fresh memory") else None
     machine = Machine(
         name=platform.node() or "this machine",
         host_bytes=limits.total,
         host=host,
         overlap=overlap,
         host_copy_bytes_per_s=measure_host_copy() if clock.allows("copies in host memory") else None,
+        fresh_bytes_per_s=fresh,
         measured=True,
         fingerprint=fingerprint(),
         **disk,

@@ -10,7 +10,7 @@ from pathlib import Path
 from zinfer.chunks.table import PAGE, PIECE_BYTES, Chunk, ChunkId, ChunkTable, Read
 from zinfer.config.machine import Overlap
 from zinfer.memory.assemble import open_manager
-from zinfer.memory.measure_links import ReadLoad, low_decile, ranges, typical_seconds
+from zinfer.memory.measure_links import ReadLoad, ranges, typical, typical_seconds
 from zinfer.plan.records import Budget, Placement, Tier
 
 _MOST = 4.0  # a slowdown beyond this was somebody else's work
@@ -32,7 +32,7 @@ def measure_overlap(paths: Sequence[Path], work: Callable[[], object], seconds: 
             times.append(time.perf_counter() - begin_s)
         beside_s = reading.result()
     whole = times[:-1] or [work_s]  # the last one may have outlived the reads
-    return Overlap(disk=_slowdown(beside_s, read_s), compute=_slowdown(low_decile(whole), work_s))
+    return Overlap(disk=_slowdown(beside_s, read_s), compute=_slowdown(typical(whole), work_s))
 
 
 def measure_chunk_overhead(paths: Sequence[Path], seconds: float = 0.05) -> float | None:
@@ -63,7 +63,7 @@ def measure_chunk_overhead(paths: Sequence[Path], seconds: float = 0.05) -> floa
             times.append(one_pass())
     finally:
         manager.close()
-    return low_decile(times)
+    return typical(times)
 
 
 def _slowdown(beside_s: float, alone_s: float) -> float:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 import torch
 
-from zinfer.chunks.table import PAGE, PIECE_BYTES, Chunk, ChunkId, Read, RowTable
+from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Chunk, ChunkId, Read, RowTable
 from zinfer.config.machine import Link
-from zinfer.memory.links import LinkLog, Ticket
+from zinfer.memory.links import LinkLog, Ticket, started_pool
 from zinfer.memory.nvme import IN_FLIGHT, Files, Reader
 from zinfer.memory.rows import RowReader
 from zinfer.memory.slab import HostSlab
@@ -27,6 +27,7 @@ _SMALL_BYTES = 256 * KIB
 _ROW_BYTES = 4 * KIB
 _NUM_ROWS = 24
 _COPY_LATENCY_S = 1e-5
+_OWN_SPEEDS = 1.5  # between a machine's own two speeds; what took longer was somebody else's doing
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +166,7 @@ def device_of(paths: Sequence[Path]) -> str:
 
 
 def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
-    """The lowest decile of as many runs as begin within `seconds`, at least one.
-
-    What other processes take away comes and goes; a profile says what the machine does when it does nothing else.
-    """
+    """`typical` of as many runs as begin within `seconds`, at least one."""
     times: list[float] = []
     begin_s = now_s = time.perf_counter()
     while now_s - begin_s < seconds or not times:
@@ -176,12 +174,45 @@ def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
         run()
         now_s = time.perf_counter()
         times.append(now_s - before_s)
-    return low_decile(times)
+    return typical(times)
 
 
-def low_decile(times: Sequence[float]) -> float:
-    """A tenth of the times are shorter."""
-    return sorted(times)[len(times) // 10]
+def typical(times: Sequence[float]) -> float:
+    """The mean of those that took at most half as long again as the lowest decile.
+
+    What other processes take away comes and goes, and is left out; but a machine may have two speeds of its own that
+    change within seconds (a clock, another guest's thread on the same core), and a pass meets both.
+    """
+    usual = _OWN_SPEEDS * sorted(times)[len(times) // 10]
+    return fmean(seconds for seconds in times if seconds <= usual)
+
+
+def measure_fresh(seconds: float, nbytes: int = 256 * MIB) -> float:
+    """Bytes per second at which memory that nobody has used gets its pages from as many threads as read into it.
+
+    A virtual machine finds and clears each page at its first use, at a rate that depends on who had it before.
+    """
+    slab = HostSlab(nbytes)
+    places_N = slab.bytes_N.numpy()
+    steps = iter(range(0, nbytes, HUGE_PAGE))
+    begin_s = time.perf_counter()
+
+    def find(_thread: int) -> int:
+        found = 0
+        for begin in steps:  # shared: each takes what comes next
+            stored_N = places_N[begin : begin + HUGE_PAGE : PAGE]
+            stored_N[:] = 0  # without the interpreter's lock, as there are that many
+            found += len(stored_N) * PAGE
+            if time.perf_counter() - begin_s > seconds:
+                break
+        return found
+
+    try:
+        with started_pool(IN_FLIGHT, "zinfer-fresh") as pool:
+            begin_s = time.perf_counter()
+            return sum(pool.map(find, range(IN_FLIGHT))) / (time.perf_counter() - begin_s)
+    finally:
+        slab.close()
 
 
 def ranges(paths: Sequence[Path], nbytes: int) -> list[Read]:

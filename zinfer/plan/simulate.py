@@ -186,10 +186,23 @@ def simulate(
     """The first pass, which also loads, and a steady one."""
     simulator = Simulator(table, placement, machine)
 
-    def run(steps: Sequence[Step]) -> PassRun:
-        slowed_s = simulator.side_by_side(steps, compute_s)
+    def run(steps: Sequence[Step], work_s: Sequence[float]) -> PassRun:
+        slowed_s = simulator.side_by_side(steps, work_s)
         return simulator.run(steps, slowed_s, rows_s)
 
-    first = run(schedule.first)
-    steady = [run(schedule.steady) for _ in range(_STEADY_PASSES)]
+    first = run(schedule.first, fresh_seconds(table, placement, machine, compute_s))
+    steady = [run(schedule.steady, compute_s) for _ in range(_STEADY_PASSES)]
     return first, steady[-1]
+
+
+def fresh_seconds(
+    table: ChunkTable, placement: Placement, machine: Machine, compute_s: Sequence[float]
+) -> Sequence[float]:
+    """Computation of the first pass, which shares the processor with finding pages for what stays."""
+    rate = machine.fresh_bytes_per_s
+    if rate is None or placement.compute_tier is not Tier.HOST:
+        return compute_s
+    return [
+        seconds + (chunk.nbytes / rate if placement.resident(chunk.id) else 0.0)
+        for seconds, chunk in zip(compute_s, table.chunks, strict=True)
+    ]
