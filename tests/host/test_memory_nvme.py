@@ -6,16 +6,20 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 
 import chunk_files
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from zinfer.chunks.table import HUGE_PAGE, PAGE
+from zinfer.chunks.table import HUGE_PAGE, PAGE, Read
 from zinfer.config.machine import Link
 from zinfer.errors import CheckpointError, IntegrityError, InternalError, MachineError
 from zinfer.memory import nvme
 from zinfer.memory.links import LinkLog, Pace, Ticket
-from zinfer.memory.nvme import Files, Reader
+from zinfer.memory.nvme import Files, Reader, joined
 from zinfer.memory.slab import HostSlab
 
 
@@ -103,6 +107,65 @@ def test_a_flipped_bit_is_reported_with_file_and_block(tmp_path, open_reader):
     fetch(trusting, slab, table.chunks[1]).wait()
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 100])
+def test_blocks_that_continue_each_other_are_one_request(tmp_path, open_reader, monkeypatch, most):
+    """Each block of a request is checked by itself, whatever lies in one with it."""
+    table, contents = chunk_files.write_chunks(tmp_path, [2, 7, 1], piece=PAGE)
+    chunk, sizes, real = table.chunks[1], [], os.preadv
+
+    def preadv(fd, buffers, offset):
+        sizes.append(real(fd, buffers, offset))
+        return sizes[-1]
+
+    monkeypatch.setattr(nvme.os, "preadv", preadv)
+    monkeypatch.setattr(nvme, "PIECE_BYTES", most * PAGE)
+    reader, slab = open_reader(table)
+    fetch(reader, slab, chunk).wait()
+    assert data_of(slab, chunk) == contents[1]
+    assert sum(sizes) == len(chunk.reads) * PAGE and max(sizes) == min(most, 7) * PAGE
+    assert len(sizes) == -(-7 // most)
+    for number, read in enumerate(chunk.reads):
+        text = bytearray(table.files[0].read_bytes())
+        text[read.offset + 5] ^= 1
+        broken = tmp_path / "broken.bin"
+        broken.write_bytes(text)
+        damaged, slab = open_reader(replace(table, files=(broken,)))
+        with pytest.raises(IntegrityError, match=f"block {number} of chunk 1, bytes {read.offset} to"):
+            fetch(damaged, slab, chunk).wait()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1), st.integers(1, 9))),
+    st.integers(1, 12),
+)
+def test_joined_reads_are_the_reads(steps, most):
+    """In order, none lost, none torn; what is joined continues in one file and one place, up to a length."""
+    reads, offset, at = [], 0, 0
+    for file, gap, hole, pages in steps:
+        offset, at = offset + gap * PAGE, at + hole * PAGE
+        reads.append(Read(file, offset, pages * PAGE, at, pages * PAGE))
+        offset, at = offset + pages * PAGE, at + pages * PAGE
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nvme, "PIECE_BYTES", most * PAGE)
+        pieces = list(joined(reads))
+    assert [read for piece in pieces for read in piece] == reads
+    for piece in pieces:
+        first, last = piece[0], piece[-1]
+        assert len({read.file for read in piece}) == 1
+        assert last.offset - first.offset == last.at - first.at
+        total = sum(read.nbytes for read in piece)
+        assert last.offset + last.nbytes - first.offset == total
+        assert len(piece) == 1 or total <= most * PAGE
+    for piece, follower in pairwise(pieces):  # nothing was left apart that could be joined
+        last, first = piece[-1], follower[0]
+        is_next = (first.file, first.offset, first.at) == (
+            last.file,
+            last.offset + last.nbytes,
+            last.at + last.nbytes,
+        )
+        assert not is_next or sum(read.nbytes for read in piece) + first.nbytes > most * PAGE
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENODEV])
 def test_a_read_error_is_reported_with_file_and_block(tmp_path, open_reader, monkeypatch, code):
     table, contents = chunk_files.write_chunks(tmp_path, [2, 6])
@@ -115,6 +178,7 @@ def test_a_read_error_is_reported_with_file_and_block(tmp_path, open_reader, mon
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(nvme.os, "preadv", preadv)
+    monkeypatch.setattr(nvme, "PIECE_BYTES", 2 * PAGE)  # as long as a block: none are joined
     reader, slab = open_reader(table)
     with pytest.raises(MachineError) as caught:
         fetch(reader, slab, table.chunks[1]).wait()
@@ -148,7 +212,7 @@ def test_pages_are_found_before_the_read_and_nothing_around_it_changes(tmp_path,
     reader._pool.shutdown()
     reader._pool = ThreadPoolExecutor(1)
     fetch(reader, slab, table.chunks[0]).wait()
-    assert order == ["store", "read"] * len(table.chunks[0].reads)
+    assert order == ["store", "read"] * len(list(nvme.joined(table.chunks[0].reads)))
 
 
 @pytest.mark.parametrize("most", [PAGE, PAGE + 512, 700])
@@ -259,6 +323,7 @@ def test_pieces_are_read_in_the_order_of_issue_four_at_a_time(tmp_path, open_rea
                 running.discard(offset)
 
     monkeypatch.setattr(nvme.os, "preadv", preadv)
+    monkeypatch.setattr(nvme, "PIECE_BYTES", PAGE)
     reader, slab = open_reader(table)
     spare = HostSlab(8 * PAGE)
     tickets = [Ticket(chunk) for chunk in table.chunks]

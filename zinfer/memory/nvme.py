@@ -9,7 +9,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from ctypes import memmove, memset
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from zinfer.checkpoint.read import opened
-from zinfer.chunks.table import HUGE_PAGE, PAGE, Read
+from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Read
 from zinfer.errors import IntegrityError, InternalError, MachineError
 from zinfer.log import logger
 from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until, started_pool
@@ -202,24 +202,26 @@ class Reader:
         `landed(error)` follows once: None, MachineError ZI-5321 for a read that failed, IntegrityError ZI-6101 for
         a wrong checksum or ZI-6102 for a file that ends early, ZI-5301 for a cancelled ticket.
         """
-        reads = ticket.chunk.reads
-        fetch = _Fetch(ticket, into_N, landed, len(reads))
-        if not reads:
+        pieces = list(joined(ticket.chunk.reads))
+        fetch = _Fetch(ticket, into_N, landed, len(pieces))
+        if not pieces:
             landed(None)
-        for number, read in enumerate(reads):
-            due_s = self._pace.reserve(read.nbytes) if self._pace else 0.0
-            self._pool.submit(self._piece, fetch, number, read, due_s)
+        number = 0  # of the piece's first read
+        for piece in pieces:
+            due_s = self._pace.reserve(sum(read.nbytes for read in piece)) if self._pace else 0.0
+            self._pool.submit(self._piece, fetch, number, piece, due_s)
+            number += len(piece)
 
     def close(self) -> None:
         """End the threads after what they were asked for.  May be called again."""
         self._pool.shutdown()
 
-    def _piece(self, fetch: _Fetch, number: int, read: Read, due_s: float) -> None:
+    def _piece(self, fetch: _Fetch, number: int, piece: Sequence[Read], due_s: float) -> None:
         try:
             fetch.begin_s = fetch.begin_s or time.perf_counter()
             if fetch.error is None:
                 fetch.ticket.refuse_if_cancelled()
-                self._read(fetch, number, read)
+                self._read(fetch, number, piece)
                 sleep_until(due_s)
         except BaseException as error:
             fetch.error = fetch.error or error
@@ -233,21 +235,26 @@ class Reader:
             fetch.error = fetch.error or error
         fetch.landed(fetch.error)
 
-    def _read(self, fetch: _Fetch, number: int, read: Read) -> None:
-        place_N = fetch.into_N[read.at : read.at + read.nbytes]
-        if len(place_N) < read.nbytes:
+    def _read(self, fetch: _Fetch, number: int, piece: Sequence[Read]) -> None:
+        """One request of the disk; what was hashed by itself is checked by itself."""
+        first, last = piece[0], piece[-1]
+        place_N = fetch.into_N[first.at : last.at + last.nbytes]
+        if len(place_N) < last.at + last.nbytes - first.at:
             raise InternalError(
                 "ZI-0132", f"chunk {fetch.ticket.chunk.id} is read beyond its {len(fetch.into_N)} bytes"
             )
         _find_pages(place_N)
-        block = f"block {number} of chunk {fetch.ticket.chunk.id}"
-        num_bytes = self._files.fill(read.file, place_N, read.offset, read.valid, block)
+        blocks = [f"block {at} of chunk {fetch.ticket.chunk.id}" for at in range(number, number + len(piece))]
+        valid = last.at + last.valid - first.at
+        num_bytes = self._files.fill(first.file, place_N, first.offset, valid, blocks[0])
         with fetch.lock:
             fetch.num_bytes += num_bytes
-        if self._verify and read.digest is not None:
-            digest = xxhash.xxh3_64_intdigest(place_N[: read.valid].data)
-            if digest != read.digest:
-                raise corrupt(self._files.paths[read.file], read, block, digest)
+        for block, read in zip(blocks, piece, strict=True):
+            if self._verify and read.digest is not None:
+                at = read.at - first.at
+                digest = xxhash.xxh3_64_intdigest(place_N[at : at + read.valid].data)
+                if digest != read.digest:
+                    raise corrupt(self._files.paths[read.file], read, block, digest)
 
     def _finish(self, fetch: _Fetch) -> None:
         chunk = fetch.ticket.chunk
@@ -270,6 +277,27 @@ def _find_pages(place_N: Octets) -> None:
     begin = place_N.ctypes.data
     for address in (begin, *range(round_up(begin + 1, HUGE_PAGE), begin + len(place_N), HUGE_PAGE)):
         memset(address, 0, 1)  # without the interpreter's lock
+
+
+def joined(reads: Sequence[Read]) -> Iterator[list[Read]]:
+    """Reads that continue each other in the file and in the chunk, up to PIECE_BYTES together.
+
+    A store's reads end where its blocks do, which are small where weights are: a disk is slower for small requests.
+    """
+    piece: list[Read] = []
+    for read in reads:
+        last = piece[-1] if piece else read
+        goes_on = (
+            (read.file, read.offset, read.at) == (last.file, last.offset + last.nbytes, last.at + last.nbytes)
+            and last.valid == last.nbytes  # what is not valid lies beyond the end of the file
+            and read.at + read.nbytes - piece[0].at <= PIECE_BYTES
+        )
+        if piece and not goes_on:
+            yield piece
+            piece = []
+        piece.append(read)
+    if piece:
+        yield piece
 
 
 def corrupt(path: Path, read: Read, what: str, digest: int) -> IntegrityError:
