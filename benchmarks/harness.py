@@ -140,12 +140,14 @@ class Record:
 
 
 def quantised_store(model: Path, folder: Path, weights: str, log: Path, timeout_s: float) -> Path:
-    """`folder` as a store of the model in this format, made by `zinfer shard` if it is not there.
+    """`folder` as a store of the model in this format (bf16: as published), made by `zinfer shard` if it is not there.
 
     Raises RuntimeError where it cannot be made.
     """
     if not (folder / "config.json").exists():
-        words = ["shard", str(model), "--out", str(folder), "--weights", weights]
+        words = ["shard", str(model), "--out", str(folder)] + (
+            ["--weights", weights] if weights != "bf16" else []
+        )
         child = run_child([sys.executable, "-m", "zinfer", *words], log, timeout_s=timeout_s)
         if child.returncode:
             raise RuntimeError(f"the {weights} store cannot be made: {child.why}")
