@@ -54,6 +54,9 @@ class DenseKv:
     def pages(self, sequences):
         return None
 
+    def planes(self, layer):
+        return []
+
     def commit(self):
         for (layer, sequence), new in self.staged.items():
             old = self.committed[layer][sequence]

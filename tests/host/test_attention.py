@@ -13,7 +13,7 @@ from zinfer.layers.attention import attend
 from zinfer.layers.partial import Partial, partial
 from zinfer.layers.shapes import agreeing_shapes
 from zinfer.runtime.live_bytes import LiveBytes
-from zinfer.spec.attention_cost import KV_BLOCK, arranged_bytes, attention_workspace_bytes
+from zinfer.spec.attention_cost import KV_BLOCK, STACK_BYTES, arranged_bytes, attention_workspace_bytes
 
 
 def fed(cuts, *, heads=4, kv_heads=2, dim=16, window=None, exact=True, dtype=torch.float32, mates=()):
@@ -208,6 +208,36 @@ def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, sequences,
     assert live.peak <= bound
     if exact and total > 64:  # short keys may be cut shorter than a block, which the bound does not count on
         assert live.peak >= 0.35 * bound  # a bound that is never near is no bound
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kv_word", ["BF16", "INT8"])
+def test_stacks_come_near_their_bound(kv_word, exact):
+    """Pieces of a few rows of many sequences fill a call; where not exact, what is gathered has its part of it."""
+    past, rows, sequences, dim = 250, 3, 24, 64
+    kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=dim, num_pages=17 * sequences, dtype=kv_word)
+    ids = list(range(sequences))
+    for count in (past, rows):
+        q, k, v = qkv(count * sequences, 4, 2, dim, torch.bfloat16)
+        for id_ in ids:
+            kv.grow(id_, past + rows) if id_ in kv.tables else kv.open(id_, past + rows)
+        batch = packed([count] * sequences, [kv.length(id_) for id_ in ids])
+        view = kv.view(ids, batch.bounds)
+        with torch.no_grad(), LiveBytes() as live:
+            attend(q, k, v, 0, batch, view, scale=0.2, window=None, exact=exact)
+        view.commit()
+    (work,) = batch.memo.values()
+    most = max(stack.num_pieces for stack in work.blockwise)
+    assert most > 4
+    shape = {"kv_heads": 2, "sequences": sequences, "kv_dtype": kv_word}
+    stated = attention_workspace_bytes(rows * sequences, past + rows, 4, dim, "BF16", exact, **shape)
+    stated += arranged_bytes(rows * sequences, past + rows, sequences)
+    assert live.peak <= stated
+    if (
+        exact or kv_word != "INT8"
+    ):  # int8 pages of single rows, which come as fp32 first, may take more than stacks
+        assert stated <= 1.3 * live.peak
+    assert exact or live.peak <= 1.1 * STACK_BYTES + arranged_bytes(rows * sequences, past, sequences)
 
 
 def decoded(lengths, *, exact, window=None, twin=False, dtype=torch.bfloat16):

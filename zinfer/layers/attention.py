@@ -17,7 +17,7 @@ from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.partial import Partial, partial
 from zinfer.layers.shapes import Shapes, agreeing_shapes
 from zinfer.layers.stacks import Stack, Visibility, decode_stacks, exact_stacks, visibility
-from zinfer.spec.attention_cost import KV_BLOCK, PROMPT_ROWS, fused_sequences
+from zinfer.spec.attention_cost import FP32, KV_BLOCK, PROMPT_ROWS, fused_sequences
 
 
 def attend(
@@ -108,11 +108,13 @@ def _arrange(
     def at_most(num_keys: int) -> int:
         return fused_sequences(shapes.kv_heads, shapes.head_dim, num_keys, like_THD.element_size())
 
+    pages = [] if exact or not by_kind[None] else kv.planes(0)
+    gathered = pages[0].element_size() + FP32 * (len(pages) > 1) if pages else 0  # int8 is decoded to fp32
     return _Work(
         _runs(batch, by_kind["prompt"]),
         decode_stacks(batch, kv, by_kind["decode"], window, at_most),
         device,
-        exact_stacks(batch, kv, by_kind[None], window, shapes),
+        exact_stacks(batch, kv, by_kind[None], window, shapes, gathered),
     )
 
 

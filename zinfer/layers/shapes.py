@@ -19,12 +19,11 @@ from zinfer.kernels.paged import paged_serves
 from zinfer.kernels.remembered import remembered
 from zinfer.layers.partial import partial
 from zinfer.layers.varlen import varlen_serves
-from zinfer.spec.attention_cost import KV_BLOCK, QUERY_ROWS, stacked_pieces
+from zinfer.spec.attention_cost import KEY_COUNTS, KV_BLOCK, QUERY_ROWS, stacked_pieces
 from zinfer.spec.records import ModelSpec
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_KEYS = (32, 64, 96, 128, 192)  # beside KV_BLOCK itself
 _FEW = 5  # different sequences in the test
 
 
@@ -40,11 +39,11 @@ class Shapes:
     group: int
     head_dim: int
 
-    def at_once(self, size: int, keys: int) -> int:
-        """Pieces of one call; large ones fill a product by themselves."""
+    def at_once(self, size: int, keys: int, element_bytes: int = 0) -> int:
+        """Pieces of one call; large ones fill a product by themselves.  `element_bytes` as in `stacked_pieces`."""
         if not self.is_stackable or 2 * size * self.group > QUERY_ROWS:
             return 1
-        return stacked_pieces(self.kv_heads, self.head_dim, keys, size * self.group)
+        return stacked_pieces(self.kv_heads, self.head_dim, keys, size * self.group, element_bytes)
 
     def keys_for(self, count: int) -> int:
         """The fewest keys of an agreeing shape that hold `count`."""
@@ -80,7 +79,7 @@ def _is_answer(answer: Any) -> bool:
     """[row counts, key counts, is_stackable], as _find says them: a file is no more than a claim."""
     match answer:
         case [[int(), *_] as rows, [*keys, last], bool()]:
-            return set(rows) <= set(_ROWS) and set(keys) <= set(_KEYS) and last == KV_BLOCK
+            return set(rows) <= set(_ROWS) and set(keys) <= set(KEY_COUNTS) and last == KV_BLOCK
     return False
 
 
@@ -99,7 +98,7 @@ def _find(kv_heads: int, group: int, head_dim: int, device: str) -> list[Any]:
     with torch.no_grad():
         rows = agreeing_sizes(both, q_PW, sizes)
         tests = [_Trial(kv_heads, group, head_dim, size, device) for size in rows]
-        keys = [size for size in _KEYS if all(test.agrees(size, 1) for test in tests)]
+        keys = [size for size in KEY_COUNTS if all(test.agrees(size, 1) for test in tests)]
         is_stackable = all(
             test.agrees(size, count)
             for number, test in zip(rows, tests, strict=True)

@@ -108,9 +108,17 @@ class _Piece:
 
 
 def exact_stacks(
-    batch: Packed, kv: KvView, sequences: Sequence[int], window: int | None, shapes: Shapes
+    batch: Packed,
+    kv: KvView,
+    sequences: Sequence[int],
+    window: int | None,
+    shapes: Shapes,
+    element_bytes: int = 0,
 ) -> list[Stack]:
-    """Pieces of rows in shapes of one agreeing group; small ones are stacked where they see equally many blocks."""
+    """Pieces of rows in shapes of one agreeing group; small ones are stacked where they see equally many blocks.
+
+    With `element_bytes`, those of an element of the pages, fewer are: what is gathered counts too.
+    """
     groups: dict[tuple[int, range, int], list[_Piece]] = defaultdict(list)
     for s in sequences:
         seen = visibility(batch, s, window)
@@ -121,7 +129,7 @@ def exact_stacks(
             groups[size, blocks, last_keys].append(_Piece(s, start, stop - 1, seen))
     stacks: list[tuple[int, Stack]] = []
     for (size, blocks, last_keys), pieces in groups.items():
-        at_once = shapes.at_once(size, KV_BLOCK if len(blocks) > 1 else last_keys)
+        at_once = shapes.at_once(size, KV_BLOCK if len(blocks) > 1 else last_keys, element_bytes)
         at_once = min(at_once, batch.num_sequences)  # what the bound on the workspace counts with
         keys = [range(b * KV_BLOCK, (b + 1) * KV_BLOCK) for b in blocks[:-1]]
         keys.append(range(blocks[-1] * KV_BLOCK, blocks[-1] * KV_BLOCK + last_keys))

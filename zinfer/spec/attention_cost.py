@@ -5,6 +5,7 @@ from __future__ import annotations
 from zinfer.spec.records import DTYPE_BYTES
 
 KV_BLOCK = 256  # tokens; attention cuts keys at multiples of it, counted from the sequence's first token
+KEY_COUNTS = (32, 64, 96, 128, 192)  # beside KV_BLOCK itself: what a sequence's last block may be cut to
 QUERY_ROWS = 128  # most rows of scores per key-value head (new rows times heads of a group) at once
 PROMPT_ROWS = 128  # most rows of whole prompts, all of one length, in one fused call
 STACK_BYTES = (
@@ -22,9 +23,34 @@ def piece_bytes(kv_heads: int, head_dim: int, keys: int, query_rows: int, elemen
     return kv_heads * (FP32 * both + max(element_bytes * both + FP32 * rows, summing))
 
 
-def stacked_pieces(kv_heads: int, head_dim: int, keys: int, query_rows: int) -> int:
-    """How many pieces of `query_rows` rows (new rows times heads of a group) one call of exact attention carries."""
-    return max(STACK_BYTES // piece_bytes(kv_heads, head_dim, keys, query_rows), 1)
+def stacked_pieces(kv_heads: int, head_dim: int, keys: int, query_rows: int, element_bytes: int = 0) -> int:
+    """How many pieces of `query_rows` rows (new rows times heads of a group) one call of blockwise attention carries.
+
+    With `element_bytes` what is gathered from pages has to find room beside them too.
+    """
+    return max(STACK_BYTES // piece_bytes(kv_heads, head_dim, keys, query_rows, element_bytes), 1)
+
+
+def _stack_bytes(
+    kv_heads: int,
+    head_dim: int,
+    group: int,
+    query_rows: int,
+    sequences: int,
+    gathered: int,
+    width: int,
+    exact: bool,
+) -> int:
+    """The largest call that carries several pieces of at most `query_rows` rows each, with queries or results in
+    their dtype.  Whole pieces fill it, so it is seldom full: every size and every number of keys is tried."""
+    most, rows = 0, group
+    while rows <= query_rows:
+        for keys in (*KEY_COUNTS, KV_BLOCK):
+            count = stacked_pieces(kv_heads, head_dim, keys, rows, 0 if exact else gathered)
+            alone = piece_bytes(kv_heads, head_dim, keys, rows, gathered) + rows * kv_heads * head_dim * width
+            most = max(most, min(count, sequences) * alone)
+        rows *= 2
+    return most
 
 
 def fused_sequences(kv_heads: int, head_dim: int, keys: int, element_bytes: int) -> int:
@@ -69,13 +95,9 @@ def attention_workspace_bytes(
     stacked = max(min(alone, QUERY_ROWS // 2), group)
     gathered = 1 + FP32 if kv_dtype == "INT8" else width  # bytes of an element as it comes from its pages
     blockwise = max(
-        piece_bytes(kv_heads, head_dim, KV_BLOCK, alone, gathered),
-        min(
-            STACK_BYTES * (FP32 + gathered) // FP32,
-            sequences * piece_bytes(kv_heads, head_dim, KV_BLOCK, stacked, gathered),
-        ),
+        piece_bytes(kv_heads, head_dim, KV_BLOCK, alone, gathered) + alone * kv_heads * head_dim * width,
+        _stack_bytes(kv_heads, head_dim, group, stacked, sequences, gathered, width, exact),
     )
-    blockwise += alone * heads * head_dim // group * width  # queries as they are, or results in their dtype
     if exact:
         return output + blockwise
     # One fused call: a whole prompt or some short ones, with their output; or gathered keys and values of a stack.
