@@ -22,6 +22,7 @@ from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.labels import check_top_k, ranked, shaped
 from zinfer.spec.records import Encoder
 from zinfer.students.cascade import Cascade, Deferral, check_threshold, threshold_for
+from zinfer.students.scheduler import PASS_TOKENS
 from zinfer.students.serving import GroupService, is_group
 from zinfer.tokenizer import Encoded, Text, encode_texts
 
@@ -173,7 +174,7 @@ class Classifier:
         result: npt.NDArray[np.float32] = rows_ND.numpy()
         return result
 
-    def deferral(self, *, max_queue_tokens: int = 65_536, pass_tokens: int = 2048) -> Deferral | None:
+    def deferral(self, *, max_queue_tokens: int = 65_536, pass_tokens: int = PASS_TOKENS) -> Deferral | None:
         """The way from a scheduler before the group to the teacher; None without a teacher.  The scheduler owns it."""
         if self.cascade is None or self._teacher is None:
             return None

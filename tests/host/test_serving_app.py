@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import threading
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,12 +15,6 @@ from zinfer.serving.shift import Shift
 
 PATHS = ("/predict", "/embed", "/health", "/ready", "/info", "/metrics", "/openapi.json")
 ROW = expected_row(LetterModel().encode(["abc"], "right")[0])
-
-
-@pytest.fixture()
-def all_are_long(monkeypatch):
-    """Bodies of any length are parsed on a thread, as long ones are."""
-    monkeypatch.setattr("zinfer.serving.service.SMALL_BODY", 0)
 
 
 def go(work):
@@ -192,21 +185,6 @@ class TestRefusals:
             monkeypatch.setattr("zinfer.serving.service.time.perf_counter", lambda: 1e12)
             assert ask(here, "/embed", {"inputs": "a"}).status_code == 200
 
-    @pytest.mark.parametrize("length", [10, 20_000])
-    def test_short_bodies_are_parsed_on_the_loop_and_long_ones_beside_it(self, length, monkeypatch):
-        seen = []
-        with site() as here:
-            encode = here.model.encode
-
-            def noted(texts, direction):
-                seen.append(threading.current_thread() is threading.main_thread())
-                return encode(texts, direction)
-
-            monkeypatch.setattr(here.model, "encode", noted)
-            assert ask(here, "/embed", {"inputs": "a" * length}).status_code == 200
-        assert seen == [length == 10]
-
-    @pytest.mark.usefixtures("all_are_long")
     def test_no_more_is_taken_than_can_soon_be_parsed(self):
         """With the threads busy, requests wait for them up to half a second's work and are then refused unread."""
 
@@ -375,7 +353,6 @@ class TestLife:
             found = go(ended(here))
             assert (found.status_code, found.json()["code"]) == (503, "ZI-2212")
 
-    @pytest.mark.usefixtures("all_are_long")
     @pytest.mark.parametrize("where", ["in the queue", "in the tokenizer"])
     def test_a_client_that_leaves_takes_its_texts_along(self, where):
         with site() as here:
@@ -390,7 +367,6 @@ class TestLife:
             assert "zinfer_disconnects_total 1.0" in text
             assert 'zinfer_requests_total{path="/embed",status="499"} 1.0' in text
 
-    @pytest.mark.usefixtures("all_are_long")
     def test_nothing_blocks_the_loop(self):
         """While one request's text is cut into tokens and another one's waits, /health answers."""
 

@@ -1,5 +1,7 @@
 """The length-aware buffer against a model of it: nothing lost, nothing twice, oldest first, nobody starves."""
 
+from dataclasses import astuple
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +55,10 @@ class BufferMachine(RuleBasedStateMachine):
         assert total <= max_tokens or len(taken) == 1, "the budget holds, or a long text goes alone"
         home = bin_of(taken[0].tokens)
         left = [one for one in self.twin if one[0] not in items]
-        late = {one[0] for one in self.twin if self.now_s - one[3] >= OVERDUE_S}
+        oldest_s = self.twin[0][3]
+        late = {
+            one[0] for one in self.twin if self.now_s - one[3] >= OVERDUE_S or one[3] <= oldest_s
+        }  # or came with the oldest
         for item in items[1:]:
             assert item in late or abs(bin_of(known[item][2]) - home) <= 1, "only what is alike, or late"
         if len(taken) < max_texts:
@@ -91,11 +96,11 @@ def test_bins_are_as_published(tokens):
 
 def test_similar_lengths_share_a_pass_and_the_nearest_come_first():
     buffer = LengthBuffer()
-    for tokens in (20, 200, 60, 10, 30, 200):
-        buffer.put(tokens, tokens, 0.0)
-    assert [one.item for one in buffer.take(1000, 9, 0.0)] == [20, 30, 10, 60]
-    assert [one.item for one in buffer.take(1000, 9, 0.0)] == [200, 200]
-    assert buffer.take(1000, 9, 0.0) == []
+    for at, tokens in enumerate((20, 200, 60, 10, 30, 200)):
+        buffer.put(tokens, tokens, at / 10)
+    assert [one.item for one in buffer.take(1000, 9, 1.0)] == [20, 30, 10, 60]
+    assert [one.item for one in buffer.take(1000, 9, 1.0)] == [200, 200]
+    assert buffer.take(1000, 9, 1.0) == []
 
 
 def test_who_has_waited_for_half_of_the_objective_is_taken_whatever_its_length():
@@ -115,3 +120,18 @@ def test_time_that_runs_backwards_makes_nobody_younger_than_his_elders():
 def test_a_text_without_tokens_is_our_own_mistake():
     with pytest.raises(AssertionError):
         LengthBuffer().put("x", 0, 0.0)
+
+
+def test_texts_that_came_together_are_taken_together_whatever_their_lengths():
+    """Else a request that waits for its last text waits for the short texts of all that came after it."""
+    buffer = LengthBuffer()
+    for since_s in (1.0, 2.0, 3.0):
+        for tokens in (10, 100, 400):
+            buffer.put((since_s, tokens), tokens, since_s)
+    taken = [buffer.take(600, 64, 4.0) for _ in range(3)]
+    whole = [{item for item, *_ in map(astuple, some)} for some in taken]
+    for at, since_s in enumerate((1.0, 2.0, 3.0)):
+        done = set().union(*whole[: at + 1])
+        assert {(since_s, tokens) for tokens in (10, 100, 400)} <= done, "a request a pass, the oldest first"
+    assert not len(buffer)
+    assert len(whole[0]) > 3, "and what room is left is filled up"

@@ -10,8 +10,8 @@ from zinfer.config.schema import Serve
 from zinfer.errors import BudgetError
 from zinfer.serving.service import WARM_TEXT
 from zinfer.students.opening import open_scheduler
-from zinfer.students.scheduler import TextScheduler
-from zinfer.students.serving import GroupService
+from zinfer.students.scheduler import PASS_TOKENS, TextScheduler
+from zinfer.students.serving import MAX_ROWS, GroupService
 from zinfer.tokenizer import Encoded, Text
 
 
@@ -78,6 +78,9 @@ def open_queue(classifier: Classifier, limits: Serve) -> TextScheduler:
             engine,
             objective_s=objective_s,
             max_queue_tokens=limits.queue_tokens,
+            pass_tokens=PASS_TOKENS
+            if objective_s
+            else MAX_ROWS,  # without one, nothing else keeps passes short
             is_adaptive=limits.adapt,
             deferral=deferral,
         )

@@ -1,8 +1,7 @@
 """Requests on their way through.  In: bodies.  Out: answers; nothing of a request is left whatever becomes of it.
 
-The event loop reads, waits, writes, and parses what is short.  Long bodies are parsed, cut into tokens and queued on
-`_THREADS` threads, passes run on the queue's own.  A request that is cancelled (its client is gone) cancels its texts,
-wherever it is.
+The event loop reads, waits and writes.  Parsing, cutting into tokens and queueing happen on `_THREADS` threads, passes
+on the queue's own.  A request that is cancelled (its client is gone) cancels its texts, wherever it is.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ from zinfer.serving.seams import TextModel, TextQueue
 from zinfer.students.scheduler import Overloaded, Served
 from zinfer.tokenizer import Encoded
 
-SMALL_BODY = (
-    16 * 1024
-)  # bytes of a body that is parsed on the loop: a thread would wait for the interpreter, twice
 _THREADS = 2
 _MOST_BEFORE_S = 0.5  # of waiting for those threads: more work than that is not taken
 _WINDOW = 0.1  # weight of one request in what they take
@@ -128,7 +124,7 @@ class Service:
         """What is sent back for one body.  Raises Refusal; cancelled, it leaves nothing in the queue."""
         self.check_kind(kind)
         self.check_room()  # again: others may have been quicker while this body was read
-        begun = self._timed(raw, kind) if len(raw) <= SMALL_BODY else await self._begin(raw, kind)
+        begun = await self._begin(raw, kind)
         try:
             await all_done(begun.futures)
         finally:

@@ -75,8 +75,8 @@ class LengthBuffer(Generic[T]):
     ) -> list[Waiting[T]]:
         """Texts of one pass, at most `max_tokens` together (a longer one goes alone) and `max_texts`.
 
-        First the oldest, then all that have waited for `overdue_s` by age, then those of the oldest's bin and of its
-        two neighbours, nearest bin first.
+        First the oldest and all that came with it, whose caller waits for the last of them; then all that have waited
+        for `overdue_s` by age, then those of the oldest's bin and of its two neighbours, nearest bin first.
         """
         taken: dict[int, Waiting[T]] = {}
         tokens = 0
@@ -97,11 +97,13 @@ class LengthBuffer(Generic[T]):
             return
         first = min(heads)
         yield first
-        # In a bin the oldest come first, so those that are late stand together at its head.
-        late = [
-            takewhile(lambda entry: now_s - entry[1].since_s >= overdue_s, waiting.items())
-            for waiting in self._bins
-        ]
+        since_s = first[1].since_s
+
+        def is_next(came_s: float) -> bool:
+            return came_s <= since_s or now_s - came_s >= overdue_s
+
+        # In a bin the oldest come first, so those that are next stand together at its head.
+        late = [takewhile(lambda entry: is_next(entry[1].since_s), waiting.items()) for waiting in self._bins]
         yield from merge(*late)
         home, room = bin_of(first[1].tokens), max_tokens - first[1].tokens
         for at in (home, home - 1, home + 1):

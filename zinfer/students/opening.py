@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from zinfer.errors import BudgetError, UsageError
 from zinfer.students.controller import SHARE, Controller, ServiceTable, isotonic
 from zinfer.students.intake import Clock
-from zinfer.students.scheduler import Answerer, Defers, TextScheduler
+from zinfer.students.scheduler import PASS_TOKENS, Answerer, Defers, TextScheduler
 from zinfer.tokenizer import Encoded
 
 TOKENS = (16, 64, 256, 1024)  # passes that are measured, beside the largest
@@ -77,7 +77,7 @@ def open_scheduler(
     *,
     objective_s: float | None = None,
     max_queue_tokens: int = 65_536,
-    pass_tokens: int = 2048,
+    pass_tokens: int = PASS_TOKENS,
     least: int = 1,
     workers: int = 1,
     is_adaptive: bool = True,

@@ -25,7 +25,7 @@ from zinfer.students.tally import SchedulerStats, Tally
 from zinfer.tokenizer import Encoded
 
 __all__ = ["Answerer", "Overloaded", "SchedulerStats", "Served", "TextScheduler"]
-PASS_TEXTS = 64
+PASS_TOKENS, PASS_TEXTS = 2048, 64
 
 
 class Answerer(Protocol):

@@ -31,7 +31,7 @@ from zinfer.students.student import encoder_of
 from zinfer.students.tensors import read_sizes
 from zinfer.tokenizer import Encoded, Tokenizer, load_tokenizer
 
-MAX_ROWS, MAX_BATCH = 1024, 64  # larger passes fall out of the caches, and a token costs half as much again
+MAX_ROWS, MAX_BATCH = 1024, 64  # larger passes fall out of the caches: a token costs up to half as much again
 _ALIVE = 12  # activations of a pass are at most so many times rows x MLP width, per student
 
 
