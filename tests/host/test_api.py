@@ -149,7 +149,7 @@ def test_unknown_settings_are_refused(tiny):
 def test_closing_leaves_nothing_behind(tiny):
     def held():
         gc.collect()
-        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+        return set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
 
     def once():
         with LLM(tiny, machine="sim-default", device="sim", threads=1, memory={"device": "3MiB"}) as model:
@@ -159,7 +159,9 @@ def test_closing_leaves_nothing_behind(tiny):
     before = held()
     for _ in range(5):
         once()
-    assert held() == before
+    after = held()
+    assert after[0] <= before[0]
+    assert after[1] == before[1]
 
 
 def test_a_read_error_in_a_pass_is_reported_and_survived(tiny, monkeypatch):

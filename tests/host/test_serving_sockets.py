@@ -175,7 +175,9 @@ def test_many_rude_clients_leave_nothing(here):
     assert httpx2.post(f"{here.about['url']}/embed", json={"inputs": "a"}).status_code == 200
 
 
-def test_hundreds_of_connections_at_once(here):
+def test_hundreds_of_connections_at_once(here, monkeypatch):
+    """However long each takes on a machine that is busy: refusing for that is another test's matter."""
+    monkeypatch.setattr("zinfer.serving.service._MOST_BEFORE_S", float("inf"))
     with ExitStack() as stack:
         opened = [stack.enter_context(here.connect()) for _ in range(300)]
         for connection in opened:
