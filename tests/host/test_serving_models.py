@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import contextmanager
 
 import httpx2
@@ -116,14 +117,30 @@ def test_the_teacher_answers_what_students_are_not_sure_of_and_the_answer_says_s
         assert {one["label"]: one["score"] for one in row["labels"]} == pytest.approx(scores, abs=1e-5)
 
 
-def test_many_at_once_get_their_own_answers(folders):
-    """Requests that share passes: an answer that went to its neighbour would be seen."""
+def test_many_at_once_get_their_own_answers(folders, monkeypatch):
+    """Requests that share passes: an answer that went to its neighbour would be seen.
+
+    The first pass waits until the others are queued, so that they do share.
+    """
+    monkeypatch.setattr("zinfer.serving.service._MOST_BEFORE_S", float("inf"))
     texts = ["the " * at + "fox" for at in range(1, 24)]
     limits = Serve(objective_ms=10_000)
     with Classifier(folders["group"], **CPU) as classifier:
         expected = classifier.embed(texts)
         service = Service(ServedClassifier(classifier), open_queue(classifier, limits), limits)
         service.warm()
+        plain, is_first = classifier.engine.answer, []
+
+        def answer(given, num_students):
+            if not is_first:
+                is_first.append(True)
+                end_s = time.monotonic() + 60
+                while service.queue.stats().queue_texts < len(texts) - len(given):
+                    assert time.monotonic() < end_s
+                    time.sleep(0.001)
+            return plain(given, num_students)
+
+        monkeypatch.setattr(classifier.engine, "answer", answer)
 
         async def all_at_once():
             transport = httpx2.ASGITransport(make_app(service))
