@@ -193,6 +193,58 @@ def test_what_is_done_is_not_done_again(made, monkeypatch):
     assert again.distilled.figures == found.distilled.figures
 
 
+def test_words_are_learnt_before_layers():
+    """Windows whose words alone say the class: the table's words part ways, and nothing else of the teacher moves."""
+    torch.manual_seed(3)
+    config = demo_teacher.TeacherConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2
+    )
+    labels = torch.arange(96) % 2
+    ids = torch.randint(0, 10, (96, WINDOW)) + 10 * (1 + labels[:, None])
+    teacher = demo_teacher.Teacher(config)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    demo_teacher.learn_words(teacher, ids, labels, 0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    demo_teacher.learn_words(teacher, ids, labels, 30)
+    moved = {name for name, tensor in teacher.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert moved == {"bert.embeddings.word_embeddings.weight"}
+
+    def apart(state):
+        words = torch.nn.functional.normalize(state["bert.embeddings.word_embeddings.weight"][10:30], dim=-1)
+        return (words[:10] @ words[:10].T).mean() - (words[:10] @ words[10:].T).mean()
+
+    assert apart(teacher.state_dict()) > apart(before) + 0.1, "words of a class are nearer than those of two"
+
+
+def test_a_spliced_window_has_as_much_of_a_class_as_of_its_text():
+    torch.manual_seed(3)
+    labels = torch.arange(8) % 4
+    ids = (labels + 20)[:, None].expand(8, 64)  # every token of a window is its class
+    mixed, shares = demo_teacher.spliced_windows(ids, labels, 4)
+    for row, share in zip(mixed, shares, strict=True):
+        assert torch.equal(torch.bincount(row - 20, minlength=4) / 64, share)
+    assert (mixed != ids).any(), "some go on as others"
+    assert torch.equal(mixed[:, :8], ids[:, :8]), "and all begin as themselves"
+
+
+def test_an_averaged_teacher_lags_behind_the_last_weights():
+    """Averaged from the first step on, after it: nothing else is drawn, so steps are those of the plain teacher."""
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "batch": 8}
+    ids = torch.randint(5, 40, (16, WINDOW), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def trained(steps, **more):
+        config = demo_teacher.TeacherConfig(**small, steps=steps, **more)
+        teacher = demo_teacher.train_teacher(ids, [at % 12 for at in range(16)], config, 1, lambda *_: None)
+        return teacher.classifier.weight.detach()
+
+    last, mean, mixed = trained(6), trained(6, averaged=0.5), trained(6, mixed=1.0)
+    begin = demo_teacher.TeacherConfig(**small, steps=0)
+    first = demo_teacher.train_teacher(ids, [0] * 16, begin, 1, lambda *_: None).classifier.weight.detach()
+    assert 0 < (mean - first).norm() < (last - first).norm()
+    assert not torch.equal(mixed, last)
+    assert torch.equal(trained(6), last)
+
+
 def test_the_exported_teacher_is_the_trained_one(made):
     """Transformers reads the folder, and zinfer answers as it does; a changed matrix is noticed."""
     _, found, _ = made
