@@ -40,16 +40,16 @@ class TeacherConfig:
     intermediate_size: int = 256
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
-    steps: int = 1200
+    steps: int = 1600
     batch: int = 32
     lr: float = 1.5e-3
-    dropout: float = 0.05
+    dropout: float = 0.1
     masked: float = 0.15
     guessing: float = 0.2
     smoothing: float = 0.0
-    bag: int = 0
-    mixed: float = 0.0
-    averaged: float = 0.0
+    bag: int = 3
+    mixed: float = 0.5
+    averaged: float = 0.99
 
 
 class Dense(nn.Module):
