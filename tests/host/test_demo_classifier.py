@@ -230,15 +230,16 @@ def test_a_spliced_window_has_as_much_of_a_class_as_of_its_text():
 def test_an_averaged_teacher_lags_behind_the_last_weights():
     """Averaged from the first step on, after it: nothing else is drawn, so steps are those of the plain teacher."""
     small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "batch": 8}
+    plain = {"bag": 0, "mixed": 0.0, "averaged": 0.0}
     ids = torch.randint(5, 40, (16, WINDOW), generator=torch.Generator().manual_seed(1)).tolist()
 
     def trained(steps, **more):
-        config = demo_teacher.TeacherConfig(**small, steps=steps, **more)
+        config = demo_teacher.TeacherConfig(**small, steps=steps, **(plain | more))
         teacher = demo_teacher.train_teacher(ids, [at % 12 for at in range(16)], config, 1, lambda *_: None)
         return teacher.classifier.weight.detach()
 
     last, mean, mixed = trained(6), trained(6, averaged=0.5), trained(6, mixed=1.0)
-    begin = demo_teacher.TeacherConfig(**small, steps=0)
+    begin = demo_teacher.TeacherConfig(**small, steps=0, **plain)
     first = demo_teacher.train_teacher(ids, [0] * 16, begin, 1, lambda *_: None).classifier.weight.detach()
     assert 0 < (mean - first).norm() < (last - first).norm()
     assert not torch.equal(mixed, last)
