@@ -83,3 +83,14 @@ def pytest_collection_modifyitems(items):
     if gpu_tests and (reason := _why_no_gpu()):
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny products only lose by a second thread, most of all on a busy machine."""
+    import torch  # not before a test needs it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -26,12 +26,7 @@ LENGTHS = (5, 17, 1, 9, 17, 40, 9)
 CPU = {"device": "cpu", "machine": "sim-default", "threads": 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

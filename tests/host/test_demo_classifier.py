@@ -28,12 +28,7 @@ CALM = {"device": "cpu", "machine": "sim-default", "threads": 1}
 is_shipped = pytest.mark.skipif(not DEMO.exists(), reason="the bundled classifier is not here yet")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_library(root, num_files=6):

@@ -31,12 +31,7 @@ QUICK = {"students": 2, "layers": 1, "epochs": 2, "polish": 1, "batch": 16, "lr"
 ENGINE = {"device": "cpu", "machine": "sim-default", "memory.host": "1GiB", "runtime.threads": 1}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

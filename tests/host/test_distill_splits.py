@@ -7,7 +7,6 @@ import json
 import random
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_models import WORDS, write_encoder
@@ -23,12 +22,7 @@ ENGINE = {"device": "cpu", "machine": "sim-default", "memory.host": "1GiB", "run
 QUICK = DistillSettings(students=2, layers=1, epochs=1, polish=1, batch=16, lr=1e-3, least_gain=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 1024, "max_position_embeddings"
 BATCHES = {"one": (330,), "even": (60,) * 6, "ragged": (250, 30, 30, 20, 5, 1)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products only lose by a second thread, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def measure(spec, lengths, exact):

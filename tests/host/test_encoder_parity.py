@@ -12,13 +12,7 @@ TOLERANCE = 1e-4
 LENGTHS = (5, 17, 1, 9, 17, 40)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products only lose by a second thread, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=encoder_oracle.VARIANTS)

@@ -15,7 +15,10 @@ from fakes import DenseKv, run_pass
 
 from zinfer.spec.read import read_spec
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 HALF = ["llama-gqa-biased-tied", "gpt2"]  # fp16 rounds at the same places as bf16: two are enough
 PARAMS = [(name, dtype) for name in oracle.VARIANTS for dtype in (torch.float32, torch.bfloat16)]
@@ -32,15 +35,6 @@ class Case:
     tensors: dict
     model: Any
     exact_model: Any
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products only lose by a second thread, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
