@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from zinfer.kernels import quant, rows
+from zinfer.kernels import paged, quant, rows
 from zinfer.kernels.fused_quant import fill_slot, fused
 from zinfer.kernels.paged import PageRows, paged_decode, paged_decode_twin
 from zinfer.kernels.panels import dequantise
 from zinfer.kernels.quantise import quantise
 from zinfer.kvcache.planes import make_planes
+from zinfer.layers import mlp, norm, rotary
 from zinfer.layers.mlp import close_gate, open_gate
 from zinfer.layers.norm import rms_norm
 from zinfer.layers.rotary import rotate
@@ -46,11 +47,13 @@ def pages_case(device, dtype, lengths, *, heads=4, kv_heads=2, dim=16, page_toke
     return q.to(device), [plane[0].to(device) for plane in planes.tensors], pages
 
 
-def paged_error(device, dtype, lengths, *, splits=None, window=None, cap=0.0, **shape):
-    """Largest difference between the kernel and its twin."""
+def paged_error(device, dtype, lengths, *, splits=None, window=None, cap=0.0, native=None, **shape):
+    """Largest difference between the kernel, Triton's or the compiled one, and its twin."""
     q, planes, pages = pages_case(device, dtype, lengths, **shape)
     options = {"scale": 0.25, "window": window, "cap": cap}
-    found = paged_decode(q, planes, pages, splits=splits, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged, "_native", lambda *case: native)
+        found = paged_decode(q, planes, pages, splits=splits, **options)
     assert found.dtype == dtype
     want = paged_decode_twin(q, planes, pages, **options)
     assert want.float().abs().max() > 0.1
@@ -98,29 +101,30 @@ ROWS_CLOSE = {
 def twin(function, *args, **options):
     """What a layer computes where nothing is fused."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "fuses", lambda *tensors: False)
+        for layer in (mlp, norm, rotary):
+            patch.setattr(layer, "row_kernels", lambda *tensors: None)
         return function(*args, **options)
 
 
-def rows_error(device, dtype, kernel):
+def rows_error(device, dtype, kernel, kernels=rows):
     """Largest difference of a fused row kernel from its twin, relative to the values' size where that is above 1."""
     draw = torch.Generator().manual_seed(3)
     wide = torch.randn(5, 6 * 48 + 2, generator=draw).to(device, dtype)
     match kernel:
         case "norm":
             weight = torch.rand(290, generator=draw).to(device, dtype)
-            found, want = rows.norm(wide, weight, 1e-5), twin(rms_norm, wide, weight, 1e-5)
+            found, want = kernels.norm(wide, weight, 1e-5), twin(rms_norm, wide, weight, 1e-5)
         case "rotate":
             heads = wide[:, 1:-1].unflatten(1, (6, 48))[
                 :, 1:
             ]  # five heads of a fused product, of which 2 * 20 turn
             angles = torch.rand(5, 20, generator=draw) * 6
             cos, sin = (part.to(device, dtype) for part in (angles.cos(), angles.sin()))
-            found, want = rows.rotate(heads, cos, sin), twin(rotate, heads, cos, sin)
+            found, want = kernels.rotate(heads, cos, sin), twin(rotate, heads, cos, sin)
         case "gate":
             gate, up = wide.chunk(2, -1)
             opened = twin(open_gate, gate, "silu", exact=False)
-            found, want = rows.gated(gate, up), twin(close_gate, opened, up, "silu")
+            found, want = kernels.gated(gate, up), twin(close_gate, opened, up, "silu")
         case "one row":
             weight = torch.randn(77, 290, generator=draw).to(device, dtype) * 0.06
             bias = torch.randn(77, generator=draw).to(device, dtype)

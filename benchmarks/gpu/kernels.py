@@ -33,6 +33,7 @@ from torch import Tensor
 from zinfer.kernels import fused_quant, quant, rows, served
 from zinfer.kernels.paged import PageRows, paged_decode, paged_decode_twin
 from zinfer.kernels.panels import dequantise
+from zinfer.layers import mlp, norm, rotary
 from zinfer.layers.mlp import activate
 from zinfer.layers.norm import rms_norm
 from zinfer.layers.rotary import rotate
@@ -144,11 +145,14 @@ def gate_twin(gate: Tensor, up: Tensor) -> Tensor:
 
 def unfused(run: Callable[..., Tensor], *args: Any) -> Tensor:
     """The twin, where the layer would take the kernel."""
-    before, rows.fuses = rows.fuses, lambda *tensors: False
+    found = mlp.row_kernels
+    for layer in (mlp, norm, rotary):
+        layer.row_kernels = lambda *tensors: None
     try:
         return run(*args)
     finally:
-        rows.fuses = before
+        for layer in (mlp, norm, rotary):
+            layer.row_kernels = found
 
 
 def product_cases(sizes: Sizes, device: str, dtype: torch.dtype, batch: int) -> Iterator[Case]:

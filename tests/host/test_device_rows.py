@@ -15,6 +15,7 @@ from zinfer.chunks.store import shard
 from zinfer.kernels import fused_quant, products, quant, rows, served
 from zinfer.kernels.paged import paged_serves
 from zinfer.kernels.quantise import Quantiser
+from zinfer.kernels.row_kernels import row_kernels
 from zinfer.layers import on_device
 from zinfer.layers.norm import rms_norm
 
@@ -168,32 +169,32 @@ def test_a_triton_that_computes_wrongly_is_not_used(monkeypatch, caplog):
 def test_triton_is_not_asked_for_without_a_device(monkeypatch):
     monkeypatch.setattr(served, "_has_triton", lambda: pytest.fail("asked for"))
     assert not served.serves("cpu")
-    assert not rows.fuses(torch.ones(2))
+    assert row_kernels(torch.ones(2)) is None
 
 
 def test_gradients_keep_torchs_own_code(monkeypatch):
     monkeypatch.setattr(served, "serves", lambda device_type: True)
     x = torch.ones(2, 8, requires_grad=True)
-    assert not rows.fuses(torch.ones(2), x)
+    assert row_kernels(torch.ones(2), x) is None
     rms_norm(x, torch.ones(8), 1e-5).sum().backward()
     assert x.grad is not None
     with torch.no_grad():
-        assert rows.fuses(x)
+        assert row_kernels(x) is rows
 
 
 def test_the_one_row_kernel_is_a_candidate_on_a_device_only(monkeypatch):
-    assert "triton" not in products._candidates("cpu", False)
+    assert "triton" not in products._candidates(torch.bfloat16, "cpu", False)
     monkeypatch.setattr(served, "serves", lambda device_type: False)
-    assert products._candidates("cuda", False) == ["linear"]
+    assert products._candidates(torch.bfloat16, "cuda", False) == ["linear"]
     monkeypatch.setattr(served, "serves", lambda device_type: True)
-    assert products._candidates("cuda", False) == ["linear", "triton"]
-    assert products._candidates("cuda", True) == ["linear"]
+    assert products._candidates(torch.bfloat16, "cuda", False) == ["linear", "triton"]
+    assert products._candidates(torch.bfloat16, "cuda", True) == ["linear"]
 
 
 @needs_interpreter
 def test_the_one_row_kernel_is_taken_where_it_was_the_fastest(monkeypatch):
     """Named once at load, then by the table; a transposed weight has torch's own product."""
-    monkeypatch.setattr(products, "_candidates", lambda device, transposed: ["linear", "triton"])
+    monkeypatch.setattr(products, "_candidates", lambda dtype, device, transposed: ["linear", "triton"])
     monkeypatch.setattr(products, "device_name", lambda device: "a device of this test")
     monkeypatch.setattr(products, "fastest", lambda runs, clock: list(runs)[-1])
     case = (torch.float16, "cpu", 33, 70, False, True)

@@ -66,6 +66,7 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     if not as_json:
         for line in describe_machine(machine, limits):
             click.echo(line)
+        click.echo(describe_kernels())
         for line in warnings_for(machine, limits, is_small=model is None, others=others):
             click.echo(f"warning    {line}")
     if not no_save:
@@ -128,6 +129,19 @@ def describe_machine(machine: Machine, limits: MemoryLimits) -> Iterator[str]:
     yield f"device     {Bytes(machine.device_bytes)} · up {rate_text(machine.h2d.bytes_per_s)}{down}"
     yield from describe_links(machine)
     yield from _describe_compute("device", machine.device)
+
+
+def describe_kernels() -> str:
+    """Whose code multiplies on the host."""
+    from zinfer.kernels.native.build import compiler
+    from zinfer.kernels.native.calls import kernels
+
+    command, found = compiler(), kernels()
+    if found is not None and command is not None:
+        products = "" if found.has_products else ", products left to torch"
+        return f"kernels    compiled for this processor by {Path(command[0]).name}{products}"
+    advice = "" if command else "; pip install 'zinfer[native]' brings a compiler"
+    return f"kernels    torch's own{advice}"
 
 
 def _processor_seconds() -> tuple[float, float, float]:

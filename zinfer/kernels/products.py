@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zinfer.kernels import served
 from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
+from zinfer.kernels.native.calls import Kernels, kernels
 from zinfer.kernels.remembered import remembered
 from zinfer.kernels.rows import one_row
 from zinfer.kernels.served import device_name
@@ -20,6 +21,7 @@ from zinfer.spec.cost import EXACT_ROWS, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
 SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
+FEW = (2, 4, 8, 16, 32)  # rows at which the compiled kernel is timed against torch
 _SAMPLE_ROWS = 5
 _TIMED_BYTES = 16 * 2**20  # of a weight: measured in a few milliseconds
 _COLD_BYTES = 64 * 2**20  # weights that are timed in turn: a pass finds none of its weights in a cache
@@ -34,15 +36,14 @@ def linear(
     """x [T, I] times weight [O, I] ([I, O] when `transposed`), plus bias [O]: [T, O].
 
     With `exact` a row of the result depends on nothing but that row of x, whatever T is.  Without, a lone row goes
-    through the kernel that was fastest for it (`row_kernel`).
+    through the kernel that was fastest for it (`row_kernel`), and so do a few (`few_rows`).
     """
     weight_OI = weight.t() if transposed else weight
     outputs, inputs = weight_OI.shape
     case = (weight.dtype, weight.device.type, outputs, inputs, transposed, bias is not None)
     num_rows = x_TI.shape[0]
     if not exact and num_rows <= MOST_ROWS:
-        product = KERNELS[row_kernel(*case)] if num_rows == 1 else F.linear
-        return product(x_TI, weight_OI, bias)
+        return _few(num_rows, case)(x_TI, weight_OI, bias)
     sizes = row_sizes(*case, torch.get_num_threads()) if exact else (MOST_ROWS,)
     y_TO: Tensor | None = None
     for start, stop, size in cover(num_rows, sizes):
@@ -56,6 +57,12 @@ def linear(
         del piece
     assert y_TO is not None, "a product needs rows"
     return y_TO
+
+
+def _few(num_rows: int, case: tuple[torch.dtype, str, int, int, bool, bool]) -> Product:
+    if num_rows == 1:
+        return KERNELS[row_kernel(*case)]
+    return _native if num_rows <= few_rows(*case) else F.linear
 
 
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
@@ -72,6 +79,7 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
                 row_sizes(*case, torch.get_num_threads())
             else:
                 row_kernel(*case)
+                few_rows(*case)
 
 
 @cache
@@ -112,28 +120,57 @@ def row_kernel(
     Only half precision has kernels that differ: on the CPU with and without oneDNN by up to 2 in either direction,
     depending on the machine, and kernels that are level on a weight in the cache differ by 2 on one that is not.
     """
-    candidates = _candidates(device, transposed)
+    candidates = _candidates(dtype, device, transposed)
     if len(candidates) == 1 or dtype == torch.float32:
         return "linear"
     outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
 
     def find() -> str:
-        size = outputs * inputs
-        count = max(_COLD_BYTES // (size * dtype.itemsize), 1)
-        pool = _noise((count, outputs, inputs), dtype, device)
-        turns = cycle([_laid_out(weight_OI, transposed) for weight_OI in pool])
+        turns, bias = _cold(dtype, device, outputs, inputs, transposed, has_bias)
         x = _noise((1, inputs), dtype, device)
-        bias = torch.zeros(outputs, dtype=dtype, device=device) if has_bias else None
         with torch.no_grad(), one_thread():
             runs = {name: partial(_run_next, KERNELS[name], x, turns, bias) for name in candidates}
             return fastest(runs, device_clock(device))
 
     case = (dtype, device_name(device), outputs, inputs, transposed, has_bias)
-    return str(
-        remembered(
-            f"one-row kernel, cold {case}", lambda name: isinstance(name, str) and name in candidates, find
-        )
-    )
+    question = f"one-row kernel, cold, of {', '.join(candidates)} {case}"
+    return str(remembered(question, lambda name: isinstance(name, str) and name in candidates, find))
+
+
+@cache
+def few_rows(
+    dtype: torch.dtype, device: str, outputs: int, inputs: int, transposed: bool, has_bias: bool
+) -> int:
+    """The most rows, of FEW, that the compiled kernel multiplies faster than torch; 1 where it never does."""
+    if _compiled(dtype, device, transposed) is None:
+        return 1
+    outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
+
+    def find() -> int:
+        turns, bias = _cold(dtype, device, outputs, inputs, transposed, has_bias)
+        best = 1
+        with torch.no_grad(), one_thread():
+            for rows in FEW:
+                x = _noise((rows, inputs), dtype, device)
+                products: dict[str, Product] = {"torch": F.linear, "native": _native}
+                runs = {name: partial(_run_next, run, x, turns, bias) for name, run in products.items()}
+                if fastest(runs) != "native":
+                    break
+                best = rows
+        return best
+
+    case = (dtype, outputs, inputs, has_bias)
+    return int(remembered(f"few rows, cold {case}", lambda rows: rows in (1, *FEW), find))
+
+
+def _cold(
+    dtype: torch.dtype, device: str, outputs: int, inputs: int, transposed: bool, has_bias: bool
+) -> tuple[Iterator[Tensor], Tensor | None]:
+    """Weights, one after the other, more than a cache holds; and a bias."""
+    count = max(_COLD_BYTES // (outputs * inputs * dtype.itemsize), 1)
+    pool = _noise((count, outputs, inputs), dtype, device)
+    bias = torch.zeros(outputs, dtype=dtype, device=device) if has_bias else None
+    return cycle([_laid_out(weight_OI, transposed) for weight_OI in pool]), bias
 
 
 def _run_next(run: Product, x_TI: Tensor, turns: Iterator[Tensor], bias: Tensor | None) -> Tensor:
@@ -155,19 +192,35 @@ def _vector_without_onednn(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None)
         return _vector(x_1I, weight_OI, bias)
 
 
+def _native(x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    """The compiled kernel, where it takes such a weight."""
+    found = _compiled(weight_OI.dtype, weight_OI.device.type, not weight_OI.is_contiguous())
+    return F.linear(x_TI, weight_OI, bias) if found is None else found.dense(x_TI, weight_OI, bias)
+
+
+def _compiled(dtype: torch.dtype, device: str, transposed: bool) -> Kernels | None:
+    """The compiled kernels, where they serve such a case."""
+    if device != "cpu" or dtype != torch.bfloat16 or transposed:
+        return None
+    found = kernels()
+    return found if found is not None and found.has_products else None
+
+
 KERNELS: dict[str, Product] = {
     "linear": F.linear,
     "vector": _vector,
     "linear without oneDNN": _linear_without_onednn,
     "vector without oneDNN": _vector_without_onednn,
     "triton": one_row,
+    "native": _native,
 }
 
 
-def _candidates(device: str, transposed: bool) -> list[str]:
+def _candidates(dtype: torch.dtype, device: str, transposed: bool) -> list[str]:
     """The names in KERNELS that are worth timing on a device; the first is taken unless another is clearly faster."""
     if device == "cpu":
-        return [name for name in KERNELS if name != "triton"]
+        left_out = {"triton"} if _compiled(dtype, device, transposed) else {"triton", "native"}
+        return [name for name in KERNELS if name not in left_out]
     return ["linear", "triton"] if served.serves(device) and not transposed else ["linear"]
 
 

@@ -1,9 +1,9 @@
 """Products with a quantised weight.  In: rows of activations, a QuantWeight.  Out: rows, in the same dtype.
 
-Two paths, which agree within bf16's rounding: torch's int4 kernel on the packed bytes, where this processor has one,
-and a slot into which a piece of the matrix is unpacked, to be multiplied as any other.  The first costs the same for
-every row, the second about as much as eight (int8) or thirty (int4) rows before the first one.  Both multiply in
-bf16, whatever the model's dtype.
+Two paths, which agree within bf16's rounding: the packed bytes, by the compiled kernel or torch's int4 one, where
+this processor has either, and a slot into which a piece of the matrix is unpacked, to be multiplied as any other.  The
+first costs the same for every row, the second much before the first one.  Both multiply in bf16, whatever the
+model's dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zinfer.kernels import fused_quant, served
 from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
+from zinfer.kernels.native.calls import Kernels, kernels
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.kernels.products import SIZES, cancelling, linear, row_sizes
 from zinfer.kernels.remembered import remembered
@@ -27,6 +28,7 @@ from zinfer.units import round_up
 
 _CROSSINGS = (1, 2, 4, 8, 16, 32, 64)  # row counts at which the two paths are compared
 _TIMED_OUTPUTS = 2048
+_NATIVE_PANEL = 32  # the compiled kernel takes 16 octets at a time
 _CLOSE = 0.02
 
 
@@ -93,7 +95,9 @@ def _unread_layout(spec: ModelSpec, device: str) -> str:
 
 
 def packed(x_TI: Tensor, weight: QuantWeight) -> Tensor:
-    """On the packed bytes, by torch's int4 kernel: bf16 [T, O]."""
+    """On the packed bytes, by the compiled kernel, else by torch's for int4: bf16 [T, O]."""
+    if native := _native(weight.panel):
+        return native.quant(x_TI, weight)
     if weight.low is None:
         y = _int4(x_TI, weight.nibbles, weight.scales)
     else:
@@ -117,6 +121,12 @@ def unpacked(x_TI: Tensor, weight: QuantWeight, *, exact: bool) -> Tensor:
         piece = linear(x_extended, _fill_slot(part), exact=exact, transposed=True)
         y_TO[:, start : start + part.outputs] = piece[:, : part.outputs]
     return y_TO
+
+
+def _native(panel: int) -> Kernels | None:
+    """The compiled kernels, where they read panels of that width."""
+    found = kernels()
+    return found if found is not None and found.has_products and panel % _NATIVE_PANEL == 0 else None
 
 
 @cache
@@ -161,7 +171,7 @@ def packed_rows(weights: str, panel: int, outputs: int, inputs: int, num_threads
                 best = rows
         return best
 
-    case = (weights, panel, outputs, inputs, num_threads)
+    case = (weights, panel, outputs, inputs, num_threads, _native(panel) is not None)
     return int(remembered(f"packed rows {case}", lambda rows: rows in (0, *_CROSSINGS), find))
 
 
@@ -207,7 +217,7 @@ def packed_sizes(panel: int, outputs: int, inputs: int, num_threads: int) -> tup
     def is_answer(sizes: object) -> bool:
         return isinstance(sizes, list) and bool(sizes) and set(sizes) <= set(SIZES)
 
-    case = (panel, outputs, inputs, num_threads)
+    case = (panel, outputs, inputs, num_threads, _native(panel) is not None)
     return tuple(remembered(f"packed sizes {case}", is_answer, find))
 
 

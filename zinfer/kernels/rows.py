@@ -10,20 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zinfer.kernels import served
 from zinfer.kernels.served import launching, power
 
 _BLOCK = 1024
 _BLOCK_HEADS = 8
 _BLOCK_OUTPUTS = 8
 _BLOCK_INPUTS = 512
-
-
-def fuses(*tensors: Tensor) -> bool:
-    """Whether these kernels serve the tensors: on a device that has them, where no gradient is wanted."""
-    if not served.serves(tensors[0].device.type):
-        return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

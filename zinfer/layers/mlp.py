@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zinfer.kernels import rows
+from zinfer.kernels.row_kernels import RowKernels, row_kernels
 from zinfer.spec.cost import ACTIVATION_PIECE
 
 # On the CPU torch cuts elementwise work evenly among its threads, at least SHARE elements to each, and computes what
@@ -59,16 +59,17 @@ def activate(x: Tensor, kind: str, *, exact: bool) -> Tensor:
 
 def open_gate(gate: Tensor, kind: str, *, exact: bool) -> Tensor:
     """What `close_gate` wants kept of a gate [T, F] until its rows `up` are there: activated, or as it is."""
-    return gate if _is_fused(gate, kind) else activate(gate, kind, exact=exact)
+    return gate if _fused(gate, kind) else activate(gate, kind, exact=exact)
 
 
 def close_gate(opened: Tensor, up: Tensor, kind: str) -> Tensor:
     """activation(gate) * up."""
-    return rows.gated(opened, up) if _is_fused(opened, kind) else opened * up
+    fused = _fused(opened, kind)
+    return fused.gated(opened, up) if fused else opened * up
 
 
-def _is_fused(gate: Tensor, kind: str) -> bool:
-    return kind == "silu" and rows.fuses(gate)
+def _fused(gate: Tensor, kind: str) -> RowKernels | None:
+    return row_kernels(gate) if kind == "silu" else None
 
 
 def whole_pieces(count: int, num_threads: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zinfer.kernels import rows
+from zinfer.kernels.row_kernels import row_kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -14,8 +14,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Rounds to x's dtype before the weight is applied, as the published Llama does.
     """
-    if rows.fuses(x, weight):
-        return rows.norm(x, weight, eps)
+    if fused := row_kernels(x, weight):
+        return fused.norm(x, weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Attention by a device's own kernels.  In: a Packed batch and its cache.  Out: which sequences they serve; their rows.
+"""Attention by our own kernels.  In: a Packed batch and its cache.  Out: which sequences they serve; their rows.
 
 Prompts, and later pieces of prompts over what is cached, go to torch's packed attention; single rows over their past
 to zinfer's kernel over pages in place.  What neither serves is left to the drivers of `zinfer.layers.attention`.
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zinfer.kernels import served
 from zinfer.kernels.paged import PageRows, paged_decode, paged_serves
 from zinfer.layers.packed import KvView, Packed, Span
 from zinfer.layers.steps import step_up
@@ -47,7 +46,7 @@ class DeviceWork:
 
 
 def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window: int | None) -> DeviceWork:
-    """Share the batch out; nothing is served on a CPU."""
+    """Share the batch out; on a CPU single rows alone are served, where kernels were compiled."""
     device = q_THD.device
     is_here = kv.device.type == device.type
     is_packing = varlen_serves(
@@ -62,11 +61,9 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
     prompts = kinds["prompt"] if is_packing else []
     pieces = kinds["piece"] if is_packing and is_here else []
     singles = kinds["single"]
-    pages = kv.pages(singles) if singles and is_here and served.serves(device.type) else None
-    if pages is not None:
-        is_int8 = len(kv.planes(0)) > 1
-        case = (q_THD.dtype, q_THD.shape[1], kv_heads, q_THD.shape[2], is_int8, device.type)
-        pages = pages if paged_serves(*case) else None
+    is_int8 = bool(singles) and is_here and len(kv.planes(0)) > 1
+    case = (q_THD.dtype, q_THD.shape[1], kv_heads, q_THD.shape[2], is_int8, device.type)
+    pages = kv.pages(singles) if singles and is_here and paged_serves(*case) else None
     singles = singles if pages is not None else []
     if pages is not None and batch.is_padded:
         pages = pages.padded(step_up(pages.longest))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zinfer.kernels import rows
+from zinfer.kernels.row_kernels import row_kernels
 from zinfer.layers.packed import Packed
 from zinfer.memory.upload import upload
 from zinfer.spec.records import Rope
@@ -42,8 +42,8 @@ def rotary_tables(
 
 def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first rotary_dim dimensions of every head, as pairs (i, i + rotary_dim / 2); the rest passes."""
-    if rows.fuses(x_THD):
-        return rows.rotate(x_THD, cos, sin)
+    if fused := row_kernels(x_THD, cos, sin):
+        return fused.rotate(x_THD, cos, sin)
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
     left, right, rest = x_THD[..., :half], x_THD[..., half : 2 * half], x_THD[..., 2 * half :]

@@ -1,0 +1,392 @@
+"""The kernels that are compiled on this machine: against their twins, and what happens where there are none."""
+
+import logging
+import stat
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_parity import CLOSE, paged_error, pages_case, rows_error
+from tiny_models import write_tiny
+
+from zinfer import LLM, SamplingParams
+from zinfer.kernels import products, quant
+from zinfer.kernels.native import build, calls
+from zinfer.kernels.paged import paged_serves
+from zinfer.kernels.panels import QuantWeight, dequantise
+from zinfer.kernels.quantise import quantise
+from zinfer.kernels.row_kernels import row_kernels
+
+BF16 = torch.bfloat16
+needs_kernels = pytest.mark.skipif(calls.kernels() is None, reason="no C compiler here")
+needs_products = pytest.mark.skipif(
+    calls.kernels() is None or not calls.kernels().has_products, reason="no AVX-512 bfloat16 here"
+)
+
+
+def library(folder):
+    return build.library(calls._SOURCES, calls._FLAGS, folder)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def relative(found, want):
+    return float((found.float() - want).norm() / want.norm())
+
+
+@pytest.fixture
+def fresh():
+    """The module asks anew, and forgets what it heard here."""
+    calls.kernels.cache_clear()
+    yield
+    calls.kernels.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["norm", "rotate", "gate"])
+def test_rows_agree_with_their_twins(kernel):
+    assert rows_error("cpu", BF16, kernel, calls.kernels()) < 8e-3  # one rounding
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernel", "name", "wrong"),
+    [
+        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos, -sin)),
+        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos[:, :-1], sin[:, :-1])),
+        ("gate", "gated", lambda run: lambda gate, up: run(up, gate)),
+        ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight.flip(0), eps)),
+        ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight, 1.0)),
+    ],
+)
+def test_a_row_kernel_that_reads_one_thing_wrongly_would_be_seen(kernel, name, wrong, monkeypatch):
+    found = calls.kernels()
+    monkeypatch.setattr(found, name, wrong(getattr(found, name)))
+    assert rows_error("cpu", BF16, kernel, found) > 3e-2
+
+
+@needs_kernels
+@given(x=st.floats(-100, 100, width=32))
+def test_the_gate_is_right_for_every_number(x):
+    gate, up = torch.full((1, 33), x).to(BF16), noise(1, 33)
+    found = calls.kernels().gated(gate, up)
+    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up, rtol=1.6e-2, atol=1e-30)
+
+
+@needs_kernels
+def test_numbers_that_are_none_stay_so():
+    bad = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]]).to(BF16)
+    found = calls.kernels().gated(bad, torch.ones_like(bad))
+    assert found[0, 0].isnan()
+    assert found[0, 1] == float("inf")
+    assert calls.kernels().norm(bad, torch.ones(4).to(BF16), 1e-5).isnan().any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_rows_bits_depend_on_the_row_alone(threads):
+    """Also where rows are shared among threads: enough of them for several pieces."""
+    found, before = calls.kernels(), torch.get_num_threads()
+    x, weight = noise(70, 1000), noise(1000)
+    alone = found.norm(x[41:42], weight, 1e-5), found.gated(x[41:42], x[7:8])
+    torch.set_num_threads(threads)
+    try:
+        together = found.norm(x, weight, 1e-5), found.gated(x, x[7:8].expand(70, -1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together[0][41], alone[0][0])
+    assert torch.equal(together[1][41], alone[1][0])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"window": 50},
+        {"cap": 2.0},
+        {"heads": 6, "kv_heads": 2, "dim": 48},
+        {"heads": 8, "kv_heads": 1, "dim": 64, "window": 3},
+        {"heads": 4, "kv_heads": 4, "dim": 128},
+    ],
+    ids=str,
+)
+def test_attention_over_pages_agrees_with_its_twin(shape):
+    assert paged_error("cpu", BF16, [1, 32, 33, 130], native=calls.kernels(), **shape) < CLOSE[BF16]
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong", ["table", "lengths", "keys", "values"])
+def test_attention_that_reads_one_thing_wrongly_would_be_seen(wrong):
+    q, (plane,), pages = pages_case("cpu", BF16, [40, 130])
+    k, v = plane.unbind()
+    given = {"keys": k, "values": v, "table": pages.table, "lengths": pages.lengths}
+    options = {"scale": 0.25, "window": None, "cap": 0.0}
+    right = calls.kernels().attend(q, k, v, pages.table, pages.lengths, 16, **options)
+    given[wrong] = given[wrong] - 1 if wrong == "lengths" else given[wrong].flip(0)
+    found = calls.kernels().attend(
+        q, *(given[name] for name in ("keys", "values", "table", "lengths")), 16, **options
+    )
+    assert (found.float() - right.float()).abs().max() > CLOSE[BF16]
+
+
+@needs_kernels
+def test_a_rows_attention_depends_on_no_batch_mate():
+    q, (plane,), pages = pages_case("cpu", BF16, [5, 70, 200])
+    options = {"scale": 0.25, "window": None, "cap": 0.0}
+    together = calls.kernels().attend(q, *plane.unbind(), pages.table, pages.lengths, 16, **options)
+    alone = calls.kernels().attend(
+        q[1:2], *plane.unbind(), pages.table[1:2], pages.lengths[1:2], 16, **options
+    )
+    assert torch.equal(together[1:2], alone)
+
+
+@needs_kernels
+def test_which_heads_it_takes():
+    for heads, kv_heads, dim in [(32, 4, 64), (71, 71, 64), (64, 1, 128), (8, 8, 256), (32, 32, 80)]:
+        assert paged_serves(BF16, heads, kv_heads, dim, False, "cpu")
+    for heads, kv_heads, dim in [(71, 1, 64), (8, 8, 24), (8, 8, 512), (64, 1, 256)]:
+        assert not paged_serves(BF16, heads, kv_heads, dim, False, "cpu")
+    assert not paged_serves(BF16, 32, 4, 64, True, "cpu")
+    assert not paged_serves(torch.float32, 32, 4, 64, False, "cpu")
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_whole_model_through_all_kernels(family, tmp_path, monkeypatch):
+    """Decode of several sequences: close to what torch makes of the same weights, and every kernel had its part."""
+    folder, seen = write_tiny(family, tmp_path, "bfloat16", num_hidden_layers=2), set()
+    prompts = [[5, 9, 2, 14, 3, 77, 8], [400, 401], [3, 1, 4, 1, 5]]
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, logprobs=2)
+
+    def two_tokens():
+        with LLM(folder, device="cpu", machine="sim-default", threads=1, exact=False) as llm:
+            outputs = [each.outputs[0] for each in llm.generate(prompts, params)]
+        return [(each.token_ids[0], [max(token.values()) for token in each.logprobs]) for each in outputs]
+
+    for name in ("norm", "rotate", "gated", "attend"):
+        monkeypatch.setattr(calls.kernels(), name, _seen(name, getattr(calls.kernels(), name), seen))
+    found = two_tokens()
+    assert seen == {"norm", "rotate", "gated", "attend"}
+    for module in ("row_kernels", "paged", "products", "quant"):
+        monkeypatch.setattr(f"zinfer.kernels.{module}.kernels", lambda: None)
+    seen.clear()
+    alike = [pair for pair in zip(found, two_tokens(), strict=True) if pair[0][0] == pair[1][0]]
+    assert not seen
+    assert alike, "of three tokens none was the same"
+    for (_, ours), (_, torchs) in alike:
+        assert ours == pytest.approx(torchs, abs=0.05)
+
+
+def _seen(name, run, seen):
+    return lambda *args, **options: seen.add(name) or run(*args, **options)
+
+
+@needs_products
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 31), (33, 32), (37, 70), (130, 4099)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
+def test_a_product_agrees_with_torch(rows, outputs, inputs, with_bias):
+    x, weight, bias = noise(rows, inputs), noise(outputs, inputs, seed=1), noise(outputs, seed=2)
+    want = x.float() @ weight.float().t() + (bias.float() if with_bias else 0)
+    found = calls.kernels().dense(x, weight, bias if with_bias else None)
+    assert found.shape == want.shape
+    assert relative(found, want) < 4e-3
+
+
+@needs_products
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_products_bits_depend_on_the_row_alone(threads):
+    """Weights that cancel leave what one order of adding leaves, and no other."""
+    x, weight = products.cancelling(130, 4099, BF16, "cpu")
+    x = x.repeat(3, 1)[:11]
+    found, before = calls.kernels(), torch.get_num_threads()
+    alone = [found.dense(x[row : row + 1], weight) for row in range(11)]
+    assert alone[0].float().abs().max() > 0
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(found.dense(x, weight), torch.cat(alone))
+        assert torch.equal(found.dense(x[2:5], weight), torch.cat(alone[2:5]))
+    finally:
+        torch.set_num_threads(before)
+    # The mutation: the same sums in another order are other numbers.
+    order = torch.arange(4099).roll(1000)
+    assert not torch.equal(
+        found.dense(x[:, order].contiguous(), weight[:, order].contiguous()), torch.cat(alone)
+    )
+
+
+@needs_products
+@pytest.mark.parametrize("panel", [32, 64])
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 19])
+def test_a_quantised_product_agrees_with_its_twin(rows, weights, panel):
+    weight = quantise(noise(panel + 9, 192).float() + 0.3, weights, panel)
+    x = noise(rows, 192, seed=1)
+    want = x.float() @ dequantise(weight).t()
+    found = calls.kernels().quant(x, weight)
+    assert found.shape == (rows, panel + 9)
+    assert relative(found, want) < 4e-3
+    assert torch.equal(found[-1:], calls.kernels().quant(x[-1:], weight))
+
+
+@needs_products
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [("int4", "nibbles"), ("int4", "scales"), ("int8", "nibbles"), ("int8", "low"), ("int8", "scales")],
+)
+def test_a_quantised_product_reads_every_part(weights, part):
+    weight = quantise(noise(64, 128).float() + 0.3, weights, 64)
+    x = noise(2, 128, seed=1)
+    want = x.float() @ dequantise(weight).t()
+    parts = {name: getattr(weight, name) for name in ("nibbles", "scales", "low")}
+    changed = parts[part].flip(1)
+    assert not torch.equal(changed, parts[part])
+    found = calls.kernels().quant(x, QuantWeight(**(parts | {part: changed}), outputs=64))
+    assert relative(found, want) > 8e-3
+
+
+@needs_products
+def test_a_few_rows_go_where_they_are_faster(monkeypatch):
+    seen = []
+    dense = calls.kernels().dense
+    monkeypatch.setattr(calls.kernels(), "dense", lambda *args: seen.append(args[0].shape[0]) or dense(*args))
+    monkeypatch.setattr(products, "few_rows", lambda *case: 4)
+    monkeypatch.setattr(products, "row_kernel", lambda *case: "native")
+    weight = noise(40, 64)
+    for rows in (1, 2, 4, 5):
+        found = products.linear(noise(rows, 64, seed=rows), weight, exact=False)
+        assert relative(found, noise(rows, 64, seed=rows).float() @ weight.float().t()) < 4e-3
+    assert seen == [1, 2, 4]
+    products.linear(noise(2, 64), weight, exact=True)
+    products.linear(noise(2, 64), noise(64, 40), exact=False, transposed=True)
+    assert seen == [1, 2, 4]
+
+
+@needs_products
+def test_how_many_are_few_is_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(products, "remembered", lambda _question, _is_answer, find: find())
+    monkeypatch.setattr(
+        products,
+        "fastest",
+        lambda runs: timed.append(list(runs)) or ("native" if len(timed) < 3 else "torch"),
+    )
+    products.few_rows.cache_clear()
+    for _ in range(2):
+        assert products.few_rows(BF16, "cpu", 40, 64, False, False) == 4
+    assert timed == [["torch", "native"]] * 3
+    assert products.few_rows(BF16, "cpu", 40, 64, True, False) == 1
+    assert products.few_rows(torch.float32, "cpu", 40, 64, False, False) == 1
+    products.few_rows.cache_clear()
+
+
+def test_gradients_and_other_dtypes_keep_torchs_code():
+    assert row_kernels(torch.ones(2)) is None
+    x = torch.ones(2, dtype=BF16, requires_grad=True)
+    assert row_kernels(torch.ones(2, dtype=BF16), x) is None
+    with torch.no_grad():
+        assert row_kernels(x) is calls.kernels()
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_without_kernels_torch_does_the_work(weights, monkeypatch):
+    weight, x = quantise(noise(64, 128).float(), weights, 64), noise(3, 128, seed=1)
+    for module in (products, quant):
+        monkeypatch.setattr(module, "kernels", lambda: None)
+    assert products.few_rows.__wrapped__(BF16, "cpu", 64, 128, False, False) == 1
+    assert "native" not in products._candidates(BF16, "cpu", False)
+    if quant.has_kernel.__wrapped__(64, "cpu"):
+        assert relative(quant.packed(x, weight), x.float() @ dequantise(weight).t()) < 8e-3
+
+
+def test_a_machine_without_a_compiler_has_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build.compiler() is None
+    assert library(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    assert build.compiler()[-3:] == ("-m", "ziglang", "cc")
+
+
+def a_compiler(folder, body):
+    path = folder / "cc"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return (str(path),)
+
+
+def test_a_compiler_that_cannot_is_asked_once(monkeypatch, tmp_path, caplog):
+    command = a_compiler(tmp_path, f"echo x >> {tmp_path}/asked; echo no such option >&2; exit 1")
+    monkeypatch.setattr(build, "compiler", lambda: command)
+    with caplog.at_level(logging.WARNING, "zinfer"):
+        assert library(tmp_path / "native") is None
+        assert library(tmp_path / "native") is None
+    assert (tmp_path / "asked").read_text() == "x\n"
+    assert len(caplog.records) == 1
+    (failed,) = (tmp_path / "native").iterdir()
+    assert failed.read_text() == "no such option\n"
+
+
+def test_a_compiler_that_makes_nothing_or_takes_too_long_has_failed(monkeypatch, tmp_path):
+    for number, body in enumerate(["exit 0", "exec sleep 5"]):
+        monkeypatch.setattr(build, "_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(build, "compiler", lambda body=body: a_compiler(tmp_path, body))
+        assert library(tmp_path / str(number)) is None
+        assert [path.suffix for path in (tmp_path / str(number)).iterdir()] == [".failed"]
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_code_that_others_could_have_written_is_not_run(mode, tmp_path, caplog):
+    folder = tmp_path / "native"
+    folder.mkdir()
+    folder.chmod(mode)
+    assert library(folder) is None
+    if build.compiler() is not None:
+        assert "others may write" in caplog.text
+
+
+@needs_kernels
+def test_a_library_is_made_once_for_a_machine_and_a_source(monkeypatch, tmp_path):
+    first = library(tmp_path / "native")
+    made = first.stat().st_mtime_ns
+    assert library(tmp_path / "native") == first
+    assert first.stat().st_mtime_ns == made
+    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    named = {first.name}
+    monkeypatch.setattr(build, "_processor", lambda: ("another",))
+    named.add(f"attention-{build._digest(build.compiler(), calls._SOURCES)}.so")
+    monkeypatch.setattr(build, "fingerprint", lambda: "another torch")
+    named.add(f"attention-{build._digest(build.compiler(), calls._SOURCES)}.so")
+    assert len(named) == 3
+
+
+@needs_kernels
+def test_a_kernel_that_is_wrong_does_not_serve(monkeypatch, caplog, fresh):
+    norm = calls.Kernels.norm
+    monkeypatch.setattr(calls.Kernels, "norm", lambda self, x, weight, eps: norm(self, x, weight, eps) * 1.1)
+    assert calls.kernels() is None
+    assert calls.kernels() is None
+    assert [record.message for record in caplog.records] == [
+        "the compiled kernels give wrong numbers (norm): slower torch code replaces them"
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("content", [b"", b"no library at all"])
+def test_a_library_that_does_not_load_does_not_serve(content, monkeypatch, tmp_path, caplog, fresh):
+    path = tmp_path / "kernels.so"
+    path.write_bytes(content)
+    monkeypatch.setattr(calls, "library", lambda sources, flags: path)
+    assert calls.kernels() is None
+    assert "do not load" in caplog.text
+
+
+def test_without_torchs_threads_there_are_none(monkeypatch, fresh):
+    monkeypatch.setattr(calls, "_openmp", lambda: None)
+    assert calls.kernels() is None

@@ -1,0 +1,267 @@
+"""Run the compiled kernels.  In: bfloat16 tensors on the host.  Out: tensors, in bfloat16; forward only.
+
+They serve where they were compiled, load, and are right on a small case each.  A row's bits depend on the row alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zinfer.kernels.native.build import library
+from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
+from zinfer.log import logger
+from zinfer.spec.quant import GROUP
+from zinfer.units import round_up
+
+_SOURCES = ("attention.c", "products.c", "rows.c", "common.h")
+_FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
+_LANES = 32  # inputs are padded to that many in a packed row
+_VECTOR, _MOST_DIM, _MOST_GROUP, _MOST_QUERIES = 16, 256, 64, 8192  # attention.c
+_OPENMP = ("libgomp", "libiomp5", "libomp")
+_CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
+_POINTER, _SIZE, _THREADS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
+_ROWS = {
+    "zinfer_norm": [*[_POINTER] * 3, ctypes.c_double, *[_SIZE] * 2, _THREADS],
+    "zinfer_rotate": [*[_POINTER] * 4, *[_SIZE] * 6, _THREADS],
+    "zinfer_attend": [*[_POINTER] * 6, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
+    "zinfer_gate": [*[_POINTER] * 3, *[_SIZE] * 4, _THREADS],
+}
+_PRODUCTS = {
+    "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 3, _THREADS],
+    "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
+}
+
+
+@cache
+def kernels() -> Kernels | None:
+    """Compiled, loaded and tried once per process; None, and said once, where that fails."""
+    path, threads = library(_SOURCES, _FLAGS), _openmp()
+    if path is None or threads is None:
+        return None
+    try:
+        found = Kernels(path, threads)
+        wrong = _wrong(found)
+    except (OSError, AttributeError) as error:
+        logger.warning("the compiled kernels do not load (%s): slower torch code replaces them", error)
+        return None
+    if wrong:
+        logger.warning("the compiled kernels give wrong numbers (%s): slower torch code replaces them", wrong)
+        return None
+    return found
+
+
+class Kernels:
+    """The library at `path`, on the threads of the OpenMP library that torch uses: a pool of its own would fight
+    with torch's for the cores.
+
+    Raises OSError or AttributeError where it does not load.
+    """
+
+    def __init__(self, path: Path, threads: Path) -> None:
+        ctypes.CDLL(str(threads), mode=ctypes.RTLD_GLOBAL)  # the library takes its names from there
+        self._code = ctypes.CDLL(str(path))
+        self.has_products = bool(self._code.zinfer_has_products())  # not every processor has what those need
+        for name, kinds in (_ROWS | (_PRODUCTS if self.has_products else {})).items():
+            function = getattr(self._code, name)
+            function.argtypes, function.restype = kinds, None
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm over the last dimension."""
+        x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
+        y = torch.empty_like(x)
+        self._code.zinfer_norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            eps,
+            x.numel() // width,
+            width,
+            torch.get_num_threads(),
+        )
+        return y
+
+    def rotate(self, x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary positions, cos and sin [T, rotary_dim / 2]; heads and rows may be views with strides."""
+        if x_THD.stride(2) != 1:
+            x_THD = x_THD.contiguous()
+        cos, sin = cos.contiguous(), sin.contiguous()
+        y_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+        self._code.zinfer_rotate(
+            x_THD.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            y_THD.data_ptr(),
+            x_THD.stride(0),
+            x_THD.stride(1),
+            *x_THD.shape,
+            cos.shape[1],
+            torch.get_num_threads(),
+        )
+        return y_THD
+
+    def gated(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        """silu(gate) * up; both may be columns of a wider matrix."""
+        y_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
+        self._code.zinfer_gate(
+            gate_TF.data_ptr(),
+            up_TF.data_ptr(),
+            y_TF.data_ptr(),
+            gate_TF.stride(0),
+            up_TF.stride(0),
+            *gate_TF.shape,
+            torch.get_num_threads(),
+        )
+        return y_TF
+
+    @staticmethod
+    def attends(heads: int, kv_heads: int, dim: int) -> bool:
+        """Whether `attend` takes heads of that kind."""
+        group = heads // kv_heads
+        is_small = dim <= _MOST_DIM and group <= _MOST_GROUP and group * dim <= _MOST_QUERIES
+        return dim % _VECTOR == 0 and is_small
+
+    def attend(
+        self,
+        q_SHD: Tensor,
+        k_nKD: Tensor,
+        v_nKD: Tensor,
+        table: Tensor,
+        lengths: Tensor,
+        page_tokens: int,
+        *,
+        scale: float,
+        window: int | None,
+        cap: float,
+    ) -> Tensor:
+        """Softmax over the keys that each row sees: token t of row s lies in slot t % page_tokens of page table[s, t //
+        page_tokens]; it sees lengths[s] tokens, or the last `window` of them.  [S, H, D]."""
+        q_SHD, table, lengths = q_SHD.contiguous(), table.contiguous(), lengths.contiguous()
+        y_SHD = torch.empty_like(q_SHD)
+        num_rows, heads, dim = q_SHD.shape
+        self._code.zinfer_attend(
+            q_SHD.data_ptr(),
+            k_nKD.data_ptr(),
+            v_nKD.data_ptr(),
+            table.data_ptr(),
+            lengths.data_ptr(),
+            y_SHD.data_ptr(),
+            scale,
+            cap,
+            window or 0,
+            table.shape[1],
+            num_rows,
+            heads,
+            k_nKD.shape[1],
+            dim,
+            page_tokens,
+            torch.get_num_threads(),
+        )
+        return y_SHD
+
+    def dense(self, x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x times the transposed weight, whose rows lie one after the other, plus bias: [T, O]."""
+        (num_rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+        x_TI = x_TI.contiguous()
+        y_TO = x_TI.new_empty(num_rows, outputs)
+        packed = x_TI.new_empty(num_rows * round_up(inputs, _LANES))
+        self._code.zinfer_dense(
+            x_TI.data_ptr(),
+            weight_OI.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y_TO.data_ptr(),
+            packed.data_ptr(),
+            num_rows,
+            outputs,
+            inputs,
+            torch.get_num_threads(),
+        )
+        return y_TO
+
+    def quant(self, x_TI: Tensor, weight: QuantWeight) -> Tensor:
+        """x times a quantised weight on its packed bytes: [T, O]."""
+        num_rows, inputs = x_TI.shape
+        x_TI, scales = x_TI.contiguous(), weight.scales.contiguous()
+        y_TO = x_TI.new_empty(num_rows, weight.outputs)
+        packed = torch.empty(num_rows * inputs * 2 + num_rows * inputs // GROUP * 4, dtype=torch.uint8)
+        self._code.zinfer_quant(
+            x_TI.data_ptr(),
+            weight.nibbles.data_ptr(),
+            None if weight.low is None else weight.low.data_ptr(),
+            scales.data_ptr(),
+            y_TO.data_ptr(),
+            packed.data_ptr(),
+            num_rows,
+            weight.outputs,
+            inputs,
+            weight.panel // 2,
+            weight.nibbles.shape[0],
+            torch.get_num_threads(),
+        )
+        return y_TO
+
+
+def _wrong(found: Kernels) -> str:
+    """The first kernel that is not right on a small case; empty where all are."""
+    draw = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(torch.bfloat16)
+
+    x, weight, bias, octets = noise(5, 200), noise(37, 200), noise(37), noise(2, 3, 70)
+    wide = x.float()
+    pairs = {
+        "norm": (found.norm(x, weight[0], 1e-5), F.rms_norm(wide, (200,), weight[0].float(), 1e-5)),
+        "gate": (found.gated(x, weight[:5]), F.silu(wide) * weight[:5].float()),
+        "rotation": (
+            found.rotate(octets, octets[:, 0, :35], octets[:, 1, :35]),
+            _rotated(octets.float(), octets[:, 0, :35].float(), octets[:, 1, :35].float()),
+        ),
+    }
+    pages = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
+    q, k, v = noise(2, 2, 32), noise(8, 1, 32), noise(8, 1, 32)
+    pairs["attention"] = (
+        found.attend(q, k, v, *pages, 4, scale=0.2, window=3, cap=0),
+        torch.stack([_attended(q[0], k[4:7], v[4:7]), _attended(q[1], k[1:4], v[1:4])]),
+    )
+    if found.has_products:
+        values = torch.randint(0, 16, (64, 2 * GROUP), generator=draw, dtype=torch.uint8)
+        nibbles, scales = pack_nibbles(values, 64), noise(2, 64, 2)
+        pairs["product"] = (found.dense(x, weight, bias), wide @ weight.float().t() + bias.float())
+        for name, low in (("int4", None), ("int8", nibbles.flip(1))):
+            packed = QuantWeight(nibbles, scales, low, 60)
+            rows = x[:, : 2 * GROUP].contiguous()
+            pairs[name] = (found.quant(rows, packed), rows.float() @ dequantise(packed).t())
+    return next((name for name, (y, want) in pairs.items() if not _is_close(y, want)), "")
+
+
+def _attended(q_HD: Tensor, k_n1D: Tensor, v_n1D: Tensor) -> Tensor:
+    weights_Hn = (0.2 * q_HD.float() @ k_n1D[:, 0].float().t()).softmax(-1)
+    return weights_Hn @ v_n1D[:, 0].float()
+
+
+def _rotated(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    left, right = x_THD.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+def _is_close(y: Tensor, want: Tensor) -> bool:
+    return bool((y.float() - want).abs().max() <= _CLOSE * want.abs().max())
+
+
+def _openmp() -> Path | None:
+    """The OpenMP library that torch has loaded."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    loaded = sorted({line.split(maxsplit=5)[-1] for line in lines if "/" in line})
+    of_torch = [Path(name) for name in loaded if Path(name).name.startswith(_OPENMP)]
+    beside_torch = [path for path in of_torch if "torch" in path.parts]
+    return next(iter(beside_torch or of_torch), None)

@@ -1,0 +1,231 @@
+/* Products of a few bfloat16 rows with a weight.  Python side: zinfer.kernels.native.
+ *
+ * Every element of y is one sum over the inputs in one order, whatever the number of rows and threads. */
+#include "common.h"
+
+int zinfer_has_products(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#include <stdlib.h>
+
+#define LANES 32 /* bfloat16 in a register */
+#define TALL 4   /* rows of a tile of a dense product */
+#define WIDE 4   /* and outputs */
+#define PIECE 32 /* outputs whose weights stay in the second cache while all rows meet them */
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef struct {
+    const bf16 *x, *weight, *bias; /* x is packed: tiles of rows, of each 32 inputs in turn, zeros beyond the last */
+    bf16 *y;
+    size_t rows, outputs, inputs, padded;
+} dense_t;
+
+static inline void put(const dense_t *job, size_t row, size_t output, __m512 sums) {
+    float value = _mm512_reduce_add_ps(sums);
+    if (job->bias) value += widen(job->bias[output]);
+    job->y[row * job->outputs + output] = narrow(value);
+}
+
+/* Rows [row, row + M) times outputs [output, output + N), all sums in registers.  The weights that the next tile
+ * wants are asked for meanwhile: a compute-bound loop looks too little ahead for the memory to keep up. */
+#define TILE(M, N)                                                                                              \
+    static void tile_##M##_##N(const dense_t *job, size_t row, size_t output) {                                 \
+        const size_t inputs = job->inputs, whole = inputs / LANES * LANES;                                      \
+        const bf16 *x = job->x + row * job->padded, *w = job->weight + output * inputs;                         \
+        __m512 sums[M][N];                                                                                      \
+        UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++) sums[m][n] = _mm512_setzero_ps(); \
+        for (size_t i = 0; i < inputs; i += LANES) {                                                            \
+            const __mmask32 mask = i < whole ? 0xffffffff : (__mmask32)((1u << (inputs - whole)) - 1);          \
+            __m512bh weights[N];                                                                                \
+            UNROLL for (int n = 0; n < N; n++) {                                                                \
+                if (N > 1 && !row) _mm_prefetch((const char *)(w + (n + N) * inputs + i), _MM_HINT_T1);         \
+                weights[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + n * inputs + i);                      \
+            }                                                                                                   \
+            UNROLL for (int m = 0; m < M; m++) {                                                                \
+                const __m512bh values = (__m512bh)_mm512_loadu_si512(x + i * M + m * LANES);                    \
+                UNROLL for (int n = 0; n < N; n++)                                                              \
+                    sums[m][n] = _mm512_dpbf16_ps(sums[m][n], weights[n], values);                              \
+            }                                                                                                   \
+        }                                                                                                       \
+        UNROLL for (int m = 0; m < M; m++)                                                                      \
+            UNROLL for (int n = 0; n < N; n++) put(job, row + m, output + n, sums[m][n]);                       \
+    }
+TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(3, 4) TILE(4, 4)
+
+typedef void (*tile_t)(const dense_t *, size_t, size_t);
+/* One or two rows are as fast as their weights come by a single stream. */
+static const tile_t NARROW_TILES[TALL] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1};
+static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4};
+
+static void dense_piece(void *data, size_t piece) {
+    const dense_t *job = data;
+    const size_t start = piece * PIECE, stop = start + PIECE < job->outputs ? start + PIECE : job->outputs;
+    for (size_t row = 0; row < job->rows; row += TALL) {
+        const size_t tall = (job->rows - row < TALL ? job->rows - row : TALL) - 1;
+        size_t output = start;
+        for (; WIDE_TILES[tall] && output + WIDE <= stop; output += WIDE) WIDE_TILES[tall](job, row, output);
+        for (; output < stop; output++) NARROW_TILES[tall](job, row, output);
+    }
+}
+
+static void pack_rows(const bf16 *x, bf16 *packed, size_t rows, size_t inputs, size_t padded) {
+    for (size_t row = 0; row < rows; row++) {
+        const size_t first = row / TALL * TALL, tall = rows - first < TALL ? rows - first : TALL;
+        bf16 *tile = packed + first * padded + (row - first) * LANES;
+        for (size_t i = 0; i < padded; i += LANES) {
+            const size_t left = i + LANES <= inputs ? LANES : inputs - i;
+            memcpy(tile + i * tall, x + row * inputs + i, left * sizeof(bf16));
+            memset(tile + i * tall + left, 0, (LANES - left) * sizeof(bf16));
+        }
+    }
+}
+
+/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL.
+ * scratch: rows * inputs rounded up to 32, aligned to 64 bytes. */
+void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, bf16 *scratch, size_t rows,
+                  size_t outputs, size_t inputs, unsigned num_threads) {
+    const size_t padded = (inputs + LANES - 1) / LANES * LANES;
+    dense_t job = {scratch, weight, bias, y, rows, outputs, inputs, padded};
+    pack_rows(x, scratch, rows, inputs, padded);
+    share(dense_piece, &job, (outputs + PIECE - 1) / PIECE, num_threads);
+}
+
+#define GROUP 64 /* inputs that share a scale and a zero: zinfer.spec.quant */
+#define ROWS 8   /* rows of a tile of a quantised product */
+
+typedef struct {
+    const uint32_t *x; /* pairs of inputs: tiles of rows, a pair of each row in turn */
+    const float *sums; /* of each group's inputs: the same */
+    const uint8_t *nibbles, *low;
+    const bf16 *scales;
+    bf16 *y;
+    size_t rows, outputs, inputs, half, width;
+} quant_t;
+
+/* bfloat16 of v - 8, and of 16 (v - 8), for v = 0 .. 15: twice over, for an index has a fifth bit. */
+static const bf16 STEPS[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                               0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+static const bf16 STEPS_16[16] = {0xc300, 0xc2e0, 0xc2c0, 0xc2a0, 0xc280, 0xc240, 0xc200, 0xc180,
+                                  0x0000, 0x4180, 0x4200, 0x4240, 0x4280, 0x42a0, 0x42c0, 0x42e0};
+
+static inline __m512i twice(const bf16 *table) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)table));
+}
+
+/* 16 octets of each of two inputs, pair by pair, in 16 bits each. */
+static inline __m512i pairs(const uint8_t *first, const uint8_t *second) {
+    const __m128i a = _mm_loadu_si128((const __m128i *)first), b = _mm_loadu_si128((const __m128i *)second);
+    return _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+}
+
+static inline __m512bh look_up(__m512i index, __m512i table) {
+    return (__m512bh)_mm512_permutexvar_epi16(index, table);
+}
+
+static inline void put_16(const quant_t *job, size_t row, size_t output, __m512 total) {
+    if (output >= job->outputs) return;
+    const size_t left = job->outputs - output;
+    const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+    _mm256_mask_storeu_epi16(job->y + row * job->outputs + output, mask, (__m256i)_mm512_cvtneps_pbh(total));
+}
+
+/* Rows [row, row + M) times 32 outputs: 16 in the lower halves of the octets from `at` on, 16 in the upper ones. */
+#define QUANT_TILE(NAME, M, IS_INT8)                                                                               \
+    static void NAME##_##M(const quant_t *job, size_t row, size_t panel, size_t at) {                              \
+        const size_t half = job->half, first = panel * 2 * half + at;                                              \
+        const uint8_t *high = job->nibbles + panel * job->inputs * half + at;                                      \
+        const uint8_t *low = IS_INT8 ? job->low + panel * job->inputs * half + at : NULL;                          \
+        const __m512i table = twice(IS_INT8 ? STEPS_16 : STEPS), low_table = twice(STEPS);                         \
+        __m512 totals[M][2];                                                                                       \
+        UNROLL for (int m = 0; m < M; m++) totals[m][0] = totals[m][1] = _mm512_setzero_ps();                      \
+        for (size_t group = 0; group < job->inputs / GROUP; group++) {                                             \
+            const uint32_t *x = job->x + (row * job->inputs + group * GROUP * M) / 2;                              \
+            __m512 sums[M][2];                                                                                     \
+            UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();                      \
+            for (size_t i = group * GROUP; i < (group + 1) * GROUP; i += 2, x += M) {                              \
+                const __m512i octets = pairs(high + i * half, high + (i + 1) * half);                              \
+                const __m512bh one = look_up(octets, table), two = look_up(_mm512_srli_epi16(octets, 4), table);   \
+                UNROLL for (int m = 0; m < M; m++) {                                                               \
+                    const __m512bh value = (__m512bh)_mm512_set1_epi32((int)x[m]);                                 \
+                    sums[m][0] = _mm512_dpbf16_ps(sums[m][0], one, value);                                         \
+                    sums[m][1] = _mm512_dpbf16_ps(sums[m][1], two, value);                                         \
+                }                                                                                                  \
+                if (IS_INT8) {                                                                                     \
+                    const __m512i rest = pairs(low + i * half, low + (i + 1) * half);                              \
+                    const __m512bh three = look_up(rest, low_table);                                               \
+                    const __m512bh four = look_up(_mm512_srli_epi16(rest, 4), low_table);                          \
+                    UNROLL for (int m = 0; m < M; m++) {                                                           \
+                        const __m512bh value = (__m512bh)_mm512_set1_epi32((int)x[m]);                             \
+                        sums[m][0] = _mm512_dpbf16_ps(sums[m][0], three, value);                                   \
+                        sums[m][1] = _mm512_dpbf16_ps(sums[m][1], four, value);                                    \
+                    }                                                                                              \
+                }                                                                                                  \
+            }                                                                                                      \
+            UNROLL for (int part = 0; part < 2; part++) {                                                          \
+                const bf16 *scale = job->scales + 2 * (group * job->width + first + part * half);                  \
+                const __m512i both = _mm512_loadu_si512(scale);                                                    \
+                const __m512 scales = (__m512)_mm512_slli_epi32(both, 16);                                         \
+                __m512 zeros = (__m512)_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000));                 \
+                if (IS_INT8) zeros = _mm512_mul_ps(zeros, _mm512_set1_ps(17));                                     \
+                UNROLL for (int m = 0; m < M; m++) {                                                               \
+                    const float sum = job->sums[(row * job->inputs) / GROUP + group * M + m];                      \
+                    totals[m][part] = _mm512_fmadd_ps(sums[m][part], scales, totals[m][part]);                     \
+                    totals[m][part] = _mm512_fmadd_ps(zeros, _mm512_set1_ps(sum), totals[m][part]);                \
+                }                                                                                                  \
+            }                                                                                                      \
+        }                                                                                                          \
+        for (int m = 0; m < M; m++) {                                                                              \
+            put_16(job, row + m, first, totals[m][0]);                                                             \
+            put_16(job, row + m, first + half, totals[m][1]);                                                      \
+        }                                                                                                          \
+    }
+#define QUANT_TILES(NAME, IS_INT8)                                                                                  \
+    QUANT_TILE(NAME, 1, IS_INT8) QUANT_TILE(NAME, 2, IS_INT8) QUANT_TILE(NAME, 3, IS_INT8)                          \
+    QUANT_TILE(NAME, 4, IS_INT8) QUANT_TILE(NAME, 5, IS_INT8) QUANT_TILE(NAME, 6, IS_INT8)                          \
+    QUANT_TILE(NAME, 7, IS_INT8) QUANT_TILE(NAME, 8, IS_INT8)                                                       \
+    static const quant_tile_t NAME##_TILES[ROWS] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4,                         \
+                                                    NAME##_5, NAME##_6, NAME##_7, NAME##_8};
+typedef void (*quant_tile_t)(const quant_t *, size_t, size_t, size_t);
+QUANT_TILES(int4, 0)
+QUANT_TILES(int8, 1)
+
+static void quant_piece(void *data, size_t panel) {
+    const quant_t *job = data;
+    const quant_tile_t *tiles = job->low ? int8_TILES : int4_TILES;
+    for (size_t at = 0; at < job->half; at += 16)
+        for (size_t row = 0; row < job->rows; row += ROWS)
+            tiles[(job->rows - row < ROWS ? job->rows - row : ROWS) - 1](job, row, panel, at);
+}
+
+static void pack_pairs(const bf16 *x, uint32_t *packed, float *sums, size_t rows, size_t inputs) {
+    for (size_t row = 0; row < rows; row++) {
+        const size_t first = row / ROWS * ROWS, tall = rows - first < ROWS ? rows - first : ROWS;
+        uint32_t *tile = packed + first * inputs / 2 + (row - first);
+        float *sum = sums + first * inputs / GROUP + (row - first);
+        for (size_t i = 0; i < inputs; i += 2) {
+            memcpy(tile + i / 2 * tall, x + row * inputs + i, sizeof(uint32_t));
+            if (i % GROUP == 0) sum[i / GROUP * tall] = 0;
+            sum[i / GROUP * tall] += widen(x[row * inputs + i]) + widen(x[row * inputs + i + 1]);
+        }
+    }
+}
+
+/* x [rows, inputs] times a matrix in panels of 2 * half outputs; low is NULL for int4.  inputs: a multiple of 64,
+ * half: of 16.  scratch: rows * inputs of 2 bytes and rows * inputs / 64 of 4, aligned to 64 bytes. */
+void zinfer_quant(const bf16 *x, const uint8_t *nibbles, const uint8_t *low, const bf16 *scales, bf16 *y,
+                  void *scratch, size_t rows, size_t outputs, size_t inputs, size_t half, size_t num_panels,
+                  unsigned num_threads) {
+    uint32_t *packed = scratch;
+    float *sums = (float *)(packed + rows * inputs / 2);
+    pack_pairs(x, packed, sums, rows, inputs);
+    quant_t job = {packed, sums, nibbles, low, scales, y, rows, outputs, inputs, half, num_panels * 2 * half};
+    share(quant_piece, &job, num_panels, num_threads);
+}
+#endif

@@ -1,0 +1,105 @@
+/* What a pass does to its bfloat16 rows between products.  Python side: zinfer.kernels.native.
+ *
+ * Each rounds where its twin in zinfer.layers rounds; a row's bits depend on that row alone.  Plain loops, which a
+ * compiler turns into whatever vectors the processor has. */
+#include "common.h"
+#include <math.h>
+
+#define PIECE 32768 /* elements that are worth a thread */
+#define WIDE 16     /* sums side by side: what a reduction needs to become vectors in a fixed order */
+
+static size_t rows_per_piece(size_t width) { return width >= PIECE ? 1 : PIECE / width; }
+
+static size_t end_of(size_t piece, size_t step, size_t rows) {
+    size_t stop = (piece + 1) * step;
+    return stop < rows ? stop : rows;
+}
+
+typedef struct {
+    const bf16 *x, *weight;
+    bf16 *y;
+    float eps;
+    size_t rows, width, step;
+} norm_t;
+
+static void norm_row(const norm_t *job, const bf16 *restrict x, bf16 *restrict y) {
+    const bf16 *restrict weight = job->weight;
+    size_t width = job->width, whole = width / WIDE * WIDE;
+    float sums[WIDE] = {0}, sum = 0;
+    for (size_t i = 0; i < whole; i += WIDE)
+        for (size_t lane = 0; lane < WIDE; lane++) sums[lane] += widen(x[i + lane]) * widen(x[i + lane]);
+    for (size_t i = whole; i < width; i++) sum += widen(x[i]) * widen(x[i]);
+    for (size_t lane = 0; lane < WIDE; lane++) sum += sums[lane];
+    float inverse = 1 / sqrtf(sum / (float)width + job->eps);
+    for (size_t i = 0; i < width; i++) y[i] = narrow(widen(narrow(widen(x[i]) * inverse)) * widen(weight[i]));
+}
+
+static void norm_piece(void *data, size_t piece) {
+    const norm_t *job = data;
+    for (size_t row = piece * job->step; row < end_of(piece, job->step, job->rows); row++)
+        norm_row(job, job->x + row * job->width, job->y + row * job->width);
+}
+
+void zinfer_norm(const bf16 *x, const bf16 *weight, bf16 *y, double eps, size_t rows, size_t width,
+                 unsigned num_threads) {
+    norm_t job = {x, weight, y, (float)eps, rows, width, rows_per_piece(width)};
+    share(norm_piece, &job, (rows + job.step - 1) / job.step, num_threads);
+}
+
+typedef struct {
+    const bf16 *x, *cosines, *sines;
+    bf16 *y;
+    size_t row_stride, head_stride, rows, heads, dim, half, step;
+} rotate_t;
+
+static void rotate_head(const rotate_t *job, const bf16 *restrict x, const bf16 *restrict cosines,
+                        const bf16 *restrict sines, bf16 *restrict y) {
+    size_t half = job->half;
+    for (size_t i = 0; i < half; i++) {
+        float left = widen(x[i]), right = widen(x[i + half]), along = widen(cosines[i]), across = widen(sines[i]);
+        y[i] = narrow(widen(narrow(left * along)) - widen(narrow(right * across)));
+        y[i + half] = narrow(widen(narrow(right * along)) + widen(narrow(left * across)));
+    }
+    memcpy(y + 2 * half, x + 2 * half, (job->dim - 2 * half) * sizeof(bf16));
+}
+
+static void rotate_piece(void *data, size_t piece) {
+    const rotate_t *job = data;
+    for (size_t row = piece * job->step; row < end_of(piece, job->step, job->rows); row++)
+        for (size_t head = 0; head < job->heads; head++)
+            rotate_head(job, job->x + row * job->row_stride + head * job->head_stride,
+                        job->cosines + row * job->half, job->sines + row * job->half,
+                        job->y + (row * job->heads + head) * job->dim);
+}
+
+void zinfer_rotate(const bf16 *x, const bf16 *cosines, const bf16 *sines, bf16 *y, size_t row_stride,
+                   size_t head_stride, size_t rows, size_t heads, size_t dim, size_t half, unsigned num_threads) {
+    rotate_t job = {x, cosines, sines, y, row_stride, head_stride, rows, heads, dim, half, rows_per_piece(heads * dim)};
+    share(rotate_piece, &job, (rows + job.step - 1) / job.step, num_threads);
+}
+
+typedef struct {
+    const bf16 *gate, *up;
+    bf16 *y;
+    size_t gate_stride, up_stride, rows, width, step;
+} gate_t;
+
+static void gate_row(const bf16 *restrict gate, const bf16 *restrict up, bf16 *restrict y, size_t width) {
+    for (size_t i = 0; i < width; i++) {
+        float opened = widen(gate[i]);
+        y[i] = narrow(widen(narrow(opened / (1 + exponential(-opened)))) * widen(up[i]));
+    }
+}
+
+static void gate_piece(void *data, size_t piece) {
+    const gate_t *job = data;
+    for (size_t row = piece * job->step; row < end_of(piece, job->step, job->rows); row++)
+        gate_row(job->gate + row * job->gate_stride, job->up + row * job->up_stride, job->y + row * job->width,
+                 job->width);
+}
+
+void zinfer_gate(const bf16 *gate, const bf16 *up, bf16 *y, size_t gate_stride, size_t up_stride, size_t rows,
+                 size_t width, unsigned num_threads) {
+    gate_t job = {gate, up, y, gate_stride, up_stride, rows, width, rows_per_piece(width)};
+    share(gate_piece, &job, (rows + job.step - 1) / job.step, num_threads);
+}
