@@ -94,3 +94,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def torch_kernels():
+    """Torch does the work, also where kernels could be compiled."""
+    from zinfer.kernels import paged, quant
+
+    asked = paged.paged_serves, quant.has_kernel
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patches itself
+        for module in ("paged", "products", "quant", "row_kernels"):
+            patch.setattr(f"zinfer.kernels.{module}.kernels", lambda: None)
+        for question in asked:
+            question.cache_clear()
+        yield
+    for question in asked:
+        question.cache_clear()

@@ -272,7 +272,7 @@ def test_stacked_sequences_have_the_bits_of_the_twin(window, dtype):
 
 
 @pytest.mark.parametrize("window", [None, 50])
-def test_fused_stacks_agree_with_the_exact_form(window):
+def test_fused_stacks_agree_with_the_exact_form(window, torch_kernels):
     fused, work = decoded(MANY, exact=False, window=window)
     exact, _ = decoded(MANY, exact=True, window=window)
     torch.testing.assert_close(fused, exact, atol=2e-2, rtol=2e-2)

@@ -21,6 +21,7 @@ from zinfer.runtime.fixed import mapped, outline, tensors
 from zinfer.runtime.graph import MOST_ROWS, CudaRecorder, Graphs, graphs_for
 from zinfer.runtime.stays import Together
 
+pytestmark = pytest.mark.usefixtures("torch_kernels")  # the double sees what goes through torch alone
 PARAMS = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPTS = [[5, 9, 200, 31, 7, 44], [17, 3, 9, 4, 4, 1], [3, 3, 8, 120, 77, 45]]
 FIXED = {"machine": "sim-default", "max_rows": 24, "max_batch": 3, "threads": 1}
