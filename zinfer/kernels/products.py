@@ -24,6 +24,7 @@ SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
 FEW = (2, 4, 8, 16, 32)  # rows at which the compiled kernel is timed against torch
 _SAMPLE_ROWS = 5
 _TIMED_BYTES = 16 * 2**20  # of a weight: measured in a few milliseconds
+_FEW_TIMED_BYTES = 4 * 2**20  # the same for a few rows, of which there are several numbers to try
 _COLD_BYTES = 64 * 2**20  # weights that are timed in turn: a pass finds none of its weights in a cache
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -144,7 +145,7 @@ def few_rows(
     """The most rows, of FEW, that the compiled kernel multiplies faster than torch; 1 where it never does."""
     if _compiled(dtype, device, transposed) is None:
         return 1
-    outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
+    outputs = max(1, min(outputs, _FEW_TIMED_BYTES // (inputs * dtype.itemsize)))
 
     def find() -> int:
         turns, bias = _cold(dtype, device, outputs, inputs, transposed, has_bias)
