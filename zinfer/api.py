@@ -18,7 +18,7 @@ from zinfer.config.schema import Settings
 from zinfer.errors import BudgetError, UsageError, ZinferError
 from zinfer.plan.make import Plan
 from zinfer.runtime.executor import Watch, unwatched
-from zinfer.runtime.labels import Labelled, check_top_k, ranked, shaped
+from zinfer.runtime.labels import Labelled, check_top_k, ranked_rows, shaped
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
 from zinfer.runtime.score import Branches, Score, branched, scorer_of
@@ -197,7 +197,7 @@ class LLM:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         scores = self.score([text for text in texts for _ in labels], [*labels] * len(texts))
         logprobs_NC = torch.tensor([found.logprob for found in scores]).view(len(texts), len(labels))
-        results = [ranked(row_C, labels, "softmax", top_k) for row_C in logprobs_NC]
+        results = ranked_rows(logprobs_NC, labels, "softmax", top_k)
         return shaped(results, is_one=isinstance(prompts, str), top_k=top_k)
 
     def classify(self, texts: str | list[int] | Sequence[str | list[int]], top_k: int | None = 1) -> Any:

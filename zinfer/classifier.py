@@ -19,7 +19,7 @@ from zinfer.errors import UsageError
 from zinfer.layers.pooling import normalised
 from zinfer.runtime.encoder_engine import EncoderEngine
 from zinfer.runtime.executor import Watch, unwatched
-from zinfer.runtime.labels import check_top_k, ranked, shaped
+from zinfer.runtime.labels import check_top_k, ranked_rows, shaped
 from zinfer.spec.records import Encoder
 from zinfer.students.cascade import Cascade, Deferral, check_threshold, threshold_for
 from zinfer.students.scheduler import PASS_TOKENS
@@ -156,8 +156,8 @@ class Classifier:
         logits_NC, notes = self._run(given, 1, progress, "classifying")
         scoring = "none" if raw_scores else self.encoder.scoring
         results = [
-            [label | note for label in ranked(row_C, self.labels, scoring, top_k)]
-            for row_C, note in zip(logits_NC, notes, strict=True)
+            [label | note for label in labels]
+            for labels, note in zip(ranked_rows(logits_NC, self.labels, scoring, top_k), notes, strict=True)
         ]
         return shaped(results, is_one=is_one, top_k=top_k)
 

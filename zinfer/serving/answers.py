@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from zinfer.layers.pooling import normalised
-from zinfer.runtime.labels import ranked
+from zinfer.runtime.labels import ranked_rows
 from zinfer.serving.asks import Ask, EmbedInputs, EmbedTexts, PredictInputs, PredictTexts
 from zinfer.serving.seams import TextModel
 from zinfer.students.scheduler import Served
@@ -56,7 +56,7 @@ class Answered:
 def written(answered: Answered, model: TextModel) -> bytes:
     """The body: TEI's for `inputs`; for `texts` one object with a result per text, in order."""
     ask = answered.ask
-    results = [_result(ask, one, model) for one in answered.served]
+    results = _results(ask, answered.served, model)
     if not ask.is_plain:
         return _json(results[0] if ask.is_one else results)
     name = "labels" if isinstance(ask, PredictTexts) else "embedding"
@@ -76,13 +76,15 @@ def _who(text: Encoded, served: Served) -> dict[str, Any]:
     }
 
 
-def _result(ask: Ask, served: Served, model: TextModel) -> Sequence[Any]:
+def _results(ask: Ask, served: Sequence[Served], model: TextModel) -> Sequence[Any]:
     if isinstance(ask, PredictInputs | PredictTexts):
-        assert served.logits_C is not None, "predict was refused where there is no head"
+        logits = [one.logits_C for one in served if one.logits_C is not None]
+        assert len(logits) == len(served), "predict was refused where there is no head"
         top_k = ask.top_k if isinstance(ask, PredictTexts) else None
-        return ranked(served.logits_C, model.labels, "none" if ask.raw_scores else model.scoring, top_k)
-    row_D: Tensor = served.representation_D
-    found: list[float] = (normalised(row_D[None])[0] if ask.normalize else row_D).tolist()
+        scoring = "none" if ask.raw_scores else model.scoring
+        return ranked_rows(torch.stack(logits), model.labels, scoring, top_k)
+    rows_ND = torch.stack([one.representation_D for one in served])
+    found: list[list[float]] = (normalised(rows_ND) if ask.normalize else rows_ND).tolist()
     return found
 
 
