@@ -34,6 +34,7 @@ class Resolved:
     threads: int
     reasons: dict[str, str] = field(default_factory=dict)
     devices: int = 1
+    lanes: int = 1  # cores that take texts of an encoder's pass in turn
 
 
 def resolve(
@@ -80,8 +81,10 @@ def resolve(
     if threads == "auto":
         threads = len(os.sched_getaffinity(0))
         reasons["runtime.threads"] = f"auto: the {threads} cores this process may use"
+    lanes = settings.runtime.lanes
+    lanes = threads if lanes == "auto" else lanes
     devices = _devices(settings, machine, device, None if limits is None else num_gpus, reasons)
-    return Resolved(settings, device, host, device_bytes, host_free, free, threads, reasons, devices)
+    return Resolved(settings, device, host, device_bytes, host_free, free, threads, reasons, devices, lanes)
 
 
 def _device(

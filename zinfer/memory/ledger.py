@@ -28,6 +28,11 @@ class Ledger:
         for name, nbytes in (reserved or {}).items():
             self.reserve(name, nbytes)
 
+    @property
+    def used_bytes(self) -> int:
+        """Held and reserved."""
+        return self.capacity_bytes - self.free_bytes
+
     def take(self, key: int, nbytes: int) -> None:
         """Hold `nbytes` for `key`.  Raises BudgetError ZI-2401 when they are not free."""
         if key in self.held:
@@ -50,11 +55,11 @@ class Ledger:
         """Allow more or fewer bytes.  Raises BudgetError ZI-2401 when more are in use, and nothing has changed."""
         more = capacity_bytes - self.capacity_bytes
         if self.free_bytes + more < 0:
-            used = self.capacity_bytes - self.free_bytes
             raise BudgetError(
                 "ZI-2401",
-                f"{Bytes(used)} of {self.tier} memory are in use, a budget of {Bytes(capacity_bytes)} was asked for",
-                remedy=f"{_FLAGS[self.tier]} {round_up(used, 1024) // 1024}KiB",
+                f"{Bytes(self.used_bytes)} of {self.tier} memory are in use, a budget of {Bytes(capacity_bytes)} was "
+                "asked for",
+                remedy=f"{_FLAGS[self.tier]} {round_up(self.used_bytes, 1024) // 1024}KiB",
             )
         self.capacity_bytes, self.free_bytes = capacity_bytes, self.free_bytes + more
 

@@ -14,6 +14,7 @@ from zinfer.errors import InternalError
 from zinfer.log import logger
 from zinfer.memory.holdings import Memory, MemoryStats
 from zinfer.memory.lease import Lease, Views, WeightKey
+from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import Ticket
 from zinfer.memory.residency import Event, Residency, State
 from zinfer.memory.row_source import RowSource
@@ -211,10 +212,9 @@ class ChunkManager:
             tiers[tier].rehome(split)
         self.placement = placement
 
-    def held_bytes(self, tier: Tier) -> int:
-        """What is in use in a tier, reservations included."""
-        ledger = self._memory.tiers[tier].ledger
-        return ledger.capacity_bytes - ledger.free_bytes
+    def ledger(self, tier: Tier | None = None) -> Ledger:
+        """The account of a tier (None: of the one that computes)."""
+        return self._memory.tiers[tier or self.placement.compute_tier].ledger
 
     def stats(self) -> MemoryStats:
         """Totals so far."""

@@ -13,6 +13,7 @@ from zinfer.config.schema import Settings
 from zinfer.errors import UsageError
 from zinfer.memory.manager import ChunkManager
 from zinfer.plan.make import Plan
+from zinfer.runtime.compiled import take_shortcut
 from zinfer.runtime.engine import open_executor
 from zinfer.runtime.executor import Executor, Watch, unwatched
 from zinfer.runtime.model import Model, open_model
@@ -47,6 +48,7 @@ class EncoderEngine:
         self._watch = watch
         self._turn = threading.Lock()
         self._open: tuple[ChunkManager, Executor] | None = None
+        self._is_to_be_tried = True
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -76,11 +78,16 @@ class EncoderEngine:
     def answer(self, texts: Sequence[Encoded], num_students: int = 1) -> tuple[Tensor, Tensor | None]:
         """(pooled rows [S, D], logits [S, C] or None) in the order of the texts, by the one model there is.
 
-        Safe to call from several threads: passes take turns.
+        Safe to call from several threads: passes take turns.  After the first one a resident model may answer in
+        compiled code, where that is faster and results need not be exact.
         """
         assert num_students == self.num_students, "one model is no group"
         with self._turn:
-            return in_order(self.passes(texts))
+            found = in_order(self.passes(texts))
+            if self._is_to_be_tried and self._open is not None:
+                self._is_to_be_tried = False
+                take_shortcut(self._open[1], self.model.resolved.lanes)
+            return found
 
     def about(self) -> dict[str, Any]:
         """What a JSON result says of where the model lived and what it took."""
@@ -90,4 +97,4 @@ class EncoderEngine:
         """Give everything back: memory, files, threads.  The next pass loads again."""
         if self._open is not None:
             self._open[0].close()
-            self._open = None
+            self._open, self._is_to_be_tried = None, True

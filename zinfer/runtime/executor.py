@@ -48,7 +48,8 @@ class Executor:
     """Interprets the schedule over the chunk manager: the only place where weights meet activations.
 
     The first pass follows `schedule.first`, which also loads what stays; later ones `schedule.steady`.  After an
-    error every streamed chunk is dropped and the next pass starts from the first schedule again.
+    error every streamed chunk is dropped and the next pass starts from the first schedule again.  A `shortcut` may
+    carry a later pass out in a way of its own, or decline; nothing that it needs is streamed.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Executor:
         self.moments = moments or Moments()
         self.watch = watch
         self.graphs = graphs
+        self.shortcut: Callable[[Sequence[Micro]], bool] | None = None
         self._stays = Stays(manager)
         self._joined = self._stays.joined(schedule.steady)
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
@@ -147,6 +149,8 @@ class Executor:
             self.graphs.clear()
 
     def _interpret(self, micros: Sequence[Micro]) -> None:
+        if self.shortcut is not None and self._is_warm and self.shortcut(micros):
+            return
         next_op = done_bytes = 0
         name = f"pass {len(self.stats.passes) + 1}" + ("" if self._is_warm else ", loading")
         kind: Kind | None = None

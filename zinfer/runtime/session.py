@@ -140,7 +140,7 @@ class Session:
             return 0, 0
         manager = self._engine.manager
         is_below = manager.placement.compute_tier is Tier.DEVICE
-        return manager.held_bytes(Tier.HOST), manager.held_bytes(Tier.DEVICE) if is_below else 0
+        return manager.ledger(Tier.HOST).used_bytes, manager.ledger(Tier.DEVICE).used_bytes if is_below else 0
 
     def close(self) -> None:
         """Give memory, files and threads back.  The next request opens the engine again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,4 +87,6 @@ def open_queue(classifier: Classifier, limits: Serve) -> TextScheduler:
         )
     except BudgetError as error:
         seconds = float(error.remedy.partition("=")[2])
-        raise BudgetError(error.code, error.message, remedy=f"--objective-ms {1000 * seconds:.0f}") from None
+        raise BudgetError(
+            error.code, error.message, remedy=f"--objective-ms {math.ceil(1000 * seconds)}"
+        ) from None

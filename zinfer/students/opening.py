@@ -148,6 +148,6 @@ def _controller(
             "ZI-2207",
             f"a pass of {table.tokens[0]} tokens takes {smallest_s:.4f} s with {least} of {answerer.num_students} "
             f"students, the objective is {objective_s:.4f} s",
-            remedy=f"objective_s={2 * smallest_s:.4f}",
+            remedy=f"objective_s={max(2 * smallest_s, 0.0001):.4f}",
         )
     return Controller(table, objective_s, pass_tokens=pass_tokens, least=least, workers=workers)

@@ -18,6 +18,7 @@ from zinfer.config.profiles import SIM_DEFAULT, load_machine
 from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings
 from zinfer.errors import CheckpointError, MachineError, UsageError
+from zinfer.kernels.native.encoder import packed_bytes, serves
 from zinfer.memory.ledger import Ledger
 from zinfer.plan.records import Tier
 from zinfer.runtime.texts import group_texts, in_order, pack_texts
@@ -101,8 +102,17 @@ class GroupService:
         if len(self.devices) > 1:
             self.bank = SpreadBank(group, self.devices, collective or CopyingCollective())
         else:
-            self.bank = StudentBank(group, self.devices[0])
+            self.bank = bank = StudentBank(group, self.devices[0])
+            self._compile(bank)
         self.num_students = self.checked(num_students)
+
+    def _compile(self, bank: StudentBank) -> None:
+        """Pack the students for compiled code, where that is to be had and the budget has room for a second copy."""
+        nbytes = bank.num_students * packed_bytes(bank.spec)
+        if bank.forms is None or not serves(bank.spec) or nbytes > self.ledger.free_bytes:
+            return
+        self.ledger.reserve("packed students", nbytes)
+        bank.forms.compile(self.resolved.lanes)
 
     def _ledger(self, sizes: Mapping[str, int]) -> Ledger:
         """Of the memory that the students live in; with several devices of the one that holds most."""
