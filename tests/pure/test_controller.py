@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from zinfer.errors import BudgetError
-from zinfer.students.controller import PASS_SHARE, RAISE_S, Controller, ServiceTable, isotonic
+from zinfer.students.controller import (
+    LEAST_ROOM,
+    PASS_SHARE,
+    RAISE_S,
+    SHARE,
+    Controller,
+    ServiceTable,
+    isotonic,
+)
 from zinfer.students.intake import Intake, Overloaded
 from zinfer.students.tally import percentile
 
@@ -152,7 +160,8 @@ def test_what_could_not_be_answered_in_time_is_refused_and_told_when_to_come():
     controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024)
     intake, most = intake_of(controller), controller.most_tokens()
     last_s = most / controller.full[1] * TABLE.at(1, controller.full[1])
-    assert last_s <= OBJECTIVE_S < last_s * (most + 1) / most, "as many as the fewest students answer in time"
+    in_time_s = SHARE * OBJECTIVE_S
+    assert last_s <= in_time_s < last_s * (most + 1) / most, "as many as the fewest students answer in time"
     for at in range(most // 50):
         intake.put(at, 50)
     with pytest.raises(Overloaded) as caught:
@@ -162,11 +171,59 @@ def test_what_could_not_be_answered_in_time_is_refused_and_told_when_to_come():
     with pytest.raises(Overloaded) as caught:
         intake.put("late", 51)
     assert caught.value.retry_after_s == pytest.approx(max((intake.buffer.tokens + 51 - most) * 2e-5, 0.001))
-    for _ in range(60):
-        controller.observe(1, 400, 4 * TABLE.at(1, 400))
-    assert controller.most_tokens() == pytest.approx(most / 4, rel=0.01), (
-        "fewer on a machine that became slower"
+    slow_down(controller, 4)
+    assert most / 5 < controller.most_tokens() <= most / 4, (
+        "fewer on a slower machine, whose passes are shorter, too"
     )
+
+
+def slow_down(controller, factor):
+    """Passes have taken so many times as long for a while."""
+    for _ in range(60):
+        controller.observe(1, 400, factor * TABLE.at(1, 400))
+
+
+@given(st.floats(1.0, 8.0), st.integers(1, 4))
+def test_on_a_slower_machine_passes_are_shorter_but_not_tiny(factor, least):
+    controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=2048, least=least)
+    roomiest = dict(controller.full)
+    slow_down(controller, factor)
+    for m, tokens in controller.full.items():
+        assert LEAST_ROOM <= tokens <= roomiest[m]
+        if tokens > LEAST_ROOM:
+            assert controller.seconds(m, tokens) <= PASS_SHARE * OBJECTIVE_S * 1.001
+    rooms = list(controller.full.values())
+    assert rooms == sorted(rooms, reverse=True), "more students, fewer tokens"
+    slow_down(controller, 1.0)
+    assert controller.full[least] >= 0.9 * roomiest[least], "and as long as before on one that has recovered"
+
+
+def test_a_pass_of_a_slow_model_is_no_longer_than_it_was_allowed_to_be():
+    """Where even a small pass takes its share of the objective, no more tokens than that, however slow it becomes."""
+    table = ServiceTable((16, 1024), ((0.02, 2.0),))
+    controller = Controller(table, OBJECTIVE_S, pass_tokens=1024)
+    room = controller.full[1]
+    assert room < LEAST_ROOM
+    for _ in range(60):
+        controller.observe(1, 16, 0.1)
+    assert controller.full[1] == room
+
+
+def test_who_comes_while_a_pass_runs_is_told_to_wait_for_it_too():
+    controller, now = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024), [0.0]
+    intake = intake_of(controller)
+    intake.clock = lambda: now[0]
+    idle = intake.most_tokens()
+    intake.put_all([(at, 50) for at in range(40)])
+    students, texts = intake.take()
+    pass_s = TABLE.at(students, sum(one.tokens for one in texts))
+    busy = intake.most_tokens()
+    assert busy == pytest.approx(idle * (1 - pass_s / (SHARE * OBJECTIVE_S)), abs=2)
+    assert busy < 0.9 * idle
+    now[0] = pass_s / 2
+    assert busy < intake.most_tokens() < idle
+    now[0] = pass_s
+    assert intake.most_tokens() == idle
 
 
 def test_a_request_larger_than_the_objective_allows_is_taken_by_an_idle_server():

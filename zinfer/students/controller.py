@@ -15,6 +15,9 @@ RATE_S = 0.25  # time constant of the arrival rate
 RAISE_S = 1.0  # how long one student more must have fitted before it answers
 SHARE, MOST_LOAD = 0.8, 0.9  # of the objective; of what passes can carry
 PASS_SHARE = 0.3  # of the objective: a text waits for the pass in progress, then for its own
+LEAST_ROOM = (
+    256  # tokens; smaller passes, however slow the machine has become, are mostly what each pass costs
+)
 _DRIFT = 0.1  # weight of one pass in what measured seconds are corrected by
 _MOST_DRIFT = 8.0
 
@@ -77,8 +80,8 @@ class Controller:
 
     Lowers at once; raises by one after each second in which m + 1 would have held both.  Load is judged at a full
     pass, so the choice never grows with what waits.  `full[m]` are the tokens of a full pass of m students: no more
-    than take 0.3 of the objective, so that whoever comes meanwhile does not wait for long.
-    `observe` corrects the measured table by what passes take now.  Used under the caller's lock, with the caller's
+    than take 0.3 of the objective as passes are now, so that whoever comes meanwhile does not wait for long.
+    `observe` corrects the measured table by what passes take.  Used under the caller's lock, with the caller's
     clock.
     """
 
@@ -95,13 +98,11 @@ class Controller:
         self.table, self.objective_s, self.workers = table, objective_s, workers
         self.least, self.most = least, most or table.num_students
         assert 1 <= least <= self.most <= table.num_students, "the table has a row for every choice"
-        self.full = {
-            m: table.tokens_within(m, PASS_SHARE * objective_s, pass_tokens)
-            for m in range(least, self.most + 1)
-        }
+        self._pass_tokens, self._drift = pass_tokens, 1.0
+        self._roomiest = self._rooms()
+        self.full = self._roomiest
         self.num_students = self.most
         self._rate, self._rate_at_s = 0.0, -math.inf
-        self._drift = 1.0
         self._fits_since_s: float | None = None  # since when one student more has fitted
 
     def arrived(self, tokens: int, now_s: float) -> None:
@@ -118,6 +119,15 @@ class Controller:
         ratio = seconds / max(self.table.at(num_students, tokens), 1e-9)
         drift = (1 - _DRIFT) * self._drift + _DRIFT * min(ratio, _MOST_DRIFT)
         self._drift = max(drift, 1.0)
+        self.full = {m: max(room, min(self._roomiest[m], LEAST_ROOM)) for m, room in self._rooms().items()}
+
+    def _rooms(self) -> dict[int, int]:
+        """Tokens of the largest pass that takes its share of the objective, by number of students."""
+        most_s = PASS_SHARE * self.objective_s / self._drift
+        return {
+            m: self.table.tokens_within(m, most_s, self._pass_tokens)
+            for m in range(self.least, self.most + 1)
+        }
 
     def seconds(self, num_students: int, tokens: int) -> float:
         """What a pass is expected to take now."""
@@ -131,10 +141,11 @@ class Controller:
         is_in_time = max(age_s + pass_s, drain_s) <= SHARE * self.objective_s
         return is_in_time and rate * self.seconds(num_students, full) / full <= MOST_LOAD * self.workers
 
-    def most_tokens(self) -> int:
-        """How many may wait so that the fewest students answer the last of them within the objective, at least 1."""
-        full = self.full[self.least]
-        return max(int(full * self.objective_s * self.workers / self.seconds(self.least, full)), 1)
+    def most_tokens(self, busy_s: float = 0.0) -> int:
+        """How many may wait so that the fewest students answer the last of them within 0.8 of the objective, at least
+        1; the workers are busy for `busy_s` more."""
+        full, left_s = self.full[self.least], SHARE * self.objective_s - busy_s
+        return max(int(full * left_s * self.workers / self.seconds(self.least, full)), 1)
 
     def largest(self, queue_tokens: int, age_s: float, rate: float) -> int:
         """The choice without a memory: never grows with any of the three."""

@@ -6,6 +6,7 @@ Integers and seconds only: the threads around it are those of `scheduler`, in te
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -58,6 +59,7 @@ class Intake(Generic[T]):
         self.clock = clock
         self.token_s: float | None = None  # seconds of a token in recent passes
         self.rejected = 0
+        self._ends: deque[float] = deque(maxlen=workers)  # when the latest passes should have ended
 
     def put(self, item: T, tokens: int) -> int:
         """Queue a text; its number.  Raises as `put_all`."""
@@ -90,7 +92,10 @@ class Intake(Generic[T]):
         """How many may wait now: what the queue holds, and with a controller no more than is answered in time."""
         if self.controller is None:
             return self.max_queue_tokens
-        return min(self.max_queue_tokens, self.controller.most_tokens())
+        busy_s = 0.0
+        if len(self._ends) == self.workers:
+            busy_s = max(min(self._ends) - self.clock(), 0.0)
+        return min(self.max_queue_tokens, self.controller.most_tokens(busy_s))
 
     def take(self) -> tuple[int, list[Waiting[T]]]:
         """(number of students, texts) of the next pass; no texts where none wait."""
@@ -100,9 +105,11 @@ class Intake(Generic[T]):
         now_s, num_students = self.clock(), self.num_students
         if self.controller is not None:
             num_students = self.controller.decide(self.buffer.tokens, now_s - oldest_s, now_s)
-        return num_students, self.buffer.take(
-            self._room(num_students), self.pass_texts, now_s, self.overdue_s
-        )
+        texts = self.buffer.take(self._room(num_students), self.pass_texts, now_s, self.overdue_s)
+        if self.controller is not None:
+            tokens = sum(one.tokens for one in texts)
+            self._ends.append(now_s + self.controller.seconds(num_students, tokens))
+        return num_students, texts
 
     def _room(self, num_students: int) -> int:
         """Tokens of a pass."""
