@@ -85,7 +85,7 @@ class Tokenizer:
         with self._lock:
             try:
                 self._core.enable_truncation(max_tokens, strategy="longest_first", direction=direction)
-                found = self._core.encode_batch(given, add_special_tokens=True)
+                found = self._core.encode_batch_fast(given, add_special_tokens=True)  # without offsets
             finally:
                 self._core.no_truncation()
         return [(tuple(one.ids), tuple(one.type_ids), bool(one.overflowing)) for one in found]
