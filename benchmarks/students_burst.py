@@ -1,12 +1,14 @@
 """How much load a teacher and its students bear over HTTP, and a burst.  In: teacher/ and group/.  Out: record, plot.
 
 usage: students_burst.py [--model DIR] [--objective-ms 100] [--texts 16] [--probe-s 5] [--probes 6] [--quick]
+                         [--burst-of RATE]
 
 Capacity is the highest rate of Poisson arrivals at which 99 of 100 requests have a right answer within the objective,
 counted from when they were due; found by bisection on ratios.  Four servers, one after the other, each its own process,
 the load from another: the teacher by ONNX Runtime (one request at a time, padded, the same HTTP library), the teacher
 by zinfer, the students with the controller and without.  Then the burst: five times the load for a third of the time,
-such that the burst is 0.9 of the controller's capacity.  All share this machine's processors, the load too.
+such that the burst is 0.9 of the controller's capacity; `--burst-of` runs it alone and only prints.  All share this
+machine's processors, the load too.
 """
 
 from __future__ import annotations
@@ -178,6 +180,12 @@ def lines(capacity: dict[str, float], model_ratio: dict[str, float], bursts: dic
         said.append(
             f"students with the controller / ONNX Runtime's teacher: {capacity['adaptive'] / onnx:.2f} x"
         )
+    return said + burst_lines(bursts)
+
+
+def burst_lines(bursts: dict[str, Any]) -> list[str]:
+    """How each server came through."""
+    said = []
     for name, rows in bursts.items():
         row = rows["burst"]
         holds = "holds" if row["in_time"] >= SHARE else "BREAKS"
@@ -201,12 +209,17 @@ def main() -> None:
     made.add_argument("--probe-s", type=float, default=5.0)
     made.add_argument("--probes", type=int, default=6)
     made.add_argument("--burst-s", type=float, default=18.0)
+    made.add_argument("--burst-of", type=float, metavar="RATE", help="the burst alone, of so many requests/s")
     made.add_argument("--quick", action="store_true", help="seconds only, to see that it runs")
     options = made.parse_args()
     if options.quick:
         options.probe_s, options.probes, options.burst_s = 1.0, 2, 3.0
     end_on_signals()
     bench = Bench(options, bundled_or(options.model))
+    if options.burst_of:
+        alone = {name: bench.burst(name, options.burst_of / TIMES)[0] for name in ("adaptive", "fixed")}
+        print("\n".join(burst_lines(alone)))
+        return
     tried = {name: bench.capacity(name) for name in bench.systems}
     capacity = {name: found[0] for name, found in tried.items()}
     base = 0.9 * capacity["adaptive"] / TIMES or 1.0

@@ -13,6 +13,8 @@ import pytest
 from serving_doubles import listening
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from zinfer.serving import protocol
+
 HEAD = b"POST /embed HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
 BODY = b'{"inputs": "abc"}'
 
@@ -119,6 +121,22 @@ def test_small_answers_are_sent_at_once(here):
         accepted = connection.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     until(lambda: not here.server.server_state.connections)
+
+
+def test_an_answer_is_sent_as_one_piece(here, monkeypatch):
+    sent, own = [], protocol.Gathered.flush
+
+    def noted(self):
+        if self._pieces:
+            sent.append(len(self._pieces))
+        own(self)
+
+    monkeypatch.setattr(protocol.Gathered, "flush", noted)
+    with here.connect() as connection:
+        connection.sendall(request())
+        assert read_one(connection)[0] == 200
+    assert len(sent) == 1, "head and body together"
+    assert sent[0] > 1, "though they were written one after the other"
 
 
 def test_the_clock_of_headers_starts_anew_with_each_request(here):

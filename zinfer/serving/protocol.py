@@ -36,6 +36,43 @@ def timed_protocol(limits: Serve, own_door: Door) -> type[H11Protocol]:
     return Timed
 
 
+class Gathered:
+    """A transport that sends what is written in one turn of the event loop as one piece.
+
+    Head and body of a response are written one after the other; every piece that is sent gives up Python's lock, and
+    under load getting it back takes longer than all the rest of a response.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        """Send it with what else is written in this turn, or at the next `flush`."""
+        if not self._pieces:
+            self._loop.call_soon(self.flush)
+        self._pieces.append(data)
+
+    def flush(self) -> None:
+        """Send what was written."""
+        pieces, self._pieces = self._pieces, []
+        if pieces and not self._transport.is_closing():
+            self._transport.write(b"".join(pieces))
+
+    def write_eof(self) -> None:
+        """Send what was written, and no more."""
+        self.flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        """Close behind what was written."""
+        self.flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class TimedProtocol(H11Protocol):
     """A request's headers are whole `header_s` after their first byte; before it a connection may idle `idle_s`.
 
@@ -44,6 +81,7 @@ class TimedProtocol(H11Protocol):
 
     door: Door
     max_connections: int
+    _gathered: Gathered
     header_s = 10.0
     idle_s = 75.0
     _timer: asyncio.TimerHandle | None = None
@@ -51,7 +89,8 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """The first request may take as long to begin as any later one."""
-        super().connection_made(transport)
+        self._gathered = Gathered(transport, self.loop)
+        super().connection_made(self._gathered)  # type: ignore[arg-type]  # all that is asked of a transport
         if len(self.connections) > self.max_connections:
             self._turn_away()
             return
@@ -78,6 +117,7 @@ class TimedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """A body that was refused unread may still come for a while."""
+        self._gathered.flush()
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self.loop.call_later(LINGER_S, self._end_unread, self.cycle)
