@@ -24,6 +24,7 @@ from zinfer.checkpoint.read import opened
 from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Read
 from zinfer.errors import IntegrityError, InternalError, MachineError
 from zinfer.log import logger
+from zinfer.memory.crowd import CROWD
 from zinfer.memory.links import LinkLog, Movement, Pace, Ticket, sleep_until, started_pool
 from zinfer.memory.pinning import no_entry
 from zinfer.units import round_up
@@ -97,8 +98,9 @@ class Files:
         self._lock = threading.RLock()
         self._is_announced = False
         self._closing = ExitStack()
-        self._closing.callback(_SWITCH_INTERVAL.let_go)
-        _SWITCH_INTERVAL.hold()
+        for holdable in (_SWITCH_INTERVAL, CROWD):
+            self._closing.callback(holdable.let_go)
+            holdable.hold()
 
     def close(self) -> None:
         """Close the files.  May be called again."""
@@ -194,6 +196,7 @@ class Reader:
         self._log = log
         self._verify = verify == "always"
         self._pace = pace
+        CROWD.enter()
         self._pool = started_pool(IN_FLIGHT, "zinfer-read", enter)
 
     def begin(self, ticket: Ticket, into_N: Octets, landed: Landed) -> None:
@@ -202,6 +205,7 @@ class Reader:
         `landed(error)` follows once: None, MachineError ZI-5321 for a read that failed, IntegrityError ZI-6101 for
         a wrong checksum or ZI-6102 for a file that ends early, ZI-5301 for a cancelled ticket.
         """
+        CROWD.enter()
         pieces = list(joined(ticket.chunk.reads))
         fetch = _Fetch(ticket, into_N, landed, len(pieces))
         if not pieces:
