@@ -131,7 +131,10 @@ def _tier_memory(
     slab: Slab = (
         DeviceSlab(nbytes, torch.device(device)) if device.startswith("cuda") else HostSlab(nbytes, spare)
     )
-    return TierMemory(ledger, slab, homes, slots, placement.slot_bytes)
+    memory = TierMemory(ledger, slab, homes, slots, placement.slot_bytes)
+    if isinstance(slab, HostSlab) and ledger.tier is placement.compute_tier is Tier.HOST:
+        slab.find_ahead(nbytes)  # only reads fill it, into places that were taken
+    return memory
 
 
 def _row_blocks(table: ChunkTable) -> dict[str, list[Read]]:

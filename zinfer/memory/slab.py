@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zinfer.chunks.table import HUGE_PAGE
 from zinfer.errors import BudgetError
+from zinfer.memory.ahead import Ahead
 from zinfer.memory.numa import Near
 from zinfer.memory.pinning import Locked, Pinning, no_entry
 from zinfer.units import Bytes, round_up
@@ -25,6 +26,10 @@ class Slab(Protocol):
     """Bytes of one tier.  Owns them until close(); views taken before keep their address, not their contents."""
 
     bytes_N: Tensor  # uint8
+
+    def claim(self, offset: int, nbytes: int) -> None:
+        """The range is about to be written: nobody else may store into it."""
+        ...
 
     def discard(self, offset: int, nbytes: int) -> None:
         """The range holds nothing of value: give its memory back where the tier can (whole pages)."""
@@ -63,6 +68,7 @@ class HostSlab:
         self._nbytes = nbytes
         self.bytes_N = whole_N[self._begin : self._begin + nbytes]
         self._pin: Pinning | None = None
+        self._ahead: Ahead | None = None
         if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE, self._begin, round_up(nbytes, mmap.PAGESIZE))
 
@@ -84,6 +90,16 @@ class HostSlab:
         self._pin = Pinning(self.bytes_N.data_ptr(), cuts, runtime, enter=enter, is_quiet=is_quiet)
         return self._pin
 
+    def find_ahead(self, nbytes: int) -> None:
+        """Begin to find the pages of the first `nbytes`, in the background; whoever writes claims first."""
+        if nbytes >= HUGE_PAGE:
+            self._ahead = Ahead(self.bytes_N.data_ptr(), min(nbytes, self._nbytes))
+
+    def claim(self, offset: int, nbytes: int) -> None:
+        """The range is about to be written by somebody who finds its pages himself."""
+        if self._ahead is not None:
+            self._ahead.claim(offset, nbytes)
+
     @property
     def locked(self) -> Locked:
         """What of it is page-locked by now."""
@@ -91,6 +107,7 @@ class HostSlab:
 
     def discard(self, offset: int, nbytes: int) -> None:
         """Return the pages that lie wholly inside the range; they read as zeros afterwards."""
+        self.claim(offset, nbytes)
         begin = round_up(offset, mmap.PAGESIZE)
         nbytes = (offset + nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None and self._pin is None and nbytes > 0:
@@ -98,6 +115,9 @@ class HostSlab:
 
     def close(self) -> None:
         """Unpin, return every page, let go of the mapping."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         if self._pin is not None:
             self._pin.undo()
             self._pin = None
@@ -114,6 +134,9 @@ class DeviceSlab:
             self.bytes_N = torch.empty(nbytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
             raise _too_much("device", nbytes, error) from error
+
+    def claim(self, offset: int, nbytes: int) -> None:
+        """Nobody else stores into it."""
 
     def discard(self, offset: int, nbytes: int) -> None:
         """Part of an allocation cannot be returned to the device."""

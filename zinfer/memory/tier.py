@@ -40,8 +40,9 @@ class Split:
 
 
 def homes_in(table: ChunkTable, placement: Placement, tier: Tier) -> dict[ChunkId, int]:
-    """The chunks whose lasting copy lies in `tier`, and their bytes."""
-    return {chunk.id: chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is tier}
+    """The chunks whose lasting copy lies in `tier`, and their bytes, as the first pass brings them."""
+    last = sorted(table.chunks, key=lambda chunk: not chunk.ops)  # row tables
+    return {chunk.id: chunk.nbytes for chunk in last if placement.home[chunk.id] is tier}
 
 
 class TierMemory:
@@ -142,6 +143,7 @@ class TierMemory:
         """A place for the chunk.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
         offset, nbytes = self._homes.get(chunk) or (self._free[-1], self.slot_bytes)
         self.ledger.take(chunk, nbytes)
+        self.slab.claim(offset, nbytes)
         if chunk not in self._homes:
             self._free.pop()
         self.places[chunk] = Place(offset, nbytes, self._generations[offset])
