@@ -13,8 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# The rows at which arithmetic costs as much as reading the weight once; it only ranks groups of sizes.
-_BALANCE_ROWS = 100
+from zinfer.spec.cover import BALANCE_ROWS, cover
+
+__all__ = ["agreeing_sizes", "cover", "device_clock", "fastest", "one_thread", "pad_rows"]
+
 _ROUNDS = 7
 _WORTH = 0.9  # another kernel is chosen only when it takes less than this share of the first one's time
 
@@ -46,23 +48,9 @@ def agreeing_sizes(
 
 def _cost(sizes: tuple[int, ...]) -> float:
     """Ranks a group: decode pays for its smallest size, prefill per row of its largest; decode counts double."""
-    decode = 1 + sizes[0] / _BALANCE_ROWS
-    prefill = (1 + sizes[-1] / _BALANCE_ROWS) / sizes[-1]
+    decode = 1 + sizes[0] / BALANCE_ROWS
+    prefill = (1 + sizes[-1] / BALANCE_ROWS) / sizes[-1]
     return decode**2 * prefill
-
-
-def cover(rows: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Cut `rows` rows into (start, stop, size) with sizes of the group; a piece shorter than its size is padded."""
-    pieces, at = [], 0
-    while at < rows:
-        left = rows - at
-        roof = next((size for size in sizes if size >= left), sizes[-1])
-        floor = max((size for size in sizes if size <= left), default=roof)
-        # A large size for a few rows more than the next smaller one would waste most of its arithmetic.
-        size = floor if 2 * floor >= _BALANCE_ROWS and roof > left * 1.25 else roof
-        pieces.append((at, min(at + size, rows), size))
-        at += size
-    return pieces
 
 
 def pad_rows(x_RI: Tensor, size: int) -> Tensor:

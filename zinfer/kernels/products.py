@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle
 
@@ -17,10 +18,10 @@ from zinfer.kernels.native.calls import Kernels, kernels
 from zinfer.kernels.remembered import remembered
 from zinfer.kernels.rows import one_row
 from zinfer.kernels.served import device_name
-from zinfer.spec.cost import EXACT_ROWS, MOST_ROWS
+from zinfer.spec.cost import EXACT_SIZES, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
-SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)
+SIZES = EXACT_SIZES
 FEW = (2, 4, 8, 16, 32)  # rows at which the compiled kernel is timed against torch
 _SAMPLE_ROWS = 5
 _TIMED_BYTES = 16 * 2**20  # of a weight: measured in a few milliseconds
@@ -49,12 +50,12 @@ def linear(
     y_TO: Tensor | None = None
     for start, stop, size in cover(num_rows, sizes):
         rows = stop - start
-        piece = F.linear(pad_rows(x_TI[start:stop], size if exact else rows), weight_OI, bias)[:rows]
-        if rows == num_rows:
+        piece = F.linear(pad_rows(x_TI[start:stop], size if exact else rows), weight_OI, bias)
+        if len(piece) == num_rows:
             return piece
-        # Into its place at once: all pieces beside the whole would be the peak of a pass.
+        # Into its place at once: all pieces beside the whole, or rows that nobody wants, would be a pass's peak.
         y_TO = piece.new_empty(num_rows, outputs) if y_TO is None else y_TO
-        y_TO[start:stop] = piece
+        y_TO[start:stop] = piece[:rows]
         del piece
     assert y_TO is not None, "a product needs rows"
     return y_TO
@@ -74,13 +75,27 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
     for op in spec.program:
         weights = {weight.role: weight for weight in op.weights}
         if "matrix" in weights and not op.stored:
-            outputs, inputs = weights["matrix"].shape[:: -1 if spec.transposed else 1]
-            case = (_DTYPES[spec.dtype], device, outputs, inputs, spec.transposed, "bias" in weights)
+            outputs, inputs = weights["matrix"].shape[:: -1 if op.transposed else 1]
+            case = (_DTYPES[spec.dtype], device, outputs, inputs, op.transposed, "bias" in weights)
             if exact:
                 row_sizes(*case, torch.get_num_threads())
             else:
                 row_kernel(*case)
                 few_rows(*case)
+
+
+def with_product_sizes(spec: ModelSpec, device: str) -> ModelSpec:
+    """The spec with the row counts that exact products of its plain matrices may have here, for the plan to count."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for op in spec.program:
+        weights = {weight.role: weight for weight in op.weights}
+        if "matrix" in weights and not op.stored:
+            outputs, inputs = weights["matrix"].shape[:: -1 if op.transposed else 1]
+            case = (_DTYPES[spec.dtype], device, outputs, inputs, op.transposed, "bias" in weights)
+            found = row_sizes(*case, torch.get_num_threads())
+            # Blocks of one matrix may differ: what pads more counts.
+            sizes[op.kind] = min(found, sizes.get(op.kind, found), key=len)
+    return replace(spec, product_sizes=tuple(sizes.items()))
 
 
 @cache

@@ -7,7 +7,7 @@ agreeing group, found by a self-test of the very function that is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from zinfer.kernels.remembered import remembered
 from zinfer.layers.partial import partial
 from zinfer.layers.varlen import varlen_serves
 from zinfer.spec.attention_cost import KEY_COUNTS, KV_BLOCK, QUERY_ROWS, stacked_pieces
-from zinfer.spec.records import ModelSpec
+from zinfer.spec.records import AttentionSizes, ModelSpec
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -65,6 +65,13 @@ def prepare_attention(
     for is_windowed in {False, spec.sliding_window is not None}:
         varlen_serves(dtype, heads, kv_heads, dim, device, is_windowed)
     paged_serves(dtype, heads, kv_heads, dim, kv_dtype == "INT8", device)
+
+
+def with_attention_sizes(spec: ModelSpec) -> ModelSpec:
+    """The spec with what attention's pieces may be cut to on this processor, for the plan to count."""
+    group = spec.num_heads // spec.num_kv_heads
+    shapes = agreeing_shapes(spec.num_kv_heads, group, spec.head_dim, "cpu", torch.get_num_threads())
+    return replace(spec, attention_sizes=AttentionSizes(shapes.rows, shapes.keys))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
@@ -40,6 +40,7 @@ class Choice:
 
     limit: int
     table: ChunkTable
+    reserve: Reserve
     placement: Placement
     schedule: Schedule
     steady: PassRun
@@ -53,19 +54,21 @@ def choose(
     workload: Workload,
     *,
     compute_tier: Tier,
-    reserve: Reserve,
+    reserve_of: Callable[[ChunkTable | None], Reserve],
     exact: bool,
     lookahead: int | None = None,
 ) -> Choice:
     """Try chunk limits and lookaheads and keep the fastest decode pass on the virtual clock.
 
+    What waits between chunks depends on where they end: `reserve_of` says it of a table, or (None) of any.
     Raises BudgetError ZI-2001 when nothing fits, for the smallest chunks and the least lookahead.
     """
     lookaheads = _LOOKAHEADS[compute_tier] if lookahead is None else (lookahead,)
     best: Choice | None = None
     best_s = inf
-    for limit in _limits(source, budget, compute_tier, reserve, [count + 1 for count in lookaheads]):
+    for limit in _limits(source, budget, compute_tier, reserve_of(None), [count + 1 for count in lookaheads]):
         table = assemble(source, limit)
+        reserve = reserve_of(table)
         # Of very many chunks no single one matters: two trials do.
         for count in lookaheads[: 2 if len(table.chunks) > _MAX_TRIAL_UNITS else None]:
             try:
@@ -77,12 +80,12 @@ def choose(
             _, steady = simulate_load(spec, table, placement, schedule, machine, load, exact=exact)
             likely_s = steady.seconds * _loss(placement, steady)
             if likely_s < best_s:
-                best, best_s = Choice(limit, table, placement, schedule, steady), likely_s
+                best, best_s = Choice(limit, table, reserve, placement, schedule, steady), likely_s
             if best is not None and not placement.slots:
                 return best  # nothing streams: no other choice moves less
     if best is None:
         least = assemble(source, 1)
-        place(least, budget, compute_tier=compute_tier, reserve=reserve, lookahead=min(lookaheads))
+        place(least, budget, compute_tier=compute_tier, reserve=reserve_of(least), lookahead=min(lookaheads))
         raise InternalError(
             "ZI-2092", "single ops can be placed where larger chunks cannot, and were not tried"
         )

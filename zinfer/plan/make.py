@@ -21,13 +21,13 @@ from zinfer.plan.forecast import engine_of
 from zinfer.plan.kv import kv_plans, kv_reasons
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, forecast_of, judge, least_cost
 from zinfer.plan.place import Reserve, tier_uses
-from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, graph_bytes, reserve_for
+from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, graph_bytes, reserve_for, turns_of
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.settle import asked_workload, shrunk_workload
 from zinfer.plan.shares import link_seconds
 from zinfer.spec.quant import op_bytes
-from zinfer.spec.records import ModelSpec
+from zinfer.spec.records import ModelSpec, Op
 from zinfer.units import round_up
 from zinfer.whole import written_whole
 
@@ -234,7 +234,7 @@ class _Maker:
             settled, _ = self._asked(sized(batch))
             kv, *others = kv_plans(self.spec, self.resolved, self.machine, settled)
             settled = replace(settled, kv=replace(kv, attend="resident"))
-            reserve = self._reserve(settled)
+            reserve = self._reserve(settled, turns=())
             if others or kv.attend != "resident":  # the cache need not lie where the weights do
                 reserve = replace(reserve, kv=0)
             weight_bytes = sum(op_bytes(self.spec, op) for op in self.spec.program)
@@ -299,7 +299,7 @@ class _Maker:
             machine=self.machine,
             budget=self.budget,
             workload=candidate.workload,
-            reserve=candidate.reserve,
+            reserve=choice.reserve,
             limit=choice.limit,
             placement=choice.placement,
             forecast=forecast_of(self.spec, candidate, self.machine, exact=exact),
@@ -313,9 +313,9 @@ class _Maker:
         compute_bytes = self.budget.host if self.tier is Tier.HOST else self.budget.device
         return asked_workload(self.spec, self.resolved, workload, compute_bytes)
 
-    def _reserve(self, settled: Workload) -> Reserve:
+    def _reserve(self, settled: Workload, *, turns: Sequence[Op] | None = None) -> Reserve:
         device, settings = self.resolved.device, self.resolved.settings
-        reserve = reserve_for(self.spec, settled, exact=settings.exact, device=device)
+        reserve = reserve_for(self.spec, settled, exact=settings.exact, device=device, turns=turns)
         if not device.startswith("cuda") or settings.runtime.graphs == "off":
             return reserve
         return replace(reserve, activations=reserve.activations + graph_bytes(self.budget.device))
@@ -373,7 +373,10 @@ class _Maker:
 
     def _placed(self, settled: Workload) -> Candidate:
         lookahead = self.resolved.settings.runtime.lookahead
-        reserve = self._reserve(settled)
+
+        def reserve_of(table: ChunkTable | None) -> Reserve:
+            return self._reserve(settled, turns=None if table is None else turns_of(self.spec, table))
+
         choice = choose(
             self.spec,
             self.source,
@@ -381,10 +384,10 @@ class _Maker:
             self.machine,
             settled,
             compute_tier=self.tier,
-            reserve=reserve,
+            reserve_of=reserve_of,
             exact=self.resolved.settings.exact,
             lookahead=None if lookahead == "auto" else lookahead,
         )
         objective = self.resolved.settings.runtime.objective
         curve = self._curve(settled)
-        return judge(settled, reserve, choice, curve, machine=self.machine, objective=objective)
+        return judge(settled, choice, curve, machine=self.machine, objective=objective)

@@ -35,7 +35,6 @@ class Candidate:
     """One batch size, planned: what runs at once, where the chunks live, and how its queue would go."""
 
     workload: Workload
-    reserve: Reserve
     choice: Choice
     curve: Curve
     run: QueueRun
@@ -51,7 +50,6 @@ class Candidate:
 
 def judge(
     workload: Workload,
-    reserve: Reserve,
     choice: Choice,
     curve: Curve,
     *,
@@ -65,7 +63,7 @@ def judge(
     stream_s = link_seconds(choice.steady.busy_s)
     budget = TokenBudget(curve, stream_s, batch=workload.batch, max_rows=workload.prefill_rows)
     full_rows, run = best_fill(workload, budget.rows, pass_s, objective)
-    return Candidate(workload, reserve, choice, curve, run, budget.rows, full_rows, pass_s)
+    return Candidate(workload, choice, curve, run, budget.rows, full_rows, pass_s)
 
 
 def forecast_of(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exact: bool) -> Forecast:

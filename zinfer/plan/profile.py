@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
+from zinfer.chunks.table import ChunkTable
 from zinfer.plan.place import Reserve
 from zinfer.plan.records import Workload
 from zinfer.spec.attention_cost import arranged_bytes
-from zinfer.spec.cost import activation_bytes, attention_bytes, converted_bytes
+from zinfer.spec.cost import activation_bytes, attention_bytes, converted_bytes, waiting_bytes
 from zinfer.spec.encoder_cost import encoder_peak_bytes
 from zinfer.spec.quant import GPU_SLOT_BYTES, SLOT_BYTES, op_bytes, workspace_bytes
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec, kv_row_bytes
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, kv_row_bytes
 from zinfer.units import KIB, round_up
 
 KV_PAGE_TOKENS = 16  # a sequence's part of the KV cache is rounded up to pages of so many tokens
@@ -72,12 +75,25 @@ def graph_bytes(device_bytes: int) -> int:
     return min(_MOST_GRAPH_BYTES, device_bytes // 64)
 
 
-def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str = "cpu") -> Reserve:
+def turns_of(spec: ModelSpec, table: ChunkTable) -> list[Op]:
+    """The ops behind which micro-batches take turns: the last of each chunk."""
+    return [spec.program[chunk.ops[-1]] for chunk in table.streamable]
+
+
+def reserve_for(
+    spec: ModelSpec,
+    workload: Workload,
+    *,
+    exact: bool,
+    device: str = "cpu",
+    turns: Sequence[Op] | None = None,
+) -> Reserve:
     """What passes of at most `workload.prefill_rows` rows need beside weights, the cache included.
 
     Logits are wanted for one row per sequence, or for `workload.logit_rows`.  While one micro-batch computes, the
-    others keep what they hold between two ops.  A cache below the device costs host memory: pages, and what attends
-    or gathers there; pages that come up cost the device one sequence's layer.
+    others keep what they hold after an op of `turns` (None: any), behind which they take turns.  A cache below the
+    device costs host memory: pages, and what attends or gathers there; pages that come up cost the device one
+    sequence's layer.
     """
     unpacking = workspace_bytes(spec, GPU_SLOT_BYTES if device.startswith("cuda") else SLOT_BYTES)
     unpacking += converted_bytes(spec)
@@ -86,14 +102,22 @@ def reserve_for(spec: ModelSpec, workload: Workload, *, exact: bool, device: str
     if spec.encoder is not None:  # texts are in one micro-batch, and keep nothing in a cache
         peak = encoder_peak_bytes(spec, workload.prefill_rows, logit_rows, workload.context, exact=exact)
         return Reserve(kv=0, activations=peak + ROW_STAGING_BYTES + unpacking)
-    kv_dtype, context = kv.dtype or spec.dtype, workload.context
+    kv_dtype = kv.dtype or spec.dtype
+    context = round_up(workload.context, KV_PAGE_TOKENS)  # whoever fits the pages is served
     costs = activation_bytes(spec, rows, logit_rows, context, exact=exact, kv_dtype=kv_dtype)
-    waiting = max(cost.held for kind, cost in costs.items() if kind != "head")
+    waiting = waiting_bytes(spec, rows, costs, spec.program if turns is None else turns)
     arranged = arranged_bytes(workload.prefill_rows, context, logit_rows)
     activations = max(cost.peak for cost in costs.values())
     parked = workload.num_micros * waiting if workload.parks else 0
-    # One may still be on its way down when the next one's turn has begun.
-    activations += waiting if workload.parks else (workload.num_micros - 1) * waiting
+    num_waiting, rest = workload.num_micros - 1, workload.prefill_rows - (workload.num_micros - 1) * rows
+    if workload.parks:  # one may still be on its way down when the next one's turn has begun
+        activations += waiting
+    elif num_waiting:  # a full one computes, or the last one, which has fewer rows, beside full ones
+        last = activation_bytes(spec, rest, min(rest, logit_rows), context, exact=exact, kv_dtype=kv_dtype)
+        activations = max(
+            activations + ceil((num_waiting - 1) * waiting + waiting * rest / rows),
+            max(cost.peak for cost in last.values()) + num_waiting * waiting,
+        )
     activations += arranged + ROW_STAGING_BYTES + unpacking
     if kv.attend == "resident":
         return Reserve(kv_bytes(spec, workload), activations, host_activations=parked, parked=parked)

@@ -14,7 +14,7 @@ from zinfer.plan.forecast import decode_load, engine_of, simulate_load
 from zinfer.plan.make import Plan
 from zinfer.plan.optimise import Candidate, batch_sizes, cost_of, forecast_of, judge
 from zinfer.plan.place import place
-from zinfer.plan.profile import reserve_for
+from zinfer.plan.profile import reserve_for, turns_of
 from zinfer.plan.records import Budget, Placement, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.spec.records import ModelSpec
@@ -84,7 +84,8 @@ def _again(
 ) -> Candidate:
     """Place the plan's chunks anew and simulate."""
     tier = plan.placement.compute_tier
-    reserve = reserve_for(spec, workload, exact=plan.exact, device=plan.device)
+    turns = turns_of(spec, plan.table)
+    reserve = reserve_for(spec, workload, exact=plan.exact, device=plan.device, turns=turns)
     lookahead = plan.placement.lookahead or 1
     placement = place(plan.table, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
     schedule = build_schedule(plan.table, placement, parks=workload.parks)
@@ -92,8 +93,8 @@ def _again(
     _, steady = simulate_load(spec, plan.table, placement, schedule, machine, load, exact=plan.exact)
     engine = engine_of(machine, tier)
     curve = compute_curve(spec, engine, workload, exact=plan.exact, machine=machine).scaled(scale)
-    choice = Choice(plan.limit, plan.table, placement, schedule, steady)
-    return judge(workload, reserve, choice, curve, machine=machine)
+    choice = Choice(plan.limit, plan.table, reserve, placement, schedule, steady)
+    return judge(workload, choice, curve, machine=machine)
 
 
 def _plan_of(spec: ModelSpec, plan: Plan, candidate: Candidate, machine: Machine) -> Plan:
@@ -101,7 +102,7 @@ def _plan_of(spec: ModelSpec, plan: Plan, candidate: Candidate, machine: Machine
     return replace(
         plan,
         workload=candidate.workload,
-        reserve=candidate.reserve,
+        reserve=candidate.choice.reserve,
         placement=choice.placement,
         schedule=choice.schedule,
         curve=candidate.curve,

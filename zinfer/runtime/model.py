@@ -8,6 +8,8 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 from zinfer.checkpoint.check import check_weights
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.checkpoint.sentence import sentence_files
@@ -20,6 +22,8 @@ from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings, parse_settings
 from zinfer.errors import CheckpointError, UsageError
 from zinfer.kernels.precision import computable
+from zinfer.kernels.products import with_product_sizes
+from zinfer.layers.shapes import with_attention_sizes
 from zinfer.log import logger
 from zinfer.memory.devices import free_bytes, visible_devices
 from zinfer.plan.make import Plan, make_plan
@@ -176,8 +180,20 @@ def open_model(folder: Path, settings: Settings) -> Model:
     resolved = _resolved(settings, machine)
     if is_saved and resolved.device != "sim":
         machine = _as_it_is_now(machine, source.files, spec, resolved)
-    spec = computable(spec, resolved.device)
+    spec = _with_sizes(computable(spec, resolved.device), resolved)
     return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
+
+
+def _with_sizes(spec: ModelSpec, resolved: Resolved) -> ModelSpec:
+    """The spec with what kernels want of rows and keys here, so that a plan need neither guess nor expect the worst.
+
+    Decoders on a processor alone: a GPU is not looked at before its engine opens.  Fixes the number of threads.
+    """
+    if spec.encoder is not None or resolved.device not in ("cpu", "sim"):
+        return spec
+    torch.set_num_threads(resolved.threads)
+    spec = with_attention_sizes(spec)
+    return with_product_sizes(spec, "cpu") if resolved.settings.exact else spec
 
 
 def _resolved(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from zinfer.spec.records import DTYPE_BYTES
+from collections.abc import Mapping, Sequence
+
+from zinfer.spec.records import DTYPE_BYTES, AttentionSizes
 
 KV_BLOCK = 256  # tokens; attention cuts keys at multiples of it, counted from the sequence's first token
 KEY_COUNTS = (32, 64, 96, 128, 192)  # beside KV_BLOCK itself: what a sequence's last block may be cut to
@@ -35,21 +37,22 @@ def _stack_bytes(
     kv_heads: int,
     head_dim: int,
     group: int,
-    query_rows: int,
-    sequences: int,
+    sizes: Mapping[int, int],
     gathered: int,
     width: int,
     exact: bool,
+    cuts: Sequence[int],
 ) -> int:
-    """The largest call that carries several pieces of at most `query_rows` rows each, with queries or results in
-    their dtype.  Whole pieces fill it, so it is seldom full: every size and every number of keys is tried."""
-    most, rows = 0, group
-    while rows <= query_rows:
-        for keys in (*KEY_COUNTS, KV_BLOCK):
+    """The largest call that carries several pieces, with queries or results in their dtype.  `sizes`: new rows of a
+    piece, and how many such pieces a pass may have.  Whole pieces fill a call, so it is seldom full: every size and
+    every number of keys is tried."""
+    most = 0
+    for size, num_pieces in sizes.items():
+        rows = size * group
+        for keys in cuts:
             count = stacked_pieces(kv_heads, head_dim, keys, rows, 0 if exact else gathered)
             alone = piece_bytes(kv_heads, head_dim, keys, rows, gathered) + rows * kv_heads * head_dim * width
-            most = max(most, min(count, sequences) * alone)
-        rows *= 2
+            most = max(most, min(count, num_pieces) * alone)
     return most
 
 
@@ -68,6 +71,33 @@ def arranged_bytes(rows: int, context: int, sequences: int) -> int:
     return 2 * KV_BLOCK * rows + 8 * min(sequences, rows) * (context + KV_BLOCK)
 
 
+def _cuts(context: int, key_counts: Sequence[int] | None) -> list[int]:
+    """How many keys of a sequence of at most `context` tokens a call may read, ascending."""
+    if key_counts is None:  # not known: any of them, or none
+        return [*KEY_COUNTS, KV_BLOCK]
+    known = sorted({*key_counts, KV_BLOCK})
+    return _up_to(known, min(context, KV_BLOCK))
+
+
+def _pieces(rows: int, longest: int, group: int, row_counts: Sequence[int] | None) -> dict[int, int]:
+    """New rows of a piece, and how many such pieces `rows` rows of sequences with at most `longest` make.
+
+    The last size is that of the largest piece.  A piece has more rows than the next smaller size would hold.
+    """
+    if row_counts is None:  # not known: whatever is twice as much as is wanted
+        most = max(min(max(2 * longest, 8), QUERY_ROWS // group), 1)
+        halves = [most >> shift for shift in range(most.bit_length())]
+        return dict.fromkeys(reversed(halves), rows)
+    sizes = _up_to(row_counts, longest)
+    return {size: rows // (less + 1) for less, size in zip([0, *sizes], sizes, strict=False)}
+
+
+def _up_to(ascending: Sequence[int], want: int) -> list[int]:
+    """Those that are tried for `want`: the first that holds it, and the smaller ones."""
+    most = next((count for count in ascending if count >= want), ascending[-1])
+    return [count for count in ascending if count <= most]
+
+
 def attention_workspace_bytes(
     rows: int,
     context: int,
@@ -79,24 +109,28 @@ def attention_workspace_bytes(
     kv_heads: int | None = None,
     sequences: int | None = None,
     kv_dtype: str | None = None,
+    sizes: AttentionSizes | None = None,
 ) -> int:
     """Peak bytes of one `attend` call for `rows` new rows, the longest sequence ending at `context` tokens.
 
     The output [rows, heads, head_dim] is counted; queries, keys, values and `arranged_bytes` are not.  `dtype` is
     the word of ModelSpec.dtype.  Without `kv_heads` as many key-value heads as heads are assumed, without
     `sequences` one per row: the worst cases.  `kv_dtype` is the format of the pages: without it as `dtype`.
+    `sizes` as in ModelSpec.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     sequences = rows if sequences is None else min(sequences, rows)
     group = heads // kv_heads
     width = DTYPE_BYTES[dtype]
     output = rows * heads * head_dim * width
-    alone = max(min(max(2 * rows, 8) * group, QUERY_ROWS), group)
-    stacked = max(min(alone, QUERY_ROWS // 2), group)
     gathered = 1 + FP32 if kv_dtype == "INT8" else width  # bytes of an element as it comes from its pages
+    cuts = _cuts(context, None if sizes is None else sizes.keys)
+    pieces = _pieces(rows, min(rows, context), group, None if sizes is None else sizes.rows)
+    alone = max(pieces) * group
+    small = {size: min(count, sequences) for size, count in pieces.items() if 2 * size * group <= QUERY_ROWS}
     blockwise = max(
-        piece_bytes(kv_heads, head_dim, KV_BLOCK, alone, gathered) + alone * kv_heads * head_dim * width,
-        _stack_bytes(kv_heads, head_dim, group, stacked, sequences, gathered, width, exact),
+        piece_bytes(kv_heads, head_dim, cuts[-1], alone, gathered) + alone * kv_heads * head_dim * width,
+        _stack_bytes(kv_heads, head_dim, group, small, gathered, width, exact, cuts),
     )
     if exact:
         return output + blockwise

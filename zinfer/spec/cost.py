@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from zinfer.spec.attention_cost import FP32, attention_workspace_bytes
+from zinfer.spec.cover import cover
 from zinfer.spec.program import matrix_shape
 from zinfer.spec.quant import GROUP
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 
 EXACT_ROWS = 256  # most rows of one exact product; more go piece by piece
+EXACT_SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)  # what they may be padded to, where a machine lets them
 MOST_ROWS = 1024  # the same without exact: libraries keep buffers of their own for the rows of a call
 ACTIVATION_PIECE = 2**20  # elements; exact activations of more go piece by piece
 KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product reads the same rows
@@ -17,10 +20,14 @@ KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product
 
 @dataclass(frozen=True, slots=True)
 class OpBytes:
-    """Activation bytes of one micro-batch: the most while an op runs, and what then waits for the next one."""
+    """Activation bytes of one micro-batch: the most while an op runs, and what then waits for the next one.
+
+    `between` is what waits while another block of the same op is to come.
+    """
 
     peak: int
     held: int
+    between: int = 0
 
 
 def quantised_product_bytes(rows: int, op: Op) -> int:
@@ -62,6 +69,7 @@ def attention_bytes(
         kv_heads=spec.num_kv_heads,
         sequences=sequences,
         kv_dtype=kv_dtype,
+        sizes=spec.attention_sizes,
     )
 
 
@@ -100,8 +108,25 @@ def activation_bytes(
     for op in spec.program:
         if op.block == 0 and (op.layer < 2 or op.layer == spec.num_layers):
             cost, other = flow.run(op), costs.get(op.kind, OpBytes(0, 0))
-            costs[op.kind] = OpBytes(max(cost.peak, other.peak), max(cost.held, other.held))
+            costs[op.kind] = OpBytes(
+                max(cost.peak, other.peak), max(cost.held, other.held), max(cost.between, other.between)
+            )
     return costs
+
+
+def waiting_bytes(spec: ModelSpec, rows: int, costs: Mapping[str, OpBytes], ends: Iterable[Op]) -> int:
+    """The most that a micro-batch of `rows` rows holds while others compute.
+
+    They take turns after each of `ends`, the last ops of chunks; before its first turn a micro-batch holds the rows
+    that were looked up.  The last op's logits count with the rows that want them, once for the whole pass.
+    """
+    width = (spec.embed_dim or spec.model_dim) + (spec.model_dim if spec.rope is None else 0)
+    most = rows * width * DTYPE_BYTES[spec.dtype]
+    for op in ends:
+        if op.kind != "head":
+            cost = costs[op.kind]
+            most = max(most, cost.held if op.block == op.blocks - 1 else cost.between)
+    return most
 
 
 @dataclass(slots=True)
@@ -116,8 +141,10 @@ class _FlowBytes:
     kv_dtype: str | None
     live: dict[str, int] = field(default_factory=dict)
     peak: int = 0
+    product_sizes: Mapping[str, tuple[int, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.product_sizes = dict(self.spec.product_sizes)
         self.live["tokens"] = self._size(self.spec.embed_dim or self.spec.model_dim)
         if self.spec.rope is None:
             self.live["positions"] = self._size(self.spec.model_dim)
@@ -128,10 +155,11 @@ class _FlowBytes:
         if "input" not in self.live:
             self._enter(op)
         self._product(op)
+        between = sum(self.live.values())
         if op.kind not in KEEP_INPUT:
             self._drop("input")
         self._finish(op.kind)
-        return OpBytes(self.peak, sum(self.live.values()))
+        return OpBytes(self.peak, sum(self.live.values()), between)
 
     def _size(self, width: int) -> int:
         return self.rows * width * DTYPE_BYTES[self.spec.dtype]
@@ -178,11 +206,22 @@ class _FlowBytes:
         block = num_out if op.blocks == 1 else op.matrix.shape[0]
         if op.blocks > 1:
             self.live["output"] = num_out * wide
-        most = EXACT_ROWS if self.exact else MOST_ROWS
-        piece = block * width * most // self.rows if self.rows > most else 0
-        piece += quantised_product_bytes(self.rows, op)
-        self._touch(block * width + max(piece, block * wide if wide > width else 0))
+        product = self._product_bytes(op, block) + quantised_product_bytes(self.rows, op)
+        self._touch(max(product, block * (width + (wide if wide > width else 0))))
         self.live["output"] = num_out * wide
+
+    def _product_bytes(self, op: Op, block: int) -> int:
+        """A product of `block` outputs: the result, and a piece, with what is padded, before it is in its place."""
+        row, whole = block * DTYPE_BYTES[self.spec.dtype], block * self._size(1)
+        most = EXACT_ROWS if self.exact else MOST_ROWS
+        if not self.exact or op.stored:
+            return whole + (row * most if self.rows > most else 0)
+        inputs = matrix_shape(self.spec, op.kind)[1] * DTYPE_BYTES[self.spec.dtype]
+        largest = whole
+        for start, stop, size in cover(self.rows, self.product_sizes.get(op.kind, EXACT_SIZES)):
+            padded = size * inputs if size > stop - start else 0
+            largest = max(largest, size * row + padded + (whole if size != self.rows else 0))
+        return largest
 
     def _finish(self, kind: str) -> None:
         output = self.live["output"]

@@ -127,6 +127,14 @@ class Encoder:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionSizes:
+    """What pieces of attention may be cut to with the same bits: new rows, and keys of a last block; ascending."""
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Shapes and options of one model.  M model dim, H heads, D head dim, V vocabulary, F MLP width."""
 
@@ -170,6 +178,8 @@ class ModelSpec:
     num_parameters: int = 0
     stored_dtype: str = ""  # of the published weights where `dtype` is another: each op converts its own
     weights: str = "published"  # the format of the matrices where they are stored: or "int8" | "int4"
+    attention_sizes: AttentionSizes | None = None  # on this machine; None: not known
+    product_sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()  # rows of exact products by op kind; else any
 
     @property
     def kv_bytes_per_token(self) -> int:
