@@ -7,7 +7,7 @@ from text_models import CONFIGS, tokenizer
 
 from zinfer.spec.read import read_spec
 from zinfer.students.group import Group, write_group
-from zinfer.students.student import OFFSET, PROJECTION, head_names, layer_names, shared_names, student_spec
+from zinfer.students.student import OFFSET, PROJECTION, head_names, layer_shapes, shared_names, student_spec
 
 COUNT, LAYERS = 3, 2
 
@@ -18,7 +18,7 @@ def shapes(spec):
     return found | {row.name: (row.num_rows, row.width) for row in spec.lookups}
 
 
-def make_group(family="bert", **changes):
+def make_group(family="bert", heads=None, mlp=None, **changes):
     """A group with random weights of order 1; nothing in it is alike between students."""
     teacher = read_spec(CONFIGS[family] | changes)
     draw = torch.Generator().manual_seed(9)
@@ -31,32 +31,34 @@ def make_group(family="bert", **changes):
         )
 
     published = shapes(teacher)
-    heads = head_names(teacher)
-    own = layer_names(student_spec(teacher, LAYERS))
+    head = head_names(teacher)
+    own = layer_shapes(student_spec(teacher, LAYERS, heads, mlp))
     width = teacher.model_dim
     students = [
-        {name: tensor(name, published[name]) for name in own}
+        {name: tensor(name, shape) for name, shape in own.items()}
         | {PROJECTION: tensor("matrix", (width, width)), OFFSET: tensor("bias", (width,))}
         for _ in range(COUNT)
     ]
     classes = len(teacher.encoder.labels)
     return Group(
         teacher,
-        {name: tensor(name, published[name]) for name in shared_names(teacher) if name not in heads},
+        {name: tensor(name, published[name]) for name in shared_names(teacher) if name not in head},
         tensor("bias", (width,)),
-        {name: tensor(name, published[name]) for name in heads},
+        {name: tensor(name, published[name]) for name in head},
         students,
         list(torch.tensor([1.0, 0.6, -0.4])),
         torch.tensor([0.7, 1.0, 1.4]),
         0.1 * torch.randn(COUNT, classes, generator=draw),
         LAYERS,
+        heads,
+        mlp,
     )
 
 
-def write_group_folder(path, **notes):
+def write_group_folder(path, group=None, **notes):
     """A group as `Classifier` opens it; returns the folder."""
     path.mkdir()
-    write_group(make_group(), path, {"prefixes": []} | notes)
+    write_group(group or make_group(), path, {"prefixes": []} | notes)
     (path / "config.json").write_text(json.dumps(CONFIGS["bert"]))
     tokenizer().save(str(path / "tokenizer.json"))
     return path

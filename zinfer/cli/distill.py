@@ -31,6 +31,12 @@ DEFAULTS = DistillSettings()
 )
 @click.option("--students", default=DEFAULTS.students, show_default=True, help="Students at most.")
 @click.option("--layers", default=DEFAULTS.layers, show_default=True, help="Layers of each.")
+@click.option(
+    "--width",
+    default=DEFAULTS.width,
+    show_default=True,
+    help="Share of the teacher's heads and neurons of each.",
+)
 @click.option("--epochs", default=DEFAULTS.epochs, show_default=True, help="Epochs per student.")
 @click.option(
     "--polish", default=DEFAULTS.polish, show_default=True, help="Epochs of all together (0: none)."
@@ -56,7 +62,7 @@ def distill(
     **options: Any,
 ) -> None:
     """Distil an encoder into a group of shallow students, every prefix of which is a usable model."""
-    names = ("students", "layers", "epochs", "polish", "batch", "lr", "seed")
+    names = ("students", "layers", "width", "epochs", "polish", "batch", "lr", "seed")
     settings = DistillSettings(**{name: options.pop(name) for name in names})
     with Progress("steps", quiet=as_json and not sys.stderr.isatty()) as progress:
         done = run(

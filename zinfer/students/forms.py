@@ -85,7 +85,7 @@ class Forms:
 
     def _choose(self, size: int, num_students: int) -> str:
         spec, threads = self._spec, torch.get_num_threads()
-        shape = (spec.num_layers, spec.model_dim, spec.mlp_dim, spec.num_heads)
+        shape = (spec.num_layers, spec.model_dim, spec.mlp_dim, spec.num_heads, spec.head_dim)
         batch = _typical(size)
         forms = {name: run for name, run in self.by_name.items() if num_students > 1 or name in _OF_ONE}
 

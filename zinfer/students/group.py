@@ -26,7 +26,7 @@ from zinfer.students.student import (
     answer,
     head_logits,
     head_names,
-    layer_names,
+    layer_shapes,
     shared_names,
     student_spec,
 )
@@ -41,7 +41,8 @@ class Group:
     """F_m(x) = origin + sum over k < m of factors[k] * f_k(x); `head` makes logits of it, calibrated per prefix.
 
     `shared` are the tables all students read, `students[k]` the weights of one, `factors` [K] the line search's.
-    `temperatures` [K] and `biases` [K, C] are those of prefix m at m - 1.
+    `temperatures` [K] and `biases` [K, C] are those of prefix m at m - 1.  Each student has `layers` layers of `heads`
+    heads and `mlp` MLP neurons; None: as many as the teacher's.
     """
 
     teacher: ModelSpec
@@ -53,11 +54,13 @@ class Group:
     temperatures: Tensor = field(default_factory=lambda: torch.ones(0))
     biases: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     layers: int = 2
+    heads: int | None = None
+    mlp: int | None = None
 
     @property
     def spec(self) -> ModelSpec:
         """Of one student."""
-        return student_spec(self.teacher, self.layers)
+        return student_spec(self.teacher, self.layers, self.heads, self.mlp)
 
     def represent(self, batch: Packed, num_students: int) -> Tensor:
         """F_m of packed texts, fp32 [S, D]: one student after the other, the slow twin of the bank."""
@@ -97,6 +100,8 @@ def write_group(group: Group, folder: Path, notes: Mapping[str, Any]) -> None:
         "format": FORMAT,
         "students": len(group.students),
         "layers": group.layers,
+        "heads": group.spec.num_heads,
+        "mlp": group.spec.mlp_dim,
         "sha256": sha256_file(folder / WEIGHTS),
         "members": digests(group.tensors()),
     }
@@ -116,9 +121,12 @@ def read_group(
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         is_known = manifest["format"] == FORMAT
         count, layers = int(manifest["students"]), int(manifest["layers"])
+        # A group that was written before students could be narrow does not say how wide they are.
+        heads, mlp = int(manifest.get("heads", teacher.num_heads)), int(manifest.get("mlp", teacher.mlp_dim))
     except (OSError, ValueError, KeyError, TypeError):
-        is_known, count, layers, manifest = False, 0, 0, {}
-    if not is_known or not 0 < layers < teacher.num_layers or count < 1:
+        is_known, count, layers, heads, mlp, manifest = False, 0, 0, 0, 0, {}
+    is_narrower = 0 < heads <= teacher.num_heads and 0 < mlp <= teacher.mlp_dim
+    if not is_known or not 0 < layers < teacher.num_layers or not is_narrower or count < 1:
         raise IntegrityError(
             "ZI-6091",
             f"{folder / MANIFEST} is no manifest of a group of students",
@@ -139,7 +147,8 @@ def read_group(
             "%s is damaged: the first %d of its %d students are whole and answer", folder, kept, count
         )
         count = kept
-    group = Group(teacher, {}, torch.zeros(0), layers=layers, students=[{} for _ in range(count)])
+    group = Group(teacher, {}, torch.zeros(0), layers=layers, heads=heads, mlp=mlp)
+    group.students = [{} for _ in range(count)]
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part == "students" and rest.partition("/")[0].isdecimal() and int(rest.partition("/")[0]) < count:
@@ -169,9 +178,10 @@ def _check(group: Group, folder: Path) -> None:
     """Every member is there, and all are alike."""
     count = len(group.students)
     shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in group.students]
-    own = {*layer_names(group.spec), PROJECTION, OFFSET}
+    square = (len(group.origin), len(group.origin))
+    own = layer_shapes(group.spec) | {PROJECTION: square, OFFSET: square[:1]}
     common = {*shared_names(group.teacher)} - {*head_names(group.teacher)}
-    lacking = [k for k in range(count) if shapes[k] != shapes[0] or set(shapes[k]) != own]
+    lacking = [k for k in range(count) if shapes[k] != own]
     if not common <= set(group.shared) or not {*head_names(group.teacher)} <= set(group.head):
         lacking = [0]
     num_factors, num_temperatures = len(group.factors), len(group.temperatures)

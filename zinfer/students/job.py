@@ -96,6 +96,8 @@ def distill(
     )
     group, figures, notes = run.run()
     notes |= {
+        "heads": group.spec.num_heads,
+        "mlp": group.spec.mlp_dim,
         "settings": asdict(settings),
         "texts": {"train": len(corpus.train), "held": len(corpus.held), "dev": len(corpus.dev)},
         "teacher": {
@@ -146,7 +148,8 @@ def _finished(out: Path, settings: DistillSettings, *, keep_work: bool) -> Disti
     if not (out / MANIFEST).exists():
         return None
     notes = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    if notes.get("settings") != asdict(settings):
+    # What an older version did not write down, it did as the defaults say.
+    if asdict(DistillSettings()) | notes.get("settings", {}) != asdict(settings):
         return None
     if not keep_work:
         shutil.rmtree(out / WORK, ignore_errors=True)

@@ -37,7 +37,8 @@ def _lines(figures: Sequence[Figures], notes: Mapping[str, Any], *, has_picture:
     yield ""
     yield (
         f"Teacher: {teacher['architecture']}, {teacher['layers']} layers, {teacher['parameters']} parameters. "
-        f"Students: {len(figures)} of {settings['layers']} layers; {settings['students']} were asked for."
+        f"Students: {len(figures)} of {settings['layers']} layers, {notes['heads']} heads and {notes['mlp']} neurons "
+        f"in each; {settings['students']} were asked for."
     )
     yield (
         f"Trained on {texts['train']} texts; weights and calibration found on {texts['held']} others; every figure "

@@ -15,7 +15,8 @@ MAX_STUDENTS = 64
 class DistillSettings:
     """Defaults are those of student parallelism (arXiv 2408.12526) where it states any.
 
-    `students` and `layers`: how many, and how deep each is.  `epochs` over the training texts per round, `polish`
+    `students` and `layers`: how many, and how deep each is; `width`: which share of the teacher's heads and MLP
+    neurons each layer of a student has (`narrow.widths`).  `epochs` over the training texts per round, `polish`
     epochs of all students together at `polish_lr` of the learning rate, `batch` texts a step.  `hidden` is the
     weight of the supervision inside the layers at the beginning (it falls to 0 over the first half of a round),
     `soft` and `hard` those of the teacher's and the labels' classes.  A round that lowers the residual energy on
@@ -24,6 +25,7 @@ class DistillSettings:
 
     students: int = 3
     layers: int = 2
+    width: float = 1.0
     epochs: float = 3.0
     polish: float = 2.0
     batch: int = 32
@@ -41,6 +43,7 @@ class DistillSettings:
         wanted = {
             "students": 1 <= self.students <= MAX_STUDENTS,
             "layers": self.layers >= 1,
+            "width": 0 < self.width <= 1,
             "epochs": 0 < self.epochs < 1e6,
             "polish": 0 <= self.polish < 1e6,
             "batch": self.batch >= 1,
@@ -54,7 +57,7 @@ class DistillSettings:
                 raise UsageError(
                     "ZI-1151",
                     f"{name} = {getattr(self, name)} cannot be meant",
-                    remedy="--students 3 --layers 2 --epochs 3 --polish 2 --batch 32 --lr 1e-4",
+                    remedy="--students 3 --layers 2 --width 1 --epochs 3 --polish 2 --batch 32 --lr 1e-4",
                 )
 
     def fingerprint(self) -> str:

@@ -103,8 +103,6 @@ def _answers(
     read = query = key = stream
     for op in ops:
         views = {weight.role: stacked[weight.name] for weight in op.weights if weight.name in stacked}
-        if op.block:  # a matrix that was cut into blocks of rows is whole here
-            continue
         if op.normed:
             stream = _norm(stream, views["norm"], views["norm_bias"], spec.norm_eps)
         if op.normed or op.kind == "q":

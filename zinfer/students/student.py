@@ -1,7 +1,8 @@
 """One student.  In: a teacher's spec, weights, packed texts.  Out: its spec, its first weights, what it answers.
 
-A student is the teacher's own composition with fewer layers: token, position and segment tables and the norm over them
-are shared with the teacher and frozen; behind the pooling stands a projection of its own.
+A student is the teacher's own composition with fewer layers, and on demand with fewer heads and MLP neurons in each
+(`narrow`): token, position and segment tables and the norm over them are shared with the teacher and frozen; behind the
+pooling stands a projection of its own.
 """
 
 from __future__ import annotations
@@ -17,29 +18,51 @@ from torch import Tensor
 from zinfer.layers.mlp import activate
 from zinfer.layers.packed import Packed
 from zinfer.models.encoder import EncoderFlow, run_op
-from zinfer.spec.records import Encoder, ModelSpec
+from zinfer.spec.program import matrix_shape
+from zinfer.spec.records import Encoder, ModelSpec, Op
 
 LAYER = re.compile(r"(?<=\blayer\.)\d+(?=\.)")  # every encoder family numbers its layers so
 PROJECTION, OFFSET = "projection.weight", "projection.bias"
 
 
-def student_spec(teacher: ModelSpec, num_layers: int) -> ModelSpec:
-    """The teacher's first `num_layers` layers, without its head: what it pools is what a student imitates."""
+def student_spec(
+    teacher: ModelSpec, num_layers: int, num_heads: int | None = None, mlp_dim: int | None = None
+) -> ModelSpec:
+    """The teacher's first `num_layers` layers, without its head: what it pools is what a student imitates.
+
+    Each layer has `num_heads` heads of the teacher's width and `mlp_dim` neurons; None: as many as the teacher's.
+    """
     encoder = encoder_of(teacher)
     pooling = ("cls",) if encoder.labels else encoder.pooling
-    ops = [op for op in teacher.program if op.layer < num_layers]
+    heads = num_heads or teacher.num_heads
+    shapes = replace(teacher, num_heads=heads, num_kv_heads=heads, mlp_dim=mlp_dim or teacher.mlp_dim)
+    ops = [_whole(op, shapes) for op in teacher.program if op.layer < num_layers and not op.block]
+    ops = [replace(op, index=index) for index, op in enumerate(ops)]
     # The norm behind the last layer stands in front of the op that follows it.
     after = next(op for op in teacher.program if op.layer == num_layers)
     norms = tuple(weight for weight in after.weights if weight.role.startswith("norm"))
     pool = next(op for op in teacher.program if op.kind == "pool")
     ops.append(replace(pool, index=len(ops), layer=num_layers, weights=norms))
     return replace(
-        teacher,
+        shapes,
         num_layers=num_layers,
         dtype="F32",
         program=tuple(ops),
         encoder=replace(encoder, head="none", labels=(), pooling=pooling),
     )
+
+
+def _whole(op: Op, spec: ModelSpec) -> Op:
+    """The op with the matrix that `spec` says it has, not cut into blocks of rows: a student is never streamed."""
+    if op.matrix is None or op.layer < 0:
+        return op
+    num_out, num_in = matrix_shape(spec, op.kind)
+    shapes = {"matrix": (num_out, num_in), "bias": (num_out,)}
+    weights = tuple(
+        replace(weight, start=0, stop=num_out, shape=shapes[weight.role]) if weight.role in shapes else weight
+        for weight in op.weights
+    )
+    return replace(op, weights=weights, blocks=1)
 
 
 def encoder_of(spec: ModelSpec) -> Encoder:
@@ -48,10 +71,15 @@ def encoder_of(spec: ModelSpec) -> Encoder:
     return spec.encoder
 
 
+def layer_shapes(student: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes by published name of a student's own weights: those of its layers, in order of use."""
+    refs = [weight for op in student.program for weight in op.weights if LAYER.search(weight.name)]
+    return {weight.name: weight.shape for weight in refs}
+
+
 def layer_names(student: ModelSpec) -> list[str]:
-    """Published names of a student's own weights: those of its layers, in order of use."""
-    names = [weight.name for op in student.program for weight in op.weights if LAYER.search(weight.name)]
-    return list(dict.fromkeys(names))
+    """Their names."""
+    return list(layer_shapes(student))
 
 
 def shared_names(teacher: ModelSpec) -> list[str]:
