@@ -18,7 +18,7 @@ def shapes(spec):
     return found | {row.name: (row.num_rows, row.width) for row in spec.lookups}
 
 
-def make_group(family="bert", heads=None, mlp=None, **changes):
+def make_group(family="bert", width=None, **changes):
     """A group with random weights of order 1; nothing in it is alike between students."""
     teacher = read_spec(CONFIGS[family] | changes)
     draw = torch.Generator().manual_seed(9)
@@ -32,26 +32,25 @@ def make_group(family="bert", heads=None, mlp=None, **changes):
 
     published = shapes(teacher)
     head = head_names(teacher)
-    own = layer_shapes(student_spec(teacher, LAYERS, heads, mlp))
-    width = teacher.model_dim
+    own = layer_shapes(student_spec(teacher, LAYERS, width))
+    wide = teacher.model_dim
     students = [
         {name: tensor(name, shape) for name, shape in own.items()}
-        | {PROJECTION: tensor("matrix", (width, width)), OFFSET: tensor("bias", (width,))}
+        | {PROJECTION: tensor("matrix", (wide, wide)), OFFSET: tensor("bias", (wide,))}
         for _ in range(COUNT)
     ]
     classes = len(teacher.encoder.labels)
     return Group(
         teacher,
         {name: tensor(name, published[name]) for name in shared_names(teacher) if name not in head},
-        tensor("bias", (width,)),
+        tensor("bias", (wide,)),
         {name: tensor(name, published[name]) for name in head},
         students,
         list(torch.tensor([1.0, 0.6, -0.4])),
         torch.tensor([0.7, 1.0, 1.4]),
         0.1 * torch.randn(COUNT, classes, generator=draw),
         LAYERS,
-        heads,
-        mlp,
+        width,
     )
 
 

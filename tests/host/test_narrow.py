@@ -22,14 +22,15 @@ from zinfer.students.fixed import Bucket, fill_up
 from zinfer.students.forms import Forms
 from zinfer.students.group import read_group, write_group
 from zinfer.students.job import distill
-from zinfer.students.narrow import cut, widths
+from zinfer.students.narrow import cut, width_for
 from zinfer.students.settings import DistillSettings
 from zinfer.students.spread import CopyingCollective, SpreadBank
-from zinfer.students.student import answer, layer_shapes, source_names, student_spec
+from zinfer.students.student import Width, answer, layer_shapes, source_names, student_spec, width_of
 
 CPU = {"device": "cpu", "machine": "sim-default", "threads": 1}
 LENGTHS = (5, 17, 1, 9, 17)
-HEADS, MLP = 1, 40  # of 4 and 160
+ONE = Width(1, 16, 40)  # of 4 heads and 160 neurons
+PART = Width(1, 5, 7)  # .. less than a head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +55,7 @@ def matrices(student, kind):
 def test_a_student_as_wide_as_its_teacher_is_a_copy():
     teacher, whole = teacher_layers()
     for k in range(COUNT):
-        own = cut(student_spec(teacher, LAYERS), whole, k)
+        own = cut(student_spec(teacher, LAYERS), teacher, whole, k)
         assert own.keys() == whole.keys()
         assert all(torch.equal(own[name], whole[name]) for name in whole)
         assert all(own[name].data_ptr() != whole[name].data_ptr() for name in whole), "it is trained"
@@ -65,8 +66,8 @@ def test_a_student_as_wide_as_its_teacher_is_a_copy():
 def test_students_share_out_what_the_teacher_has(family, heads, mlp):
     """Each takes others; what they write into the stream adds up to what the teacher's layer writes."""
     teacher, whole = teacher_layers(family)
-    student, count = student_spec(teacher, LAYERS, heads, mlp), 4 // heads
-    parts = [cut(student, whole, k) for k in range(count)]
+    student, count = student_spec(teacher, LAYERS, Width(heads, 16, mlp)), 4 // heads
+    parts = [cut(student, teacher, whole, k) for k in range(count)]
     for part in parts:
         assert {name: tuple(tensor.shape) for name, tensor in part.items()} == layer_shapes(student)
     x = torch.randn(7, teacher.model_dim, generator=torch.Generator().manual_seed(1))
@@ -83,13 +84,13 @@ def test_students_share_out_what_the_teacher_has(family, heads, mlp):
 
 def test_the_first_student_has_what_writes_most():
     teacher, whole = teacher_layers()
-    student = student_spec(teacher, LAYERS, HEADS, MLP)
+    student = student_spec(teacher, LAYERS, ONE)
     v, o = matrices(student, "v")[0], matrices(student, "o")[0]
     up, down = matrices(student, "up")[0], matrices(student, "down")[0]
     whole[v][32:48] *= 9
     whole[o][:, 16:32] *= 5
     whole[up][3:43] *= 2
-    first, second = cut(student, whole, 0), cut(student, whole, 1)
+    first, second = cut(student, teacher, whole, 0), cut(student, teacher, whole, 1)
     assert torch.equal(first[v], whole[v][32:48])
     assert torch.equal(second[v], whole[v][16:32])
     assert torch.equal(first[up], whole[up][3:43])
@@ -99,8 +100,8 @@ def test_the_first_student_has_what_writes_most():
 @given(st.integers(1, 4), st.integers(1, 160), st.integers(0, 9))
 def test_no_student_has_a_head_twice(heads, mlp, k):
     teacher, whole = teacher_layers()
-    student = student_spec(teacher, LAYERS, heads, mlp)
-    own = cut(student, whole, k)
+    student = student_spec(teacher, LAYERS, Width(heads, 16, mlp))
+    own = cut(student, teacher, whole, k)
     for kind in ("q", "k", "v", "up"):
         for name in matrices(student, kind):
             rows = own[name].view(len(own[name]), -1)
@@ -108,10 +109,28 @@ def test_no_student_has_a_head_twice(heads, mlp, k):
 
 
 @pytest.mark.parametrize(
-    ("share", "wanted"), [(1.0, (4, 160)), (0.25, (1, 40)), (0.4, (2, 64)), (1e-9, (1, 1))]
+    ("share", "wanted"),
+    [(1.0, (4, 16, 160)), (0.4, (2, 16, 64)), (0.25, (1, 16, 40)), (0.125, (1, 8, 20)), (1e-9, (1, 1, 1))],
 )
-def test_a_share_is_at_least_one_of_each(share, wanted):
-    assert widths(read_spec(CONFIGS["bert"]), share) == wanted
+def test_a_share_is_of_heads_or_of_one_head(share, wanted):
+    teacher = read_spec(CONFIGS["bert"])
+    assert width_for(teacher, share) == Width(*wanted)
+    assert width_for(teacher, share).fits(teacher)
+
+
+def test_a_part_of_a_head_attends_as_loudly():
+    """Queries grow by the root of what is missing: where a head's rows are equal, its logits are as they were."""
+    teacher, whole = teacher_layers()
+    student = student_spec(teacher, LAYERS, Width(1, 4, 40))
+    query, key = matrices(student, "q")[0], matrices(student, "k")[0]
+    for name in (query, key):
+        whole[name][:] = whole[name][:1].clone()
+    own = cut(student, teacher, whole, 0)
+    x = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    wanted = (whole[query][:16] @ x) @ (whole[key][:16] @ x) * teacher.head_dim**-0.5
+    assert (own[query] @ x) @ (own[key] @ x) * student.head_dim**-0.5 == pytest.approx(
+        wanted.item(), rel=1e-4
+    )
 
 
 @torch.no_grad()
@@ -119,12 +138,12 @@ def test_a_share_is_at_least_one_of_each(share, wanted):
 def test_a_narrow_student_is_a_wide_one_whose_other_heads_are_silent(family):
     """The slow twin: the teacher's own layers, with nothing written by what the student did not take."""
     group = make_group(family)
-    wide, narrow = group.spec, student_spec(group.teacher, LAYERS, 2, MLP)
+    wide, narrow = group.spec, student_spec(group.teacher, LAYERS, Width(2, 16, 40))
     layers = layer_shapes(wide)
     batch = pack(texts())
     for k, weights in enumerate(group.students):
         whole = {name: weights[name] for name in layers}
-        own = weights | cut(narrow, whole, k)
+        own = weights | cut(narrow, group.teacher, whole, k)
         silent = dict(weights)
         for outer, inner in (("o", "v"), ("down", "up")):
             for name, (into, _) in zip(
@@ -142,8 +161,9 @@ def test_a_narrow_student_is_a_wide_one_whose_other_heads_are_silent(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_form_and_every_prefix_is_the_students_one_by_one(family):
-    group, bank = make_group(family, HEADS, MLP), StudentBank(make_group(family, HEADS, MLP))
+@pytest.mark.parametrize("width", [ONE, PART])
+def test_every_form_and_every_prefix_is_the_students_one_by_one(family, width):
+    group, bank = make_group(family, width), StudentBank(make_group(family, width))
     batch = pack(texts())
     assert isinstance(bank.forms, Forms)
     for m in range(1, COUNT + 1):
@@ -161,7 +181,7 @@ def test_every_form_and_every_prefix_is_the_students_one_by_one(family):
 
 @torch.no_grad()
 def test_packed_is_one_by_one_is_filled_up():
-    group = make_group(heads=HEADS, mlp=MLP)
+    group = make_group(width=ONE)
     given, batch = texts(), pack(texts())
     together = group.represent(batch, COUNT)
     alone = torch.cat([group.represent(pack([text]), COUNT) for text in given])
@@ -176,8 +196,8 @@ def test_packed_is_one_by_one_is_filled_up():
 @torch.no_grad()
 def test_spread_over_devices_is_one_bank():
     batch = pack(texts())
-    spread = SpreadBank(make_group(heads=2, mlp=MLP), ["cpu", "cpu"], CopyingCollective())
-    bank = StudentBank(make_group(heads=2, mlp=MLP))
+    spread = SpreadBank(make_group(width=Width(2, 16, 40)), ["cpu", "cpu"], CopyingCollective())
+    bank = StudentBank(make_group(width=Width(2, 16, 40)))
     for m in range(1, COUNT + 1):
         assert (spread.answer(batch, m)[0] - bank.answer(batch, m)[0]).abs().max() <= 1e-5
     spread.close()
@@ -185,7 +205,7 @@ def test_spread_over_devices_is_one_bank():
 
 
 def test_the_bank_holds_what_a_narrow_group_needs():
-    narrow, wide = StudentBank(make_group(heads=HEADS, mlp=MLP)), StudentBank(make_group())
+    narrow, wide = StudentBank(make_group(width=ONE)), StudentBank(make_group())
     shared = sum(tensor.nbytes for tensor in (*wide.group.shared.values(), *wide.group.head.values()))
     assert narrow.nbytes - shared < 0.45 * (wide.nbytes - shared)
     narrow.close()
@@ -194,7 +214,7 @@ def test_the_bank_holds_what_a_narrow_group_needs():
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_group_folder(tmp_path / "group", make_group(heads=HEADS, mlp=MLP))
+    return write_group_folder(tmp_path / "group", make_group(width=ONE))
 
 
 def manifest(folder, change):
@@ -208,24 +228,28 @@ def manifest(folder, change):
 
 def test_a_folder_says_how_wide_its_students_are(folder):
     held = json.loads((folder / "students.json").read_text())
-    assert (held["layers"], held["heads"], held["mlp"]) == (LAYERS, HEADS, MLP)
+    assert (held["layers"], held["width"]) == (LAYERS, {"heads": 1, "head_dim": 16, "mlp": 40})
     group, _ = read_group(folder, read_spec(CONFIGS["bert"]))
-    assert (group.spec.num_heads, group.spec.head_dim, group.spec.mlp_dim) == (HEADS, 16, MLP)
-    wanted = make_group(heads=HEADS, mlp=MLP).represent(pack(texts()), COUNT)
+    assert width_of(group.spec) == group.width == ONE
+    wanted = make_group(width=ONE).represent(pack(texts()), COUNT)
     assert torch.equal(group.represent(pack(texts()), COUNT), wanted)
     with Classifier(folder, **CPU) as classifier:
         assert len(classifier.classify(["the fox", "a lazy dog"])) == 2
 
 
 def older(held):
-    for name in ("heads", "mlp"):
-        del held[name]
+    del held["width"]
+
+
+def but(**other):
+    """Another width than was written."""
+    return lambda held: held["width"].update(other)
 
 
 def test_a_group_written_before_there_were_narrow_ones_loads(tmp_path):
     path = manifest(write_group_folder(tmp_path / "old"), older)
     group, _ = read_group(path, read_spec(CONFIGS["bert"]))
-    assert (group.spec.num_heads, group.spec.mlp_dim) == (4, 160)
+    assert width_of(group.spec) == Width(4, 16, 160)
     with Classifier(path, **CPU) as classifier:
         assert classifier.classify("the fox")["label"] in ("calm", "angry", "glad")
 
@@ -234,12 +258,17 @@ def test_a_group_written_before_there_were_narrow_ones_loads(tmp_path):
     ("change", "code"),
     [
         (older, "ZI-6092"),
-        (lambda held: held.update(heads=2), "ZI-6092"),
-        (lambda held: held.update(mlp=41), "ZI-6092"),
-        (lambda held: held.update(heads=5), "ZI-6091"),
-        (lambda held: held.update(mlp=0), "ZI-6091"),
-        (lambda held: held.update(heads="many"), "ZI-6091"),
-        (lambda held: held.update(heads=None), "ZI-6091"),
+        (but(heads=2), "ZI-6092"),
+        (but(head_dim=8), "ZI-6092"),
+        (but(mlp=41), "ZI-6092"),
+        (but(heads=5), "ZI-6091"),
+        (but(head_dim=17), "ZI-6091"),
+        (but(mlp=0), "ZI-6091"),
+        (but(heads="many"), "ZI-6091"),
+        (but(heads=None), "ZI-6091"),
+        (but(depth=2), "ZI-6091"),
+        (lambda held: held.update(width=3), "ZI-6091"),
+        (lambda held: held.update(width={}), "ZI-6091"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_weights_is_refused(folder, change, code):
@@ -250,8 +279,8 @@ def test_a_manifest_that_does_not_fit_its_weights_is_refused(folder, change, cod
 
 
 def test_a_member_of_another_width_is_refused(tmp_path):
-    group = make_group(heads=HEADS, mlp=MLP)
-    group.students[1] = make_group(heads=2, mlp=MLP).students[1]
+    group = make_group(width=ONE)
+    group.students[1] = make_group(width=Width(2, 16, 40)).students[1]
     path = write_group_folder(tmp_path / "group", group)
     with pytest.raises(IntegrityError, match="ZI-6092") as caught:
         read_group(path, read_spec(CONFIGS["bert"]))
@@ -306,9 +335,9 @@ def test_distilled_narrow_resumed_and_said(tmp_path):
     go(teacher, data, tmp_path / "group", resume=True)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "group" / path.name).read_bytes(), path.name
-    assert (done.notes["heads"], done.notes["mlp"]) == (2, 80)
+    assert done.notes["width"] == {"heads": 2, "head_dim": 16, "mlp": 80}
     assert done.figures[0].residual < 0.95
-    assert "1 layers, 2 heads and 80 neurons" in (tmp_path / "whole" / "report.md").read_text()
+    assert "Heads 2 of 16 dimensions, 80 neurons" in (tmp_path / "whole" / "report.md").read_text()
     group, _ = read_group(tmp_path / "whole", read_spec(CONFIGS["bert"]))
     assert group.spec.num_heads == 2
 
@@ -333,7 +362,7 @@ def test_the_command_takes_a_width(tmp_path, capsys, monkeypatch):
     words += ["--polish", "0", "--json", "--out", tmp_path / "out"]
     assert run([*map(str, words), "--width", "0.25"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["heads"], said["mlp"], said["settings"]["width"]) == (1, 40, 0.25)
+    assert (said["width"]["heads"], said["width"]["mlp"], said["settings"]["width"]) == (1, 40, 0.25)
     assert run([*map(str, words), "--width", "1.5"]) == 2
     assert "ZI-1151" in capsys.readouterr().err
 
@@ -363,13 +392,13 @@ def test_a_finished_group_of_an_older_version_is_finished(tmp_path):
 
 
 def test_mean_pooling_students_may_be_narrow():
-    group = make_group("bert", HEADS, MLP, architectures=["BertModel"])
+    group = make_group("bert", PART, architectures=["BertModel"])
     assert group.represent(pack(texts()), COUNT).shape == (len(LENGTHS), 64)
 
 
 def test_published_names_lead_to_the_teachers_layers():
     teacher = read_spec(CONFIGS["bert"])
-    wide, narrow = student_spec(teacher, LAYERS), student_spec(teacher, LAYERS, HEADS, MLP)
+    wide, narrow = student_spec(teacher, LAYERS), student_spec(teacher, LAYERS, ONE)
     assert source_names(narrow, [1, 3]) == source_names(wide, [1, 3])
     assert [op.index for op in narrow.program] == list(range(len(narrow.program)))
     write = {name: shape for name, shape in layer_shapes(narrow).items() if shape != layer_shapes(wide)[name]}
@@ -377,8 +406,8 @@ def test_published_names_lead_to_the_teachers_layers():
 
 
 def test_writing_keeps_the_width(tmp_path):
-    group = make_group(heads=2, mlp=7)
+    group = make_group(width=PART)
     (tmp_path / "g").mkdir()
     write_group(group, tmp_path / "g", {})
     again, _ = read_group(tmp_path / "g", read_spec(CONFIGS["bert"]))
-    assert (again.heads, again.mlp) == (2, 7)
+    assert again.width == PART

@@ -24,7 +24,7 @@ from zinfer.students.calibrate import calibration
 from zinfer.students.corpus import Corpus
 from zinfer.students.group import Group
 from zinfer.students.measure import Figures, check_labels, figures
-from zinfer.students.narrow import cut, widths
+from zinfer.students.narrow import cut, width_for
 from zinfer.students.settings import DistillSettings, segments
 from zinfer.students.student import (
     answer,
@@ -91,8 +91,8 @@ class Distillation:
         tensors = read_weights(self.source, shared_names(self.teacher))
         head = {name: tensors.pop(name) for name in head_names(self.teacher)}
         origin = self.pooled_ND[self.corpus.train].mean(0)
-        heads, mlp = widths(self.teacher, self.settings.width)
-        return Group(self.teacher, tensors, origin, head, layers=self.settings.layers, heads=heads, mlp=mlp)
+        width = width_for(self.teacher, self.settings.width)
+        return Group(self.teacher, tensors, origin, head, layers=self.settings.layers, width=width)
 
     def _boost(self, group: Group) -> None:
         """A round per student; a round that gains too little is dropped and ends it."""
@@ -120,7 +120,8 @@ class Distillation:
         spec, train_on, settings = group.spec, self.corpus.train, self.settings
         copied = source_names(spec, self.plan[k])
         published = read_weights(self.source, list(copied.values()))
-        weights = cut(spec, {name: published[origin] for name, origin in copied.items()}, k)
+        whole = {name: published[origin] for name, origin in copied.items()}
+        weights = cut(spec, self.teacher, whole, k)
         rho_ND = self.pooled_ND - sums_ND
         first = self._map(lambda batch: pooled(spec, group.shared, weights, batch))
         weights |= fitted_projection(first[train_on], rho_ND[train_on])

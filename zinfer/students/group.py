@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from zinfer.students.members import digests, num_whole
 from zinfer.students.student import (
     OFFSET,
     PROJECTION,
+    Width,
     answer,
     head_logits,
     head_names,
     layer_shapes,
     shared_names,
     student_spec,
+    width_of,
 )
 from zinfer.students.tensors import read_tensors, write_tensors, write_whole
 
@@ -41,8 +43,8 @@ class Group:
     """F_m(x) = origin + sum over k < m of factors[k] * f_k(x); `head` makes logits of it, calibrated per prefix.
 
     `shared` are the tables all students read, `students[k]` the weights of one, `factors` [K] the line search's.
-    `temperatures` [K] and `biases` [K, C] are those of prefix m at m - 1.  Each student has `layers` layers of `heads`
-    heads and `mlp` MLP neurons; None: as many as the teacher's.
+    `temperatures` [K] and `biases` [K, C] are those of prefix m at m - 1.  Each student has `layers` layers of a
+    `width`; None: the teacher's.
     """
 
     teacher: ModelSpec
@@ -54,13 +56,12 @@ class Group:
     temperatures: Tensor = field(default_factory=lambda: torch.ones(0))
     biases: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     layers: int = 2
-    heads: int | None = None
-    mlp: int | None = None
+    width: Width | None = None
 
     @property
     def spec(self) -> ModelSpec:
         """Of one student."""
-        return student_spec(self.teacher, self.layers, self.heads, self.mlp)
+        return student_spec(self.teacher, self.layers, self.width)
 
     def represent(self, batch: Packed, num_students: int) -> Tensor:
         """F_m of packed texts, fp32 [S, D]: one student after the other, the slow twin of the bank."""
@@ -100,8 +101,7 @@ def write_group(group: Group, folder: Path, notes: Mapping[str, Any]) -> None:
         "format": FORMAT,
         "students": len(group.students),
         "layers": group.layers,
-        "heads": group.spec.num_heads,
-        "mlp": group.spec.mlp_dim,
+        "width": asdict(width_of(group.spec)),
         "sha256": sha256_file(folder / WEIGHTS),
         "members": digests(group.tensors()),
     }
@@ -122,11 +122,11 @@ def read_group(
         is_known = manifest["format"] == FORMAT
         count, layers = int(manifest["students"]), int(manifest["layers"])
         # A group that was written before students could be narrow does not say how wide they are.
-        heads, mlp = int(manifest.get("heads", teacher.num_heads)), int(manifest.get("mlp", teacher.mlp_dim))
-    except (OSError, ValueError, KeyError, TypeError):
-        is_known, count, layers, heads, mlp, manifest = False, 0, 0, 0, 0, {}
-    is_narrower = 0 < heads <= teacher.num_heads and 0 < mlp <= teacher.mlp_dim
-    if not is_known or not 0 < layers < teacher.num_layers or not is_narrower or count < 1:
+        written = manifest.get("width", asdict(width_of(teacher)))
+        width = Width(**{name: int(value) for name, value in written.items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_known, count, layers, width, manifest = False, 0, 0, width_of(teacher), {}
+    if not is_known or not 0 < layers < teacher.num_layers or not width.fits(teacher) or count < 1:
         raise IntegrityError(
             "ZI-6091",
             f"{folder / MANIFEST} is no manifest of a group of students",
@@ -147,7 +147,7 @@ def read_group(
             "%s is damaged: the first %d of its %d students are whole and answer", folder, kept, count
         )
         count = kept
-    group = Group(teacher, {}, torch.zeros(0), layers=layers, heads=heads, mlp=mlp)
+    group = Group(teacher, {}, torch.zeros(0), layers=layers, width=width)
     group.students = [{} for _ in range(count)]
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")

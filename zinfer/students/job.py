@@ -25,7 +25,7 @@ from zinfer.students.group import MANIFEST, write_group
 from zinfer.students.measure import Figures
 from zinfer.students.report import write_report
 from zinfer.students.settings import DistillSettings, segments
-from zinfer.students.student import encoder_of
+from zinfer.students.student import encoder_of, width_of
 from zinfer.students.teacher import TeacherStates, teacher_states
 from zinfer.students.tensors import write_whole
 
@@ -96,8 +96,7 @@ def distill(
     )
     group, figures, notes = run.run()
     notes |= {
-        "heads": group.spec.num_heads,
-        "mlp": group.spec.mlp_dim,
+        "width": asdict(width_of(group.spec)),
         "settings": asdict(settings),
         "texts": {"train": len(corpus.train), "held": len(corpus.held), "dev": len(corpus.dev)},
         "teacher": {

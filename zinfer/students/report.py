@@ -33,12 +33,13 @@ def write_report(folder: Path, figures: Sequence[Figures], notes: Mapping[str, A
 
 def _lines(figures: Sequence[Figures], notes: Mapping[str, Any], *, has_picture: bool) -> Iterator[str]:
     teacher, texts, settings = notes["teacher"], notes["texts"], notes["settings"]
+    width = notes["width"]
     yield "# A group of students"
     yield ""
     yield (
         f"Teacher: {teacher['architecture']}, {teacher['layers']} layers, {teacher['parameters']} parameters. "
-        f"Students: {len(figures)} of {settings['layers']} layers, {notes['heads']} heads and {notes['mlp']} neurons "
-        f"in each; {settings['students']} were asked for."
+        f"Students: {len(figures)} of {settings['layers']} layers; {settings['students']} were asked for. "
+        f"Heads {width['heads']} of {width['head_dim']} dimensions, {width['mlp']} neurons in a layer."
     )
     yield (
         f"Trained on {texts['train']} texts; weights and calibration found on {texts['held']} others; every figure "

@@ -16,7 +16,7 @@ class DistillSettings:
     """Defaults are those of student parallelism (arXiv 2408.12526) where it states any.
 
     `students` and `layers`: how many, and how deep each is; `width`: which share of the teacher's heads and MLP
-    neurons each layer of a student has (`narrow.widths`).  `epochs` over the training texts per round, `polish`
+    neurons each layer of a student has (`narrow.width_for`).  `epochs` over the training texts per round, `polish`
     epochs of all students together at `polish_lr` of the learning rate, `batch` texts a step.  `hidden` is the
     weight of the supervision inside the layers at the beginning (it falls to 0 over the first half of a round),
     `soft` and `hard` those of the teacher's and the labels' classes.  A round that lowers the residual energy on

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,38 @@ LAYER = re.compile(r"(?<=\blayer\.)\d+(?=\.)")  # every encoder family numbers i
 PROJECTION, OFFSET = "projection.weight", "projection.bias"
 
 
-def student_spec(
-    teacher: ModelSpec, num_layers: int, num_heads: int | None = None, mlp_dim: int | None = None
-) -> ModelSpec:
+@dataclass(frozen=True, slots=True)
+class Width:
+    """What each layer of a student has: heads, how wide each is, MLP neurons."""
+
+    heads: int
+    head_dim: int
+    mlp: int
+
+    def fits(self, teacher: ModelSpec) -> bool:
+        """Whether a layer of this teacher has so much to take."""
+        most = width_of(teacher)
+        return (
+            0 < self.heads <= most.heads and 0 < self.head_dim <= most.head_dim and 0 < self.mlp <= most.mlp
+        )
+
+
+def width_of(spec: ModelSpec) -> Width:
+    """That of a teacher, or of a student."""
+    return Width(spec.num_heads, spec.head_dim, spec.mlp_dim)
+
+
+def student_spec(teacher: ModelSpec, num_layers: int, width: Width | None = None) -> ModelSpec:
     """The teacher's first `num_layers` layers, without its head: what it pools is what a student imitates.
 
-    Each layer has `num_heads` heads of the teacher's width and `mlp_dim` neurons; None: as many as the teacher's.
+    Each layer has `width`; None: the teacher's.
     """
     encoder = encoder_of(teacher)
     pooling = ("cls",) if encoder.labels else encoder.pooling
-    heads = num_heads or teacher.num_heads
-    shapes = replace(teacher, num_heads=heads, num_kv_heads=heads, mlp_dim=mlp_dim or teacher.mlp_dim)
+    has = width or width_of(teacher)
+    shapes = replace(
+        teacher, num_heads=has.heads, num_kv_heads=has.heads, head_dim=has.head_dim, mlp_dim=has.mlp
+    )
     ops = [_whole(op, shapes) for op in teacher.program if op.layer < num_layers and not op.block]
     ops = [replace(op, index=index) for index, op in enumerate(ops)]
     # The norm behind the last layer stands in front of the op that follows it.
