@@ -1,4 +1,4 @@
-/* The layers of an encoder over whole texts.  Python side: zinfer.kernels.encoder_layers.
+/* The layers of an encoder over whole texts.  Python side: zinfer.kernels.native.encoder.
  *
  * Norms behind residuals, every row sees its whole text (BERT, arXiv 1810.04805).  A piece is one model and a few
  * neighbouring texts from the first layer to the last, so what is alive of it stays in a core's own cache; whoever is
@@ -21,7 +21,8 @@ typedef float vec __attribute__((vector_size(64)));
 typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(64)));
 
-/* Matrices as panels [outputs / 32][inputs][32], zeros behind the last output; biases as long as their panels. */
+/* Matrices as panels [outputs / 32][inputs][32], zeros behind the last output; biases as long as their panels.  Heads are
+ * `width` wide, a multiple of 16, zeros behind what a model has; all of them together may be narrower than its rows. */
 typedef struct {
     const float *q, *q_bias, *kv, *kv_bias, *o, *o_bias, *norm, *norm_bias;
     const float *up, *up_bias, *down, *down_bias, *last_norm, *last_norm_bias;
@@ -32,7 +33,7 @@ typedef struct {
     const float *x;        /* [rows][dim] */
     float *y;              /* [models][texts or rows][dim] */
     const int64_t *bounds, *pieces; /* of texts in rows; of pieces in texts */
-    size_t num_models, num_layers, num_pieces, dim, mlp, heads, most_rows, most_text;
+    size_t num_models, num_layers, num_pieces, dim, mlp, heads, width, most_rows, most_text;
     int32_t activation, first_only; /* only each text's first row is wanted of the last layer */
     float eps, scale;
 } task_t;
@@ -201,14 +202,16 @@ static void attend(const float *q, size_t q_step, size_t queries, const float *k
 
 /* Floats that a thread needs. */
 static size_t scratch(const task_t *task) {
-    size_t dim = up_to(task->dim, WIDE), row = task->dim + dim + up_to(2 * task->dim, WIDE) + dim + up_to(task->mlp, WIDE);
-    return task->most_rows * row + up_to(task->most_text, LANES) * (task->dim / task->heads + QUERIES) + 64;
+    const size_t inner = task->heads * task->width, wide = up_to(inner > task->dim ? inner : task->dim, WIDE);
+    const size_t row = task->dim + wide + up_to(2 * inner, WIDE) + wide + up_to(task->mlp, WIDE);
+    return task->most_rows * row + up_to(task->most_text, LANES) * (task->width + QUERIES) + 64;
 }
 
 /* Texts `begin` to `end` through all layers of a model. */
 static void run_piece(const task_t *task, size_t model, size_t begin, size_t end, float *space) {
-    const size_t dim = task->dim, wide = up_to(dim, WIDE), kv_wide = up_to(2 * dim, WIDE), mlp = up_to(task->mlp, WIDE);
-    const size_t width = dim / task->heads, first = task->bounds[begin], rows = task->bounds[end] - first;
+    const size_t dim = task->dim, width = task->width, inner = task->heads * width, mlp = up_to(task->mlp, WIDE);
+    const size_t wide = up_to(inner > dim ? inner : dim, WIDE), kv_wide = up_to(2 * inner, WIDE);
+    const size_t first = task->bounds[begin], rows = task->bounds[end] - first;
     float *x = space, *q = x + task->most_rows * dim, *kv = q + task->most_rows * wide;
     float *mixed = kv + task->most_rows * kv_wide, *hidden = mixed + task->most_rows * wide;
     float *keys = hidden + task->most_rows * mlp, *scores = keys + up_to(task->most_text, LANES) * width;
@@ -217,22 +220,22 @@ static void run_piece(const task_t *task, size_t model, size_t begin, size_t end
     for (size_t at = 0; at < task->num_layers; at++) {
         const layer_t *layer = task->layers + model * task->num_layers + at;
         int is_last = task->first_only && at + 1 == task->num_layers;
-        product(x, dim, rows, dim, layer->kv, layer->kv_bias, kv, kv_wide, 2 * dim);
+        product(x, dim, rows, dim, layer->kv, layer->kv_bias, kv, kv_wide, 2 * inner);
         if (is_last) { /* of each text one row goes on */
             live = end - begin;
             for (size_t text = begin; text < end; text++)
                 memmove(x + (text - begin) * dim, x + (task->bounds[text] - first) * dim, dim * sizeof(float));
         }
-        product(x, dim, live, dim, layer->q, layer->q_bias, q, wide, dim);
+        product(x, dim, live, dim, layer->q, layer->q_bias, q, wide, inner);
         for (size_t text = begin; text < end; text++) {
             size_t start = task->bounds[text] - first, own = task->bounds[text + 1] - task->bounds[text];
             size_t query = is_last ? text - begin : start;
             for (size_t head = 0; head < task->heads; head++)
                 attend(q + query * wide + head * width, wide, is_last ? 1 : own, kv + start * kv_wide + head * width,
-                       kv + start * kv_wide + dim + head * width, kv_wide, own, width, task->scale, keys, scores,
+                       kv + start * kv_wide + inner + head * width, kv_wide, own, width, task->scale, keys, scores,
                        mixed + query * wide + head * width, wide);
         }
-        product(mixed, wide, live, dim, layer->o, layer->o_bias, q, wide, dim);
+        product(mixed, wide, live, inner, layer->o, layer->o_bias, q, wide, dim);
         add_norm(x, q, wide, live, dim, layer->norm, layer->norm_bias, task->eps);
         product(x, dim, live, dim, layer->up, layer->up_bias, hidden, mlp, task->mlp);
         for (size_t i = 0; i < live * mlp; i += LANES) put(hidden + i, activated(load(hidden + i), task->activation));

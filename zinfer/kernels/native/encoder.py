@@ -39,7 +39,10 @@ class _Task(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("layers", "x", "y", "bounds", "pieces")),
-        *((name, _SIZE) for name in ("num_models", "num_layers", "num_pieces", "dim", "mlp", "heads")),
+        *(
+            (name, _SIZE)
+            for name in ("num_models", "num_layers", "num_pieces", "dim", "mlp", "heads", "width")
+        ),
         *((name, _SIZE) for name in ("most_rows", "most_text")),
         *((name, ctypes.c_int32) for name in ("activation", "first_only")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
@@ -53,14 +56,13 @@ def serves(spec: ModelSpec) -> bool:
         op.blocks == 1 and not op.stored and not op.transposed and op.normed == _is_normed(op)
         for op in spec.program
     )
-    dims = (spec.num_heads * spec.head_dim, spec.head_dim, spec.mlp_dim)
     return (
         is_plain
         and kinds == [*_LAYER] * spec.num_layers
         and spec.dtype == "F32"
         and not spec.transposed
-        and dims[0] == spec.model_dim
-        and not any(dim % _VECTOR for dim in dims)
+        and spec.num_heads == spec.num_kv_heads
+        and spec.model_dim % _VECTOR == 0
         and spec.activation in _ACTIVATIONS
         and _code() is not None
     )
@@ -112,6 +114,7 @@ class EncoderLayers:
             self.spec.model_dim,
             self.spec.mlp_dim,
             self.spec.num_heads,
+            round_up(self.spec.head_dim, _VECTOR),
             max(bounds[stop] - bounds[start] for start, stop in pairwise(pieces)),
             max(stop - start for start, stop in pairwise(bounds)),
             _ACTIVATIONS[self.spec.activation],
@@ -129,7 +132,8 @@ class EncoderLayers:
 def packed_bytes(spec: ModelSpec) -> int:
     """About what `EncoderLayers` of one model will hold."""
     dim, mlp = round_up(spec.model_dim, _PANEL), round_up(spec.mlp_dim, _PANEL)
-    return 4 * spec.num_layers * (4 * dim * dim + 2 * dim * mlp + 9 * dim + mlp)
+    inner = round_up(spec.num_heads * round_up(spec.head_dim, _VECTOR), _PANEL)
+    return 4 * spec.num_layers * (4 * dim * inner + 2 * dim * mlp + 6 * dim + 3 * inner + mlp)
 
 
 def _pieces(bounds: Sequence[int]) -> list[int]:
@@ -151,10 +155,14 @@ def _parts(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor]) -> Iterat
 
     def product(*kinds: str) -> Iterator[Tensor]:
         matrices = [one for kind in kinds if (one := part(ops[kind], "matrix")) is not None]
-        biases = [part(ops[kind], "bias") for kind in kinds]
+        found = [part(ops[kind], "bias") for kind in kinds]
+        biases = [one.new_zeros(len(one)) if b is None else b for one, b in zip(matrices, found, strict=True)]
+        if kinds[0] in ("q", "k"):
+            matrices, biases = ([_heads(one, spec) for one in some] for some in (matrices, biases))
+        if kinds == ("o",):
+            matrices = [_heads(one.t(), spec).t() for one in matrices]
         yield _panels(torch.cat(matrices))
-        found = [one.new_zeros(len(one)) if b is None else b for one, b in zip(matrices, biases, strict=True)]
-        yield _padded(torch.cat(found))
+        yield _padded(torch.cat(biases))
 
     def norm(op: Op) -> Iterator[Tensor]:
         yield from (one.clone() for role in ("norm", "norm_bias") if (one := part(op, role)) is not None)
@@ -165,6 +173,14 @@ def _parts(spec: ModelSpec, layer: int, weights: Mapping[str, Tensor]) -> Iterat
     for kind in ("up", "down"):
         yield from product(kind)
     yield from norm(after)
+
+
+def _heads(rows: Tensor, spec: ModelSpec) -> Tensor:
+    """Rows of all heads, those of each filled up with zeros to whole vectors."""
+    missing = -spec.head_dim % _VECTOR
+    by_head = rows.reshape(spec.num_heads, spec.head_dim, *rows.shape[1:])
+    fill = by_head.new_zeros(spec.num_heads, missing, *rows.shape[1:])
+    return torch.cat((by_head, fill), 1).flatten(0, 1)
 
 
 def _panels(matrix_OI: Tensor) -> Tensor:
