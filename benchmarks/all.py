@@ -26,11 +26,11 @@ ALONE = {
     "students_latency.py": 400,
 }
 QUEUES = {  # seconds; together at most half an hour
-    "throughput.py": 800,
-    "roofline.py": 350,
-    "packed.py": 170,
-    "quantised.py": 110,
-    "prediction_grid.py": 370,
+    "throughput.py": 780,
+    "roofline.py": 330,
+    "packed.py": 200,
+    "quantised.py": 180,
+    "prediction_grid.py": 310,
 }
 SERVED = {"students_burst.py": 360, "serve_soak.py": 150}  # a teacher and its students, the bundled ones
 BENCHMARKS = ALONE | QUEUES | SERVED

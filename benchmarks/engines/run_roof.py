@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from zinfer.kernels.native.calls import kernels
+
+MOST_COMPILED = 64  # rows; beyond, oneDNN's products are faster everywhere
+
 
 def matrices(model: Path) -> dict[str, Tensor]:
     """Copies of all matrices but the input embedding, in memory of our own."""
@@ -44,6 +48,10 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear, oneDNN off": without_onednn,
     "mv": lambda x, weight: torch.mv(weight, x[0]),
 }
+if (
+    compiled := kernels()
+) is not None and compiled.has_products:  # a limit has to know every product there is
+    PRODUCTS["zinfer's"] = compiled.dense
 
 
 def measure(task: job.Job) -> dict[str, object]:
@@ -77,6 +85,8 @@ def by_rows(named: dict[str, Tensor], counts: list[int]) -> dict[str, dict[int, 
     with torch.inference_mode():
         for count in counts:
             products = [F.linear, without_onednn] if count <= 4 else [F.linear]  # from there on oneDNN wins
+            if "zinfer's" in PRODUCTS and count <= MOST_COMPILED:
+                products.append(PRODUCTS["zinfer's"])
             for part, weights in parts.items():
                 seconds = [
                     once(weights, product, count)

@@ -278,7 +278,7 @@ def test_how_many_are_few_is_timed_once(monkeypatch):
     products.few_rows.cache_clear()
     for _ in range(2):
         assert products.few_rows(BF16, "cpu", 40, 64, False, False) == 4
-    assert timed == [["torch", "native"]] * 3
+    assert timed == [["native", "torch"]] * 3
     assert products.few_rows(BF16, "cpu", 40, 64, True, False) == 1
     assert products.few_rows(torch.float32, "cpu", 40, 64, False, False) == 1
     products.few_rows.cache_clear()

@@ -104,7 +104,10 @@ def run_op(
     """
     dtype = DTYPES[spec.dtype]
     # A copy is made only where a checkpoint mixes dtypes.
-    weights = {role: part if role in PARTS else part.to(dtype) for role, part in weights.items()}
+    weights = {
+        role: part if part.dtype is dtype or role in PARTS else part.to(dtype)
+        for role, part in weights.items()
+    }
     if flow.input is None:
         flow.input = _enter(op, spec, flow, weights, batch)
     if op.matrix:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from zinfer.memory.manager import ChunkManager
 from zinfer.runtime.live_bytes import LiveBytes
+
+_UNWATCHED = nullcontext()  # one for all
 
 
 class Moments:
@@ -17,10 +19,9 @@ class Moments:
         """A pass of so many rows; its moments follow in order."""
         yield
 
-    @contextmanager
-    def moment(self, chunk: int) -> Iterator[None]:
+    def moment(self, chunk: int) -> AbstractContextManager[None]:
         """A chunk computes."""
-        yield
+        return _UNWATCHED
 
 
 class WatchedMoments(Moments):

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ class Span:
     end_s: float
 
 
+_UNTIMED = nullcontext()  # one for all: a pass opens hundreds
+
+
 class Recorder:
     """Collects spans.  The default one keeps nothing: a measured run differs in the recorder, not in the loop."""
 
     is_recording = False
 
-    @contextmanager
-    def span(self, lane: str, name: str) -> Iterator[None]:
+    def span(self, _lane: str, _name: str) -> AbstractContextManager[None]:
         """Time the body on `lane`."""
-        yield
+        return _UNTIMED
 
     def add(self, spans: Iterable[Span]) -> None:
         """Take spans that were timed elsewhere (a link's worker)."""
