@@ -127,6 +127,16 @@ def test_one_more_student_each_second_that_it_fits():
     assert controller.decide(16, 0.0, 99.0) == 4, "idle seconds count"
 
 
+@pytest.mark.parametrize("most_load", [0.3, 0.7, 0.9])
+def test_load_is_what_comes_as_a_share_of_what_full_passes_carry(most_load):
+    controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024, most_load=most_load)
+    carried = {m: full / TABLE.at(m, full) for m, full in controller.full.items()}
+    for m in (2, 3, 4):
+        assert controller.largest(1, 0.0, 0.999 * most_load * carried[m]) >= m
+        assert controller.largest(1, 0.0, 1.001 * most_load * carried[m]) < m
+    assert controller.largest(1, 0.0, 100 * carried[1]) == 1, "the fewest answer whatever comes"
+
+
 def test_the_arrival_rate_forgets():
     controller = Controller(TABLE, OBJECTIVE_S, pass_tokens=1024)
     for at in range(400):

@@ -15,6 +15,8 @@ from zinfer.students.scheduler import PASS_TOKENS, TextScheduler
 from zinfer.students.serving import MAX_ROWS, GroupService
 from zinfer.tokenizer import Encoded, Text
 
+_MOST_LOAD = 0.7  # of what passes carry: what reads and writes requests runs on the same cores
+
 
 class ServedClassifier:
     """The `TextModel` of a Classifier."""
@@ -83,6 +85,7 @@ def open_queue(classifier: Classifier, limits: Serve) -> TextScheduler:
             if objective_s
             else MAX_ROWS,  # without one, nothing else keeps passes short
             is_adaptive=limits.adapt,
+            most_load=_MOST_LOAD,
             deferral=deferral,
         )
     except BudgetError as error:

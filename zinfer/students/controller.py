@@ -76,7 +76,7 @@ def isotonic(tokens: Sequence[int], seconds: Sequence[Sequence[float]]) -> Servi
 
 class Controller:
     """Picks the largest m in [least, K] for which both hold: the oldest text and all that waits are answered within
-    0.8 of the objective, and what comes is at most 0.9 of what full passes carry.
+    0.8 of the objective, and what comes is at most `most_load` of what full passes carry.
 
     Lowers at once; raises by one after each second in which m + 1 would have held both.  Load is judged at a full
     pass, so the choice never grows with what waits.  `full[m]` are the tokens of a full pass of m students: no more
@@ -94,8 +94,9 @@ class Controller:
         least: int = 1,
         most: int | None = None,
         workers: int = 1,
+        most_load: float = MOST_LOAD,
     ) -> None:
-        self.table, self.objective_s, self.workers = table, objective_s, workers
+        self.table, self.objective_s, self.workers, self.most_load = table, objective_s, workers, most_load
         self.least, self.most = least, most or table.num_students
         assert 1 <= least <= self.most <= table.num_students, "the table has a row for every choice"
         self._pass_tokens, self._drift = pass_tokens, 1.0
@@ -139,7 +140,7 @@ class Controller:
         pass_s = self.seconds(num_students, min(queue_tokens, full))
         drain_s = self.seconds(num_students, full) * queue_tokens / full / self.workers
         is_in_time = max(age_s + pass_s, drain_s) <= SHARE * self.objective_s
-        return is_in_time and rate * self.seconds(num_students, full) / full <= MOST_LOAD * self.workers
+        return is_in_time and rate * self.seconds(num_students, full) / full <= self.most_load * self.workers
 
     def most_tokens(self, busy_s: float = 0.0) -> int:
         """How many may wait so that the fewest students answer the last of them within 0.8 of the objective, at least

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Protocol, runtime_checkable
 
 from zinfer.errors import BudgetError, UsageError
-from zinfer.students.controller import SHARE, Controller, ServiceTable, isotonic
+from zinfer.students.controller import MOST_LOAD, SHARE, Controller, ServiceTable, isotonic
 from zinfer.students.intake import Clock
 from zinfer.students.scheduler import PASS_TOKENS, Answerer, Defers, TextScheduler
 from zinfer.tokenizer import Encoded
@@ -83,10 +83,12 @@ def open_scheduler(
     is_adaptive: bool = True,
     deferral: Defers | None = None,
     table: ServiceTable | None = None,
+    most_load: float = MOST_LOAD,
 ) -> TextScheduler:
     """A scheduler whose controller knows what passes take here; without an objective all students always answer.
 
-    `table` is what an earlier one measured of the same answerer: it is then not measured again.
+    `table` is what an earlier one measured of the same answerer: it is then not measured again.  `most_load` is of what
+    passes carry: above it fewer students answer.
 
     Raises UsageError ZI-1162 for an objective that is no duration, ZI-1163 for a least number of students that there
     are not, BudgetError ZI-2207 for an objective shorter than the smallest pass of the fewest students.
@@ -100,6 +102,7 @@ def open_scheduler(
             workers=workers,
             is_adaptive=is_adaptive,
             table=table,
+            most_load=most_load,
         )
     except BaseException:
         if deferral is not None:  # it was to be the scheduler's own
@@ -125,6 +128,7 @@ def _controller(
     workers: int,
     is_adaptive: bool,
     table: ServiceTable | None,
+    most_load: float,
 ) -> Controller | None:
     """Check what was asked, let the answerer get ready, measure it."""
     if not 1 <= least <= answerer.num_students:
@@ -150,4 +154,6 @@ def _controller(
             f"students, the objective is {objective_s:.4f} s",
             remedy=f"objective_s={max(2 * smallest_s, 0.0001):.4f}",
         )
-    return Controller(table, objective_s, pass_tokens=pass_tokens, least=least, workers=workers)
+    return Controller(
+        table, objective_s, pass_tokens=pass_tokens, least=least, workers=workers, most_load=most_load
+    )
