@@ -11,6 +11,7 @@ import pytest
 from tiny_models import streaming_bytes, write_tiny
 
 from zinfer import SamplingParams
+from zinfer.__main__ import main as begin
 from zinfer.api import DEMO
 from zinfer.classifier import DEMO as GROUP
 from zinfer.cli.main import COMMANDS, run
@@ -307,6 +308,24 @@ def test_an_interruption_that_an_import_swallows_is_not_lost(tmp_path, capsys, m
     assert run(["nosy"]) == 0
     assert run(["twice"]) == 130, "a second one is not put off"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Interrupting:
+    """A finder that is interrupted as the command line is imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "zinfer.cli.main":
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interruption_while_the_command_line_is_imported_shows_no_traceback(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "zinfer.cli.main")
+    monkeypatch.delattr("zinfer.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        begin()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted: ")
 
 
 @pytest.mark.parametrize(("sink", "exit_code"), [("| head -c 3", 0), ("> /dev/full", 5)])
