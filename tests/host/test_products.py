@@ -145,7 +145,7 @@ def test_choices_are_made_ahead_and_kept(monkeypatch):
 
     def op(name, shape, bias):
         biases = (WeightRef("bias", name, 0, 48, (48,)),) if bias else ()
-        return Op(0, "q", 0, (WeightRef("matrix", name, 0, shape[0], shape), *biases))
+        return Op(0, "q", 0, (WeightRef("matrix", name, 0, shape[0], shape), *biases), transposed=True)
 
     sizes = dict.fromkeys(
         [
