@@ -64,7 +64,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     for one in fields(TeacherConfig):
         name = "--teacher-" + one.name.replace("_", "-")
         parser.add_argument(name, type=type(one.default), default=one.default)
-    for name in ("width", "epochs", "polish", "lr", "polish_lr", "hidden"):
+    for name in ("width", "mlp_width", "epochs", "polish", "lr", "polish_lr", "hidden"):
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(GROUP, name))
     parser.add_argument("--students", type=int, default=GROUP.students)
     return parser.parse_args(words)
@@ -110,7 +110,7 @@ def teacher_config(args: argparse.Namespace) -> TeacherConfig:
 
 def group_settings(args: argparse.Namespace, **changes: Any) -> DistillSettings:
     """The group's part of the command line."""
-    names = ("students", "width", "epochs", "polish", "lr", "polish_lr", "hidden", "seed")
+    names = ("students", "width", "mlp_width", "epochs", "polish", "lr", "polish_lr", "hidden", "seed")
     return DistillSettings(**(asdict(GROUP) | {name: getattr(args, name) for name in names} | changes))
 
 

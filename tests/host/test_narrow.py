@@ -116,6 +116,8 @@ def test_a_share_is_of_heads_or_of_one_head(share, wanted):
     teacher = read_spec(CONFIGS["bert"])
     assert width_for(teacher, share) == Width(*wanted)
     assert width_for(teacher, share).fits(teacher)
+    assert width_for(teacher, share, 0.5) == Width(*wanted[:2], 80), "neurons have a share of their own"
+    assert width_for(teacher, share, 1e-9).mlp == 1
 
 
 def test_a_part_of_a_head_attends_as_loudly():
@@ -360,18 +362,20 @@ def test_the_command_takes_a_width(tmp_path, capsys, monkeypatch):
         "1",
     ]
     words += ["--polish", "0", "--json", "--out", tmp_path / "out"]
-    assert run([*map(str, words), "--width", "0.25"]) == 0
+    assert run([*map(str, words), "--width", "0.25", "--mlp-width", "0.5"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["width"]["heads"], said["width"]["mlp"], said["settings"]["width"]) == (1, 40, 0.25)
+    assert said["width"] == {"heads": 1, "head_dim": 16, "mlp": 80}
+    assert (said["settings"]["width"], said["settings"]["mlp_width"]) == (0.25, 0.5)
     assert run([*map(str, words), "--width", "1.5"]) == 2
     assert "ZI-1151" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [0.0, -0.5, 1.01, float("nan"), float("inf")])
 def test_widths_that_cannot_be_meant(width):
-    with pytest.raises(UsageError, match="ZI-1151") as caught:
-        DistillSettings(width=width)
-    assert "--width 1" in caught.value.remedy
+    for name in ("width", "mlp_width"):
+        with pytest.raises(UsageError, match=f"ZI-1151.*{name} = ") as caught:
+            DistillSettings(**{name: width})
+        assert "--width 1" in caught.value.remedy
 
 
 def test_a_finished_group_of_an_older_version_is_finished(tmp_path):

@@ -37,6 +37,7 @@ DEFAULTS = DistillSettings()
     show_default=True,
     help="Share of the teacher's heads and neurons of each.",
 )
+@click.option("--mlp-width", type=float, help="Share of the neurons alone, where it is another.")
 @click.option("--epochs", default=DEFAULTS.epochs, show_default=True, help="Epochs per student.")
 @click.option(
     "--polish", default=DEFAULTS.polish, show_default=True, help="Epochs of all together (0: none)."
@@ -62,7 +63,7 @@ def distill(
     **options: Any,
 ) -> None:
     """Distil an encoder into a group of shallow students, every prefix of which is a usable model."""
-    names = ("students", "layers", "width", "epochs", "polish", "batch", "lr", "seed")
+    names = ("students", "layers", "width", "mlp_width", "epochs", "polish", "batch", "lr", "seed")
     settings = DistillSettings(**{name: options.pop(name) for name in names})
     with Progress("steps", quiet=as_json and not sys.stderr.isatty()) as progress:
         done = run(

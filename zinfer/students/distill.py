@@ -91,7 +91,7 @@ class Distillation:
         tensors = read_weights(self.source, shared_names(self.teacher))
         head = {name: tensors.pop(name) for name in head_names(self.teacher)}
         origin = self.pooled_ND[self.corpus.train].mean(0)
-        width = width_for(self.teacher, self.settings.width)
+        width = width_for(self.teacher, self.settings.width, self.settings.mlp_width)
         return Group(self.teacher, tensors, origin, head, layers=self.settings.layers, width=width)
 
     def _boost(self, group: Group) -> None:

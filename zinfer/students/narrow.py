@@ -19,10 +19,13 @@ BY_HEAD, BY_NEURON = ("q", "k", "v"), ("up",)  # whose rows are those of heads, 
 AFTER_HEADS, AFTER_NEURONS = "o", "down"  # whose columns are
 
 
-def width_for(teacher: ModelSpec, share: float) -> Width:
-    """A student's width where it has `share` of the teacher's: whole heads, or less than one, and at least one row."""
+def width_for(teacher: ModelSpec, share: float, mlp_share: float | None = None) -> Width:
+    """A student's width where it has `share` of the teacher's: whole heads, or less than one, and at least one row.
+
+    `mlp_share` of the neurons; None: `share`.
+    """
     heads, size = share * teacher.num_heads, teacher.head_dim
-    mlp = max(round(share * teacher.mlp_dim), 1)
+    mlp = max(round((share if mlp_share is None else mlp_share) * teacher.mlp_dim), 1)
     if heads < 1:
         return Width(1, max(round(heads * size), 1), mlp)
     return Width(round(heads), size, mlp)

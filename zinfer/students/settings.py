@@ -15,17 +15,18 @@ MAX_STUDENTS = 64
 class DistillSettings:
     """Defaults are those of student parallelism (arXiv 2408.12526) where it states any.
 
-    `students` and `layers`: how many, and how deep each is; `width`: which share of the teacher's heads and MLP
-    neurons each layer of a student has (`narrow.width_for`).  `epochs` over the training texts per round, `polish`
-    epochs of all students together at `polish_lr` of the learning rate, `batch` texts a step.  `hidden` is the
-    weight of the supervision inside the layers at the beginning (it falls to 0 over the first half of a round),
-    `soft` and `hard` those of the teacher's and the labels' classes.  A round that lowers the residual energy on
-    texts it has not seen by less than `least_gain` is dropped, and no further one is begun.
+    `students` and `layers`: how many, and how deep each is; `width`: which share of the teacher's heads and, unless
+    `mlp_width` says otherwise, MLP neurons each layer of a student has (`narrow.width_for`).  `epochs` over the
+    training texts per round, `polish` epochs of all students together at `polish_lr` of the rate, `batch` texts a step.
+    `hidden` is the weight of the supervision inside the layers at the beginning (it falls to 0 over the first half of a
+    round), `soft` and `hard` those of the teacher's and the labels' classes.  A round that lowers the residual energy
+    on texts it has not seen by less than `least_gain` is dropped, and no further one is begun.
     """
 
     students: int = 3
     layers: int = 2
     width: float = 1.0
+    mlp_width: float | None = None
     epochs: float = 3.0
     polish: float = 2.0
     batch: int = 32
@@ -44,6 +45,7 @@ class DistillSettings:
             "students": 1 <= self.students <= MAX_STUDENTS,
             "layers": self.layers >= 1,
             "width": 0 < self.width <= 1,
+            "mlp_width": self.mlp_width is None or 0 < self.mlp_width <= 1,
             "epochs": 0 < self.epochs < 1e6,
             "polish": 0 <= self.polish < 1e6,
             "batch": self.batch >= 1,
