@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from made_group import write_students, write_teacher
 from zinfer.config.load import load_settings
 from zinfer.runtime.encoder_engine import EncoderEngine
 from zinfer.runtime.texts import pack_texts
+from zinfer.spec.records import ModelSpec
 from zinfer.students.controller import ServiceTable
 from zinfer.students.group import read_group
 from zinfer.students.intake import Overloaded
 from zinfer.students.opening import measured, open_scheduler
 from zinfer.students.scheduler import Answerer, Served
 from zinfer.students.serving import GroupService
+from zinfer.students.student import layer_shapes, width_of
 from zinfer.students.tally import percentile
 from zinfer.tokenizer import Encoded
 
@@ -42,6 +45,7 @@ WIDTH, LAYERS, HEADS, STUDENTS = 384, 6, 12, 3
 LENGTHS, BATCHES, MOST_ROWS = (16, 32, 64, 128, 256), (1, 4, 16, 64), 4096
 SERVED_LENGTH, SERVED_AT_LEAST = (16, 64), 0.7
 PASS_TOKENS = 2048
+MATRICES = 12  # of width x width that a layer of a made teacher has: four of attention, eight of the MLP
 BUNDLED = Path(__file__).resolve().parent.parent / "zinfer" / "assets" / "classifier"
 Call = Callable[[list[Encoded]], Any]
 
@@ -57,7 +61,7 @@ class Folders:
 
 
 def folders(options: argparse.Namespace) -> Folders:
-    """Given, bundled or made; the wide student is always made, of the group's shape."""
+    """Given, bundled or made; the wide student is always made, of as many weights as the group."""
     group, teacher, what = options.group, options.teacher, "given"
     if group is None and all((BUNDLED / own / "config.json").exists() for own in ("group", "teacher")):
         group, teacher, what = BUNDLED / "group", BUNDLED / "teacher", "bundled"
@@ -68,12 +72,18 @@ def folders(options: argparse.Namespace) -> Folders:
     if teacher is None:
         raise SystemExit("--teacher is wanted beside a group")
     service = open_group(group, options.threads)
-    spec, count = service.spec, service.num_students
+    spec, own, count = service.spec, service.bank.spec, service.num_students
     service.close()
-    width = round(spec.model_dim * count**0.5 / spec.num_heads) * spec.num_heads
+    of_layer = count * num_weights(own) / own.num_layers
+    width = round((of_layer / MATRICES) ** 0.5 / spec.num_heads) * spec.num_heads
     shape = options.work / f"wide-{width}"
     of_wide = write_teacher(shape / "teacher", width, 3, spec.num_heads)
     return Folders(group, teacher, write_students(shape / "group", of_wide, 1), what)
+
+
+def num_weights(student: ModelSpec) -> int:
+    """Elements of a student's layers."""
+    return sum(prod(shape) for shape in layer_shapes(student).values())
 
 
 def settings_for(folder: Path, threads: int | None) -> Any:
@@ -349,6 +359,7 @@ def main() -> None:
             "width": group.spec.model_dim,
             "students": group.num_students,
             "layers": group.bank.spec.num_layers,
+            "student_width": asdict(width_of(group.bank.spec)),
             "wide": wide.spec.model_dim,
             "threads": torch.get_num_threads(),
             "quick": options.quick,

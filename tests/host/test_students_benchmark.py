@@ -1,14 +1,18 @@
 """The benchmark of students: what it makes can be served, and what it searches it finds.  Nothing here is timed."""
 
 import importlib
+import json
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from student_groups import COUNT, LAYERS, make_group, write_group_folder
 
 from zinfer import Classifier
+from zinfer.students.student import Width, student_spec
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no package
 latency, made = (importlib.import_module(name) for name in ("students_latency", "made_group"))
@@ -31,6 +35,16 @@ def test_what_is_made_is_a_teacher_and_a_group_of_its_layers(tmp_path):
         assert {one["students"] for one in students.classify(["w10 w11", "w99"])} == {2}
         difference = latency.largest_difference(students.engine, group, deep.engine, 2000)
         assert difference <= 1e-4
+
+
+@pytest.mark.parametrize("width", [None, Width(1, 16, 40)])
+def test_the_wide_student_has_as_many_weights_as_the_group(tmp_path, width):
+    teacher = made.write_teacher(tmp_path / "teacher", 32, 4, 2)
+    group = write_group_folder(tmp_path / "group", make_group(width=width))
+    where = latency.folders(Namespace(group=group, teacher=teacher, work=tmp_path, threads=1))
+    spec = made.read_spec(json.loads((where.wide / "config.json").read_text()))
+    wanted = COUNT * latency.num_weights(make_group(width=width).spec)
+    assert latency.num_weights(student_spec(spec, LAYERS)) == pytest.approx(wanted, rel=0.1)
 
 
 @pytest.mark.parametrize("true", [3.0, 55.0, 800.0])
