@@ -2,6 +2,7 @@
 
 import logging
 import stat
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -305,12 +306,16 @@ def test_without_kernels_torch_does_the_work(weights, monkeypatch):
 
 def test_a_machine_without_a_compiler_has_none(monkeypatch, tmp_path):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build.metadata, "version", _not_installed)
     assert build.compiler() is None
     assert library(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(build.metadata, "version", lambda name: "0.17")
     assert build.compiler()[-3:] == ("-m", "ziglang", "cc")
+
+
+def _not_installed(name):
+    raise PackageNotFoundError(name)
 
 
 def a_compiler(folder, body):

@@ -45,6 +45,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.max_batch=1",
     "runtime.context=auto",
     "runtime.threads=auto",
+    "runtime.lanes=auto",
     "runtime.kv=auto",
     "runtime.kv_dtype=auto",
     "runtime.objective=throughput",

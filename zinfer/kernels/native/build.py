@@ -7,7 +7,6 @@ folder under a name that says what it was made of, so that another processor, co
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 from zinfer.config.load import cache_folder
@@ -55,7 +55,8 @@ def compiler() -> tuple[str, ...] | None:
     for name in _COMPILERS:
         if found := shutil.which(name):
             return (found,)
-    if importlib.util.find_spec("ziglang") is not None:
+    with suppress(metadata.PackageNotFoundError):
+        metadata.version("ziglang")
         return (sys.executable, "-m", "ziglang", "cc")
     return None
 
