@@ -5,7 +5,8 @@ usage: http_load.py JOB.json RESULT.json
 Job: {"url", "bodies": [str], "expected": file of encoder_facts, "texts_of": [[numbers of texts of a body]],
 "segments": [[seconds, requests per second], ...], "connections": N, "seed"}.  Arrivals are Poisson; latency counts from
 when a request was due, whether or not anything was late, so that a stall is seen by all who would have come meanwhile.
-`connections` are opened before the clock runs and held to the end; more are opened as needed.
+`connections` are opened before the clock runs and held to the end; more are opened as needed.  One that the server says
+it closes is not used again: no client of HTTP may.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Seen:
     status: int = LATE
     students: int = 0
     retry_after: bool = False
+    closes: bool = False
     body: bytes = field(default=b"", repr=False)
 
 
@@ -95,7 +97,10 @@ class Load:
                 pair[1].write(self.requests[number % len(self.requests)])
                 await self.answer(pair[0], seen)
             seen.latency_s = time.perf_counter() - start - seen.due_s
-            self.idle.append(pair)
+            if seen.closes:
+                pair[1].close()
+            else:
+                self.idle.append(pair)
         except TimeoutError:  # an OSError too, so it is asked for first
             seen.status = LATE
         except (OSError, EOFError, ValueError):
@@ -112,6 +117,7 @@ class Load:
         seen.status = int(head.split()[1])
         seen.students = int(lines.get("x-students", 1))
         seen.retry_after = "retry-after" in lines
+        seen.closes = lines.get("connection") == "close"
 
 
 class Checker:

@@ -99,6 +99,42 @@ def test_refusals_and_broken_connections_are_told_apart(here, tmp_path):
     assert {one.status for one in seen} == {http_load.BROKEN}
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_connection_that_is_being_closed_is_not_used_again(says_so, tmp_path):
+    """As the server turns one away that is too many: it is told so, and that this was the end."""
+
+    async def run():
+        served = []
+
+        async def turned_away(reader, writer):
+            await reader.readuntil(b"}")
+            served.append(1)
+            close = b"connection: close\r\n" * says_so
+            writer.write(b"HTTP/1.1 429 \r\nretry-after: 1\r\n" + close + b"content-length: 2\r\n\r\n{}")
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(turned_away, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        loading = http_load.Load(job_of(tmp_path, f"http://127.0.0.1:{port}"))
+        seen = [http_load.Seen(0.0) for _ in range(5)]
+        for number, one in enumerate(seen):  # one after the other, so that a connection would be free
+            await loading.one(number, one, 0.0)
+        held = len(loading.idle)
+        for _, writer in loading.idle:
+            writer.close()
+        server.close()
+        await server.wait_closed()
+        await asyncio.sleep(0)
+        return [one.status for one in seen], len(served), held
+
+    statuses, served_count, idle = asyncio.run(run())
+    if says_so:
+        assert (statuses, served_count, idle) == ([429] * 5, 5, 0)
+    else:
+        assert http_load.BROKEN in statuses, "the mutation: who is not told runs into the end"
+
+
 def test_what_is_in_time_and_what_is_not():
     rows = [[0.0, 0.01, 200, 3]] * 98 + [[0.0, 0.2, 200, 1], [0.0, 0.01, 429, 0]]
     assert burst.in_time(rows, 0.1) == 0.98
