@@ -13,7 +13,7 @@ def main() -> None:
         begin()
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: nothing half-written is left; run the same command to go on\n")
-        sys.exit(130)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
