@@ -46,7 +46,7 @@ RULES = {
     ),
     "printing and exiting": Rule(
         re.compile(r"^(print|exit|quit|SystemExit|sys\.(stdout|exit|__stdout__)|os\._exit)$"),
-        homes=("zinfer/cli/",),
+        homes=("zinfer/cli/", "zinfer/__main__.py"),
     ),
     "the environment": Rule(
         re.compile(r"^os\.(environb?|getenvb?|putenv)$"), homes=("zinfer/config/load.py",)
