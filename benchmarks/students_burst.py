@@ -196,8 +196,8 @@ def burst_lines(bursts: dict[str, Any]) -> list[str]:
     return said
 
 
-def main() -> None:
-    """Run, print, write the record and the plot."""
+def arguments() -> argparse.ArgumentParser:
+    """What the command line takes."""
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     made.add_argument(
         "--model", type=Path, help="a folder with teacher/ and group/; default: the bundled example"
@@ -211,7 +211,12 @@ def main() -> None:
     made.add_argument("--burst-s", type=float, default=18.0)
     made.add_argument("--burst-of", type=float, metavar="RATE", help="the burst alone, of so many requests/s")
     made.add_argument("--quick", action="store_true", help="seconds only, to see that it runs")
-    options = made.parse_args()
+    return made
+
+
+def main() -> None:
+    """Run, print, write the record and the plot."""
+    options = arguments().parse_args()
     if options.quick:
         options.probe_s, options.probes, options.burst_s = 1.0, 2, 3.0
     end_on_signals()
