@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,13 +35,18 @@ def pack_texts(texts: Sequence[Encoded]) -> Packed:
     """Texts back to back, without padding."""
     bounds = tuple(accumulate((len(text.ids) for text in texts), initial=0))
     return Packed(
-        tokens_T=torch.tensor([token for text in texts for token in text.ids], dtype=torch.long),
-        positions_T=torch.tensor([at for text in texts for at in range(len(text.ids))], dtype=torch.long),
+        tokens_T=_column(text.ids for text in texts),
+        positions_T=_column(range(len(text.ids)) for text in texts),
         bounds=bounds,
         past=(0,) * len(texts),
         logit_rows=torch.tensor(bounds[:-1], dtype=torch.long),
-        segments_T=torch.tensor([kind for text in texts for kind in text.types], dtype=torch.long),
+        segments_T=_column(text.types for text in texts),
     )
+
+
+def _column(parts: Iterable[Iterable[int]]) -> Tensor:
+    """One after the other, [T]; a list on the way would take twice as long."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(parts), dtype=np.int64))
 
 
 def in_order(
