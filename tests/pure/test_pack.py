@@ -105,6 +105,36 @@ def test_an_aligned_file_needs_no_moves_and_a_shifted_one_some(tmp_path):
         assert_holds(loose, published_bytes(index), LOOSE_ALIGN)
 
 
+def test_a_source_is_packed_once_per_grouping_and_never_with_another_alignment(tmp_path):
+    spec = tiny_spec(width=32, mlp=64, vocab=64)
+    index = written(tmp_path, spec, pad=3)
+    source = checkpoint_source(spec.program, spec.lookups, index)
+    fresh = checkpoint_source(spec.program, spec.lookups, index)
+    limits = [1, 2, 4096, 8192, 10**6, 10**9]
+    tables = [assemble(source, limit) for limit in limits]
+    assert tables[0] is tables[1]
+    assert tables[-1] is tables[-2]
+    assert [assemble(source, limit) for limit in limits] == tables
+    loose = replace(source, align=LOOSE_ALIGN)
+    for limit, table in zip(limits, tables, strict=True):
+        assert assemble(fresh, limit) == table
+        assert assemble(loose, limit) == assemble(replace(fresh, align=LOOSE_ALIGN), limit)
+        assert assemble(loose, limit) is not table
+    sizes = layer_sizes(source)
+    sizes.clear()  # a copy
+    assert layer_sizes(source) == layer_sizes(fresh)
+    assert source == fresh
+
+
+def test_a_source_remembers_so_many_tables_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("zinfer.chunks.pack._MOST_TABLES", 2)
+    spec = tiny_spec(width=32, mlp=64, vocab=64)
+    source = checkpoint_source(spec.program, spec.lookups, written(tmp_path, spec))
+    tables = {limit: assemble(source, limit) for limit in (1, 4096, 8192, 10**6)}
+    assert len(source.packed) <= 3
+    assert all(assemble(source, limit) == table for limit, table in tables.items())
+
+
 def places_in_a_file(sizes_and_gaps, begin):
     places = []
     for number, (size, gap) in enumerate(sizes_and_gaps):

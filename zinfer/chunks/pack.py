@@ -11,6 +11,8 @@ from zinfer.chunks.table import PAGE, Chunk, ChunkId, ChunkTable, Move, Read, Te
 from zinfer.spec.records import Op, RowLookup
 from zinfer.units import round_up
 
+_MOST_TABLES = 64  # that a source remembers
+
 
 def pack(
     program: Sequence[Op], lookups: Sequence[RowLookup], index: CheckpointIndex, limit: int
@@ -25,11 +27,22 @@ def assemble(source: Source, limit: int) -> ChunkTable:
     A chunk holds whole layers, or a part of one layer.  Row tables that no op reads are chunks of their own,
     whatever their size, and come first.
     """
+    counts = tuple(group(layer_sizes(source), limit))
+    if counts not in source.packed:
+        if len(source.packed) > _MOST_TABLES:
+            source.packed.clear()
+        source.packed[counts] = _assembled(source, counts)
+    found: ChunkTable = source.packed[counts]
+    return found
+
+
+def _assembled(source: Source, counts: Sequence[int]) -> ChunkTable:
+    """Row tables, then chunks of so many units each."""
     tables = [unit for unit in source.units if unit.op is None]
     ops = [unit for unit in source.units if unit.op is not None]
     groups = [[table] for table in tables]
     begin = 0
-    for count in group(layer_sizes(source), limit):
+    for count in counts:
         groups.append(ops[begin : begin + count])
         begin += count
     chunks = tuple(chunk_of(ChunkId(number), units, source) for number, units in enumerate(groups))
@@ -41,11 +54,13 @@ def layer_sizes(source: Source) -> list[tuple[int, ...]]:
 
     A chunk of several units takes at most their sum: neighbours share pages.
     """
-    ops = (unit for unit in source.units if unit.op is not None)
-    return [
-        tuple(chunk_of(ChunkId(0), [unit], source).nbytes for unit in units)
-        for _, units in groupby(ops, key=lambda unit: unit.layer)
-    ]
+    if None not in source.packed:
+        ops = (unit for unit in source.units if unit.op is not None)
+        source.packed[None] = [
+            tuple(chunk_of(ChunkId(0), [unit], source).nbytes for unit in units)
+            for _, units in groupby(ops, key=lambda unit: unit.layer)
+        ]
+    return list(source.packed[None])
 
 
 def group(layers: Sequence[tuple[int, ...]], limit: int) -> list[int]:

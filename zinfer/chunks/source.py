@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from zinfer.checkpoint.header import DTYPE_BITS
 from zinfer.checkpoint.index import CheckpointIndex
@@ -53,7 +54,8 @@ class Source:
     """All units in execution order (row tables first) over the files that hold them.
 
     `blocks` maps (file, offset) to (bytes, XXH3-64) where the files are a zinfer store; reads are then cut
-    exactly there, so that each can be checked alone.  `align` is that of weight views in a chunk's buffer.
+    exactly there, so that each can be checked alone.  `align` is that of weight views in a chunk's buffer.  `packed`
+    keeps what units of this source were packed into: plans try the same groups again and again.
     """
 
     files: tuple[Path, ...]
@@ -62,6 +64,7 @@ class Source:
     row_tables: dict[str, RowTable]
     blocks: Mapping[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     align: int = ALIGN
+    packed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def reads(self, file: int, begin: int, end: int, at: int) -> Iterator[Read]:
         """Cut the PAGE-aligned range [begin, end) of a file into reads; it begins at `at` of the buffer."""

@@ -198,7 +198,8 @@ def as_read(source: Source, *, device: str, exact: bool) -> Source:
     Published files seldom lie at multiples of ALIGN: moving what was read costs a core as much as reading it, every
     pass.  A processor reads a weight as fast from any address, only its bits may then be other than a store's.
     """
-    return replace(source, align=ALIGN if exact or device != "cpu" else LOOSE_ALIGN)
+    align = ALIGN if exact or device != "cpu" else LOOSE_ALIGN
+    return source if source.align == align else replace(source, align=align)
 
 
 @dataclass(frozen=True, slots=True)

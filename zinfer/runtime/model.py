@@ -26,7 +26,7 @@ from zinfer.kernels.products import with_product_sizes
 from zinfer.layers.shapes import with_attention_sizes
 from zinfer.log import logger
 from zinfer.memory.devices import free_bytes, visible_devices
-from zinfer.plan.make import Plan, make_plan
+from zinfer.plan.make import Plan, as_read, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import profile
 from zinfer.plan.records import Workload
@@ -181,6 +181,7 @@ def open_model(folder: Path, settings: Settings) -> Model:
     if is_saved and resolved.device != "sim":
         machine = _as_it_is_now(machine, source.files, spec, resolved)
     spec = _with_sizes(computable(spec, resolved.device), resolved)
+    source = as_read(source, device=resolved.device, exact=settings.exact)
     return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
 
 
