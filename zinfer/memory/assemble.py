@@ -98,6 +98,8 @@ def open_manager(
                     reader, staging, log, torch.device(device), near=near, parking_bytes=parking_bytes
                 )
         undo.callback(transfer.close)
+        if compute is Tier.HOST:  # after the threads: to start one waits for each page that is being found
+            tiers[Tier.HOST].find_ahead()
         if is_cuda:
             locks = _lock(tiers[Tier.HOST], transfer, near)
         manager = ChunkManager(
@@ -131,10 +133,7 @@ def _tier_memory(
     slab: Slab = (
         DeviceSlab(nbytes, torch.device(device)) if device.startswith("cuda") else HostSlab(nbytes, spare)
     )
-    memory = TierMemory(ledger, slab, homes, slots, placement.slot_bytes)
-    if isinstance(slab, HostSlab) and ledger.tier is placement.compute_tier is Tier.HOST:
-        slab.find_ahead(nbytes)  # only reads fill it, into places that were taken
-    return memory
+    return TierMemory(ledger, slab, homes, slots, placement.slot_bytes)
 
 
 def _row_blocks(table: ChunkTable) -> dict[str, list[Read]]:

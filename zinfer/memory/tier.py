@@ -139,6 +139,11 @@ class TierMemory:
         cuts = [offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]]
         return self.slab.pin(cuts, runtime, near=near, enter=enter)
 
+    def find_ahead(self) -> None:
+        """Begin to find the memory of all places in the background; who writes into one takes it first."""
+        if isinstance(self.slab, HostSlab):
+            self.slab.find_ahead(max((offset + nbytes for offset, nbytes in self._arena.blocks()), default=0))
+
     def take(self, chunk: ChunkId) -> Place:
         """A place for the chunk.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
         offset, nbytes = self._homes.get(chunk) or (self._free[-1], self.slot_bytes)
