@@ -1,7 +1,9 @@
 """Pages that are found ahead of the reads: never one that somebody has claimed."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -35,6 +37,14 @@ class Stores:
         self.allowed.release(10 * PAGES)
 
 
+class Nowhere:
+    """In place of a tensor at address 0."""
+
+    @staticmethod
+    def data_ptr():
+        return 0
+
+
 def ended(ahead):
     ahead._thread.join()
 
@@ -42,7 +52,7 @@ def ended(ahead):
 def test_every_page_is_found_in_order_where_nobody_claims(monkeypatch):
     stores = Stores(monkeypatch)
     stores.let_all()
-    ahead = Ahead(0, PAGES * HUGE_PAGE - 1)
+    ahead = Ahead(Nowhere, PAGES * HUGE_PAGE - 1)
     ended(ahead)
     assert stores.pages == list(range(PAGES))
     ahead.close()
@@ -50,7 +60,7 @@ def test_every_page_is_found_in_order_where_nobody_claims(monkeypatch):
 
 def test_what_is_claimed_is_left_alone(monkeypatch):
     stores = Stores(monkeypatch)
-    ahead = Ahead(0, PAGES * HUGE_PAGE)
+    ahead = Ahead(Nowhere, PAGES * HUGE_PAGE)
     stores.begun.acquire()  # page 0 is being found
     ahead.claim(3 * HUGE_PAGE + 5, HUGE_PAGE)  # parts of two pages
     ahead.claim(6 * HUGE_PAGE, 1)
@@ -63,7 +73,7 @@ def test_what_is_claimed_is_left_alone(monkeypatch):
 
 def test_a_claim_waits_for_the_store_under_way_and_for_no_other(monkeypatch):
     stores = Stores(monkeypatch)
-    ahead = Ahead(0, PAGES * HUGE_PAGE)
+    ahead = Ahead(Nowhere, PAGES * HUGE_PAGE)
     stores.begun.acquire()
     ahead.claim(HUGE_PAGE, HUGE_PAGE)  # returns: the store is elsewhere
     order = []
@@ -87,7 +97,7 @@ def test_a_claim_waits_for_the_store_under_way_and_for_no_other(monkeypatch):
 
 def test_close_ends_it_early(monkeypatch):
     stores = Stores(monkeypatch)
-    ahead = Ahead(0, PAGES * HUGE_PAGE)
+    ahead = Ahead(Nowhere, PAGES * HUGE_PAGE)
     stores.begun.acquire()
     closer = threading.Thread(target=ahead.close)
     closer.start()
@@ -132,6 +142,23 @@ def test_what_was_given_back_is_not_found_again(monkeypatch):
     assert [page - first for page in stores.pages] == [0, 1, 7]
     slab.close()
     slab.close()
+
+
+def test_a_slab_that_was_dropped_without_closing_stays_mapped_while_pages_are_found(monkeypatch):
+    stores = Stores(monkeypatch)
+    slab = HostSlab(PAGES * HUGE_PAGE)
+    slab.find_ahead(PAGES * HUGE_PAGE)
+    mapping, thread = weakref.ref(slab._map), slab._ahead._thread
+    stores.begun.acquire()
+    del slab
+    gc.collect()
+    assert mapping() is not None
+    stores.let_all()
+    thread.join()
+    assert len(stores.pages) == PAGES
+    del thread
+    gc.collect()
+    assert mapping() is None
 
 
 def test_small_slabs_are_not_searched():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from ctypes import memset
 
+from torch import Tensor
+
 from zinfer.chunks.table import HUGE_PAGE
 from zinfer.units import round_up
 
@@ -16,12 +18,14 @@ class Ahead:
 
     Finding fresh memory takes a processor as long as reading as much from disk takes the disk; readers do it for what
     they are about to fill, this does it while cores would idle.  A page that was claimed is never stored into, and
-    when `claim` returns no store into it is under way.  Plain stores take the lock of the mapping alone, so nobody
-    who maps memory waits (docs/experiments.md, who finds pages for the weights).
+    when `claim` returns no store into it is under way.  `bytes_N` begins at a multiple of HUGE_PAGE.  Plain stores
+    take the lock of the mapping alone, so nobody who maps memory waits (docs/experiments.md, who finds pages for the
+    weights).
     """
 
-    def __init__(self, address: int, nbytes: int) -> None:
-        self._address = address
+    def __init__(self, bytes_N: Tensor, nbytes: int) -> None:
+        self._bytes_N = bytes_N  # keeps the mapping, whoever drops the slab without closing it
+        self._address = bytes_N.data_ptr()
         self._is_claimed = bytearray(round_up(nbytes, HUGE_PAGE) // HUGE_PAGE)
         self._at = -1  # the page that is being found
         self._leap = 0

@@ -93,7 +93,7 @@ class HostSlab:
     def find_ahead(self, nbytes: int) -> None:
         """Begin to find the pages of the first `nbytes`, in the background; whoever writes claims first."""
         if nbytes >= HUGE_PAGE:
-            self._ahead = Ahead(self.bytes_N.data_ptr(), min(nbytes, self._nbytes))
+            self._ahead = Ahead(self.bytes_N, min(nbytes, self._nbytes))
 
     def claim(self, offset: int, nbytes: int) -> None:
         """The range is about to be written by somebody who finds its pages himself."""
