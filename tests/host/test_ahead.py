@@ -71,6 +71,14 @@ def test_what_is_claimed_is_left_alone(monkeypatch):
     assert stores.pages == [0, 1, 2, 5, 7]
 
 
+def test_what_nobody_will_use_is_not_found(monkeypatch):
+    stores = Stores(monkeypatch)
+    stores.let_all()
+    ahead = Ahead(Nowhere, PAGES * HUGE_PAGE, [(HUGE_PAGE, 2 * HUGE_PAGE), (7 * HUGE_PAGE, 5)])
+    ended(ahead)
+    assert stores.pages == [0, 3, 4, 5, 6]
+
+
 def test_a_claim_waits_for_the_store_under_way_and_for_no_other(monkeypatch):
     stores = Stores(monkeypatch)
     ahead = Ahead(Nowhere, PAGES * HUGE_PAGE)
@@ -176,7 +184,7 @@ def test_an_engine_claims_what_it_reads_into(device, tmp_path, monkeypatch):
     claimed, found = [], []
     real = HostSlab.claim
     monkeypatch.setattr(HostSlab, "claim", lambda slab, *span: (claimed.append(span), real(slab, *span))[1])
-    monkeypatch.setattr(HostSlab, "find_ahead", lambda slab, nbytes: found.append(nbytes))
+    monkeypatch.setattr(HostSlab, "find_ahead", lambda slab, nbytes, unused: found.append(nbytes))
     memory = {"host": "64MiB"} | ({"device": "64MiB"} if device == "sim" else {})
     params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
     with LLM(folder, device=device, machine="sim-default", memory=memory, threads=1) as llm:
@@ -192,7 +200,7 @@ def test_an_engine_answers_the_same_with_pages_found_ahead(tmp_path, monkeypatch
     runs = []
     for is_ahead in (True, False):
         if not is_ahead:
-            monkeypatch.setattr(HostSlab, "find_ahead", lambda slab, nbytes: None)
+            monkeypatch.setattr(HostSlab, "find_ahead", lambda slab, nbytes, unused: None)
         with LLM(folder, device="cpu", machine="sim-default", memory={"host": "64MiB"}, threads=1) as llm:
             runs.append(llm.logits([3, 4, 5]))
     assert torch.equal(*runs)

@@ -128,7 +128,7 @@ def test_memory_grows_only_with_what_is_read(tmp_path):
     for number in range(4):
         manager.lease(number).release()
         grown = traces(tmp_path)[2] - before
-        assert grown < (number + 1) * table.slot_bytes + 2 * HUGE_PAGE
+        assert grown < 4 * table.slot_bytes + 2 * HUGE_PAGE, "the places of four chunks, found ahead"
     for _ in range(3):
         for number in range(4):  # the same slots again
             manager.evict(number)

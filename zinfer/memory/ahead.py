@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from ctypes import memset
 
 from torch import Tensor
@@ -14,7 +15,8 @@ _LEAP = 32  # huge pages that are left out where readers have caught up: they fi
 
 
 class Ahead:
-    """A thread that stores into one huge page after the other, from the first, unless somebody has claimed it.
+    """A thread that stores into one huge page after the other, from the first, unless somebody has claimed it or it
+    lies in a range (offset, bytes) of `unused`.
 
     Finding fresh memory takes a processor as long as reading as much from disk takes the disk; readers do it for what
     they are about to fill, this does it while cores would idle.  A page that was claimed is never stored into, and
@@ -23,7 +25,7 @@ class Ahead:
     weights).
     """
 
-    def __init__(self, bytes_N: Tensor, nbytes: int) -> None:
+    def __init__(self, bytes_N: Tensor, nbytes: int, unused: Iterable[tuple[int, int]] = ()) -> None:
         self._bytes_N = bytes_N  # keeps the mapping, whoever drops the slab without closing it
         self._address = bytes_N.data_ptr()
         self._is_claimed = bytearray(round_up(nbytes, HUGE_PAGE) // HUGE_PAGE)
@@ -31,6 +33,8 @@ class Ahead:
         self._leap = 0
         self._is_ended = False
         self._busy = threading.Lock()
+        for offset, size in unused:
+            self.claim(offset, size)
         self._thread = threading.Thread(target=self._find, name="zinfer-ahead", daemon=True)
         self._thread.start()
 

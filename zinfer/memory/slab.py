@@ -90,10 +90,10 @@ class HostSlab:
         self._pin = Pinning(self.bytes_N.data_ptr(), cuts, runtime, enter=enter, is_quiet=is_quiet)
         return self._pin
 
-    def find_ahead(self, nbytes: int) -> None:
-        """Begin to find the pages of the first `nbytes`, in the background; whoever writes claims first."""
+    def find_ahead(self, nbytes: int, unused: Sequence[tuple[int, int]] = ()) -> None:
+        """Begin to find the pages of the first `nbytes`, ranges of `unused` aside; whoever writes claims first."""
         if nbytes >= HUGE_PAGE:
-            self._ahead = Ahead(self.bytes_N, min(nbytes, self._nbytes))
+            self._ahead = Ahead(self.bytes_N, min(nbytes, self._nbytes), unused)
 
     def claim(self, offset: int, nbytes: int) -> None:
         """The range is about to be written by somebody who finds its pages himself."""

@@ -139,10 +139,12 @@ class TierMemory:
         cuts = [offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]]
         return self.slab.pin(cuts, runtime, near=near, enter=enter)
 
-    def find_ahead(self) -> None:
-        """Begin to find the memory of all places in the background; who writes into one takes it first."""
+    def find_ahead(self, num_streamed: int) -> None:
+        """Begin to find the memory of homes, and of as many slots as chunks stream, in the background."""
         if isinstance(self.slab, HostSlab):
-            self.slab.find_ahead(max((offset + nbytes for offset, nbytes in self._arena.blocks()), default=0))
+            idle = len(self._free) - min(num_streamed, len(self._free))
+            end = max((offset + nbytes for offset, nbytes in self._arena.blocks()), default=0)
+            self.slab.find_ahead(end, [(offset, self.slot_bytes) for offset in self._free[:idle]])
 
     def take(self, chunk: ChunkId) -> Place:
         """A place for the chunk.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
