@@ -45,7 +45,17 @@ from zinfer.students.job import Distilled, distill
 from zinfer.students.settings import DistillSettings
 
 SLICE_BYTES = 65536
-GROUP = DistillSettings(students=3, layers=2, epochs=1, polish=0, batch=32, lr=1e-3)
+GROUP = DistillSettings(
+    students=3,
+    layers=2,
+    width=1 / 16,
+    mlp_width=1 / 4,
+    epochs=0.75,
+    polish=2,
+    batch=32,
+    lr=2e-3,
+    polish_lr=0.75,
+)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +69,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-windows", type=int, default=48, help="of a file at most")
     parser.add_argument("--train-windows", type=int, default=96, help="of a file at most, half overlapping")
     parser.add_argument("--spliced", type=float, default=0.5, help="share of the group's windows that are")
-    parser.add_argument("--group-windows", type=int, default=12000, help="that the group learns from")
+    parser.add_argument("--group-windows", type=int, default=18000, help="that the group learns from")
     parser.add_argument("--stdlib", type=Path, help="another folder of sources, for trials")
     for one in fields(TeacherConfig):
         name = "--teacher-" + one.name.replace("_", "-")

@@ -70,6 +70,7 @@ def arguments(library, tmp_path, *more):
         "--students",
         "2",
         *("--test-files", "24", "--group-windows", "240"),
+        *("--width", "1", "--mlp-width", "1", "--polish", "0", "--lr", "0.001"),
     ]
     words += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--stdlib", str(library)]
     return tool.parse_arguments([*words, *more])
