@@ -391,6 +391,7 @@ def test_the_report_says_what_each_threshold_costs_and_buys():
         "teacher": {"architecture": "Bert", "layers": 3, "parameters": 9},
         "texts": {"train": 1, "held": 1, "dev": 50},
         "settings": {"layers": 1, "students": 2, "seed": 0},
+        "width": {"heads": 1, "head_dim": 16, "mlp": 32},
         "rounds": [],
         "polish": "kept",
     }
