@@ -112,9 +112,7 @@ class Runtime(_Group):
     max_batch: Annotated[int, Field(ge=1)] | Auto = "auto"  # sequences at once
     context: Annotated[int, Field(ge=1)] | Auto = "auto"  # tokens a sequence may reach, prompt included
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"  # OpenMP dies of very many
-    lanes: Annotated[int, Field(ge=1, le=1024)] | Auto = (
-        "auto"  # cores that take texts of an encoder's pass in turn, none waiting for another; auto: as threads
-    )
+    lanes: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"  # cores that share an encoder's pass
     kv: Literal["auto", "device", "host"] = "auto"  # where the cache lives when there is a device
     kv_dtype: Literal["auto", "model", "int8"] = "auto"  # of its pages; auto: the model's
     objective: Literal["throughput", "latency"] = (

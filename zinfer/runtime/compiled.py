@@ -25,11 +25,8 @@ from zinfer.runtime.texts import pack_texts
 from zinfer.tokenizer import Encoded
 
 AGREE = 1e-4  # of the largest number: what the shortcut may differ by from its twin
-_TEXT, _MANY, _FEW = (
-    32,
-    8,
-    2,
-)  # tokens of a text, texts in the passes that are compared: of a small model, of a large
+_TEXT = 32  # tokens of a text in the passes that are compared
+_MANY, _FEW = 8, 2  # texts in them: of a small model, of a large one
 _LARGE_BYTES = 2**26
 _TAKE, _LEAVE = "compiled", "op by op"
 
@@ -89,9 +86,7 @@ def take_shortcut(executor: Executor, lanes: int) -> None:
         return
     nbytes = packed_bytes(spec)
     ledger = manager.ledger()
-    if (
-        2 * nbytes > ledger.free_bytes
-    ):  # twice for a moment: weights are taken together before they are packed
+    if 2 * nbytes > ledger.free_bytes:  # twice for a moment: all weights are taken before they are packed
         return
     shortcut = CompiledEncoder(executor, lanes)
     ledger.reserve("packed layers", nbytes)

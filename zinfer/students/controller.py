@@ -15,9 +15,7 @@ RATE_S = 0.25  # time constant of the arrival rate
 RAISE_S = 1.0  # how long one student more must have fitted before it answers
 SHARE, MOST_LOAD = 0.8, 0.9  # of the objective; of what passes can carry
 PASS_SHARE = 0.3  # of the objective: a text waits for the pass in progress, then for its own
-LEAST_ROOM = (
-    256  # tokens; smaller passes, however slow the machine has become, are mostly what each pass costs
-)
+LEAST_ROOM = 256  # tokens; what a smaller pass costs is mostly that it is one
 _DRIFT = 0.1  # weight of one pass in what measured seconds are corrected by
 _MOST_DRIFT = 8.0
 

@@ -70,9 +70,7 @@ class Forms:
         """f_1 .. f_m by the form that was fastest for about so many rows; the first pass of a size measures."""
         size = next((size for size in SIZES if size >= batch.num_rows), SIZES[-1])
         case = size, num_students
-        if (
-            num_students == 1 and self._compiled is None
-        ):  # the forms then do the same, this one with the fewest steps
+        if num_students == 1 and self._compiled is None:  # the others then do the same in more steps
             return self._fused(batch, 1)
         if case not in self.chosen:
             self.chosen[case] = self._choose(*case)
