@@ -10,6 +10,7 @@ from pathlib import Path
 from zinfer.chunks.table import PAGE, PIECE_BYTES, Chunk, ChunkId, ChunkTable, Read
 from zinfer.config.machine import Overlap
 from zinfer.memory.assemble import open_manager
+from zinfer.memory.crowd import CROWD
 from zinfer.memory.measure_links import ReadLoad, ranges, typical, typical_seconds
 from zinfer.plan.records import Budget, Placement, Tier
 
@@ -18,19 +19,27 @@ _NUM_CHUNKS = 16
 
 
 def measure_overlap(paths: Sequence[Path], work: Callable[[], object], seconds: float) -> Overlap:
-    """Reads and `work` alone for a quarter of the time each, then both at once, as in a streamed pass."""
+    """Reads and `work` alone for a quarter of the time each, then both at once, as in a streamed pass: products that
+    wait for each other do not spin then (`memory.crowd`).
+    """
     reads = ranges(paths, PIECE_BYTES)
     if not reads:
         return Overlap()
     with ReadLoad(paths) as load, ThreadPoolExecutor(1, "zinfer-probe") as pool:
         read_s, work_s = load.piece_seconds(reads, seconds / 4), typical_seconds(work, seconds / 4)
-        reading = pool.submit(load.piece_seconds, reads, seconds / 2)
         times: list[float] = []
-        while not reading.done():
-            begin_s = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin_s)
-        beside_s = reading.result()
+        CROWD.hold()
+        try:
+            CROWD.enter()
+            reading = pool.submit(load.piece_seconds, reads, seconds / 2)
+            while not reading.done():
+                CROWD.enter()
+                begin_s = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - begin_s)
+            beside_s = reading.result()
+        finally:
+            CROWD.let_go()
     whole = times[:-1] or [work_s]  # the last one may have outlived the reads
     return Overlap(disk=_slowdown(beside_s, read_s), compute=_slowdown(typical(whole), work_s))
 
