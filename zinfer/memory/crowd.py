@@ -14,9 +14,7 @@ import time
 import torch
 
 _FEW_CORES = 8  # on more, what readers take is little and waking a team takes longer
-_LINGER_S = (
-    0.05  # after the last read: longer than a chunk takes, and short beside an answer of a small model
-)
+_LINGER_S = 0.05  # after the last read: longer than a chunk takes, short beside a small model's answer
 _ELEMENTS = 2**20  # of a sum that is shared among threads
 
 
