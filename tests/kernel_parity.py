@@ -15,6 +15,12 @@ from zinfer.layers.norm import rms_norm
 from zinfer.layers.rotary import rotate
 
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WRONG_ROWS = (  # kernel, the function's name, what reads one thing wrongly: each must be seen
+    ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos, -sin)),
+    ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos[:, :-1], sin[:, :-1])),
+    ("gate", "gated", lambda run: lambda gate, up: run(up, gate)),
+    ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight.flip(0), eps)),
+)
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from kernel_parity import ROWS_CLOSE, interprets, rows_error
+from kernel_parity import ROWS_CLOSE, WRONG_ROWS, interprets, rows_error
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
@@ -46,10 +46,7 @@ def test_a_row_kernel_that_rounds_nowhere_would_be_seen(monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "name", "wrong"),
     [
-        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos, -sin)),
-        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos[:, :-1], sin[:, :-1])),
-        ("gate", "gated", lambda run: lambda gate, up: run(up, gate)),
-        ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight.flip(0), eps)),
+        *WRONG_ROWS,
         ("one row", "one_row", lambda run: lambda x, weight, bias: run(x, weight, None)),
     ],
 )

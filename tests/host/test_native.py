@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_parity import CLOSE, paged_error, pages_case, rows_error
+from kernel_parity import CLOSE, WRONG_ROWS, paged_error, pages_case, rows_error
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
@@ -56,10 +56,7 @@ def test_rows_agree_with_their_twins(kernel):
 @pytest.mark.parametrize(
     ("kernel", "name", "wrong"),
     [
-        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos, -sin)),
-        ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos[:, :-1], sin[:, :-1])),
-        ("gate", "gated", lambda run: lambda gate, up: run(up, gate)),
-        ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight.flip(0), eps)),
+        *WRONG_ROWS,
         ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight, 1.0)),
     ],
 )
