@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import Counter
 
 import chunk_files
 import pytest
@@ -248,8 +249,11 @@ FIXED = {"machine": "sim-default", "max_rows": 24, "max_batch": 3, "threads": 1}
 def run(folder, **options):
     with LLM(folder, **FIXED, **options) as llm:
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
-        llm._session._engine.manager.check()
-        moved, peaks = llm.stats.bytes_per_pass, llm.stats.peak_bytes
+        manager = llm._session._engine.manager
+        manager.check()
+        while any(map(manager._await_one, manager._memory.tiers)):
+            pass  # what the last pass asked for ahead lands, and counts, on every lane
+        moved, peaks = Counter(manager.log.num_bytes), llm.stats.peak_bytes
         return tokens, llm.logits(PROMPTS[2]), moved, peaks
 
 
@@ -261,8 +265,6 @@ def test_a_run_with_two_devices_gives_one_devices_bits(tmp_path):
     resident = run(folder, device="cpu", memory={"host": "1GiB"})
     assert one[0] == two[0] == resident[0]
     assert torch.equal(one[1], two[1]) and torch.equal(two[1], resident[1])
-    # A mean over passes: a share that a pass's end finds between its two links is counted on the first alone.
-    for lane in ("h2d:1", "peer:1"):
-        assert two[2][lane] > 0.3 * one[2]["h2d"], f"shares came over {lane}"
-    assert two[2]["h2d"] == pytest.approx(two[2]["h2d:1"], rel=0.1), "equal links carry equal shares"
+    assert two[2]["h2d:1"] == two[2]["peer:1"] > 0
+    assert two[2]["h2d"] == pytest.approx(two[2]["h2d:1"], rel=0.05), "equal links carry equal shares"
     assert "device:1" in two[3] and "device:1" not in one[3]
