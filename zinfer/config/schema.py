@@ -126,7 +126,7 @@ class Runtime(_Group):
         "auto"  # hidden states of waiting micro-batches below the device
     )
     devices: Annotated[int, Field(ge=1, le=16)] | Auto = 1  # whose links bring weights; auto: all that gain
-    graphs: Literal["auto", "off"] = "auto"  # decode passes recorded once and replayed, on a CUDA device
+    graphs: Literal["auto", "off"] = "auto"  # decode passes recorded once and replayed
     preempt: Literal["auto", "spill", "recompute"] = "auto"  # a sequence whose pages are needed: the cheaper
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zinfer.kernels import served
 from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
-from zinfer.kernels.native.calls import Kernels, kernels
+from zinfer.kernels.native.calls import Kernels, is_noting, kernels
 from zinfer.kernels.remembered import remembered
 from zinfer.kernels.rows import one_row
 from zinfer.kernels.served import device_name
@@ -62,8 +62,8 @@ def linear(
 
 
 def _few(num_rows: int, case: tuple[torch.dtype, str, int, int, bool, bool]) -> Product:
-    if num_rows == 1:
-        return KERNELS[row_kernel(*case)]
+    if num_rows == 1:  # on a tape the compiled kernel costs no call
+        return _native if is_noting() else KERNELS[row_kernel(*case)]
     return _native if num_rows <= few_rows(*case) else F.linear
 
 

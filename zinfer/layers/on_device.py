@@ -19,6 +19,9 @@ from zinfer.layers.packed import KvView, Packed, Span
 from zinfer.layers.steps import step_up
 from zinfer.layers.varlen import Pack, varlen, varlen_serves
 from zinfer.memory.upload import indices
+from zinfer.units import round_up
+
+_HOST_STEP = 1024  # tokens: tables of lengths within a step have one shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
     pages = kv.pages(singles) if singles and is_here and paged_serves(*case) else None
     singles = singles if pages is not None else []
     if pages is not None and batch.is_padded:
-        pages = pages.padded(step_up(pages.longest))
+        pages = pages.padded(padded_length(pages.longest, device.type))
     counts = [batch.bounds[s + 1] - batch.bounds[s] for s in prompts]
     return DeviceWork(
         prompts,
@@ -78,6 +81,14 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
         pages,
         _rows(batch, singles, device),
     )
+
+
+def padded_length(longest: int, device: str) -> int:
+    """What the longest sequence counts as, so that passes of about as many tokens have one shape.
+
+    The host's kernel never looks at what a table has too many of: few shapes cost nothing there.
+    """
+    return round_up(longest, _HOST_STEP) if device == "cpu" else step_up(longest)
 
 
 def on_device(

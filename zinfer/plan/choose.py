@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from zinfer.chunks.pack import assemble, layer_sizes
@@ -14,11 +14,14 @@ from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError, InternalError
 from zinfer.plan.forecast import decode_load, simulate_load
-from zinfer.plan.place import Reserve, place, size_steps
+from zinfer.plan.place import Reserve, place, size_steps, tier_uses
 from zinfer.plan.records import Budget, Placement, Schedule, Tier, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.simulate import PassRun
 from zinfer.spec.records import ModelSpec
+from zinfer.units import MIB
+
+_MOST_RECORDED_BYTES = 32 * MIB  # a pass of 32 rows through 1 B parameters takes about 9
 
 _LOOKAHEADS = {
     Tier.HOST: (2, 1, 3),
@@ -44,6 +47,14 @@ class Choice:
     placement: Placement
     schedule: Schedule
     steady: PassRun
+
+    def reserve_with_recorded(self, spec: ModelSpec, budget: Budget, *, device: str, exact: bool) -> Reserve:
+        """The reserve and room for passes that a host records, of what its budget has to spare: no weight makes way."""
+        if device != "cpu" or exact or spec.encoder is not None or spec.dtype != "BF16":
+            return self.reserve
+        (use,) = tier_uses(self.table, self.placement, budget, self.reserve)
+        spare = min(_MOST_RECORDED_BYTES, budget.host // 64, budget.host - use.total)
+        return replace(self.reserve, recorded=max(spare, 0))
 
 
 def choose(

@@ -300,7 +300,11 @@ class _Maker:
             machine=self.machine,
             budget=self.budget,
             workload=candidate.workload,
-            reserve=choice.reserve,
+            reserve=choice.reserve
+            if self.resolved.settings.runtime.graphs == "off"
+            else choice.reserve_with_recorded(
+                self.spec, self.budget, device=self.resolved.device, exact=exact
+            ),
             limit=choice.limit,
             placement=choice.placement,
             forecast=forecast_of(self.spec, candidate, self.machine, exact=exact),

@@ -32,6 +32,7 @@ class Reserve:
     host_kv: int = 0
     host_activations: int = 0
     parked: int = 0  # of the host's: what waits there and is neither read nor written by the host
+    recorded: int = 0  # in the compute tier, of what all else leaves: passes that are recorded
 
     @property
     def total(self) -> int:
@@ -157,7 +158,9 @@ def tier_uses(
                 staging=staging,
                 locked=resident + staging + reserve.parked if is_locked else 0,
                 kv=reserve.kv if is_compute else reserve.host_kv,
-                activations=reserve.activations if is_compute else reserve.host_activations,
+                activations=reserve.activations + reserve.recorded
+                if is_compute
+                else reserve.host_activations,
             )
         )
     return tuple(uses)

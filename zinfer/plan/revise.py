@@ -35,7 +35,7 @@ def rebudget(spec: ModelSpec, plan: Plan, budget: Budget) -> Plan:
             raise
         fewer = replace(plan.placement, lookahead=lookahead - 1)  # fewer slots leave more to what must stay
         return rebudget(spec, replace(plan, placement=fewer), budget)
-    return replace(_plan_of(spec, plan, again, plan.machine), budget=budget)
+    return _plan_of(spec, replace(plan, budget=budget), again, plan.machine)
 
 
 def revised(
@@ -102,7 +102,7 @@ def _plan_of(spec: ModelSpec, plan: Plan, candidate: Candidate, machine: Machine
     return replace(
         plan,
         workload=candidate.workload,
-        reserve=candidate.choice.reserve,
+        reserve=choice.reserve_with_recorded(spec, plan.budget, device=plan.device, exact=plan.exact),
         placement=choice.placement,
         schedule=choice.schedule,
         curve=candidate.curve,

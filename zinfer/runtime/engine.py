@@ -123,6 +123,8 @@ class Engine:
         self.plan = plan
         self.stats.forecast = plan.forecast
         self.loop.executor.follow(plan.schedule)
+        if self.loop.executor.graphs is not None and plan.device == "cpu":
+            self.loop.executor.graphs.resize(plan.reserve.recorded)
         self.loop.scheduler.follow(self.kv, plan.workload.batch)
         self.loop.budget.follow(
             plan.curve,
@@ -218,7 +220,7 @@ def _open_cache(model: Model, plan: Plan, manager: ChunkManager) -> PagedKv:
 def _reservations(plan: Plan) -> dict[Tier, dict[str, int]]:
     """What holds no weights, by tier."""
     reserve, tier = plan.reserve, plan.placement.compute_tier
-    found = {tier: {"kv": reserve.kv, "activations": reserve.activations}}
+    found = {tier: {"kv": reserve.kv, "activations": reserve.activations, "recorded": reserve.recorded}}
     if tier is not Tier.HOST:
         found[Tier.HOST] = {"kv": reserve.host_kv, "activations": reserve.host_activations}
     return found
@@ -272,7 +274,10 @@ def open_executor(
         moments=WatchedMoments(manager, plan.reserve.activations) if runtime.watch_moments else None,
         watch=watch,
         graphs=graphs_for(
-            model.spec, manager.device, exact=plan.exact, most_bytes=graph_bytes(plan.budget.device)
+            model.spec,
+            manager.device,
+            exact=plan.exact,
+            most_bytes=plan.reserve.recorded or graph_bytes(plan.budget.device),
         )
         if may_record
         else None,

@@ -1,7 +1,8 @@
 """Record what decode passes repeat, and replay it.  In: ops over weights at fixed addresses.  Out: activations.
 
 A pass at batch 1 issues some thousand kernels, each of which costs the host more than it takes the device; a graph
-costs one call.  Where shapes or addresses differ from what was recorded, ops run one by one as ever: the slow twin.
+costs one call, and so does a tape of compiled kernels on the host (`zinfer.kernels.native.tape`).
+Where shapes or addresses differ from what was recorded, ops run one by one as ever: the slow twin.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from zinfer.errors import BudgetError, ZinferError
+from zinfer.kernels.native.calls import kernels
+from zinfer.kernels.native.tape import NotRecordableError, TapeRecorder
 from zinfer.kvcache.cache import PagedView
 from zinfer.layers.packed import Packed
 from zinfer.log import logger
@@ -46,6 +49,18 @@ class GraphRecorder(Protocol):
     @property
     def nbytes(self) -> int:
         """Memory that everything recorded takes."""
+        ...
+
+    def clone(self, x: Tensor) -> Tensor:
+        """A copy that what is recorded may read."""
+        ...
+
+    def resize(self, most_bytes: int) -> None:
+        """So much memory for what is recorded from now on."""
+        ...
+
+    def forget(self) -> None:
+        """Nothing that was recorded is replayed any more."""
         ...
 
 
@@ -87,6 +102,16 @@ class CudaRecorder:
         self._nbytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
         return graph.replay
 
+    def clone(self, x: Tensor) -> Tensor:
+        """By torch's allocator."""
+        return x.clone()
+
+    def resize(self, most_bytes: int) -> None:
+        """A device's plan holds for good."""
+
+    def forget(self) -> None:
+        """Graphs and their memory end with whoever refers to them."""
+
 
 @dataclass(slots=True)
 class _Recorded:
@@ -100,7 +125,7 @@ class _Recorded:
 class Graphs:
     """Graphs of one executor, by what they were recorded for: the kind of pass, the ops, where their weights lie.
 
-    A kind of pass that comes a second time is recorded.  Where attention's shapes are new, only what lies between
+    A kind of pass that comes twice in a row is recorded.  Where attention's shapes are new, only what lies between
     attentions is: that depends on the number of rows alone.  Everything takes at most `most_bytes`; what no longer
     fits, and all after something could not be recorded, runs one by one, which is said once.
     """
@@ -113,12 +138,14 @@ class Graphs:
         self._exact = exact
         self._most_bytes = most_bytes
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
+        self._last: tuple[Hashable, ...] = ()  # what the last pass was
         self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()
 
     def fits(self, batch: Packed, view: object) -> bool:
         """Whether a pass is one that repeats itself: few rows, one per sequence, over a cache on the device."""
         return (
             not self.is_off
+            and self._most_bytes > 0
             and isinstance(view, PagedView)
             and view.is_resident
             and batch.num_rows == batch.num_sequences <= MOST_ROWS
@@ -140,7 +167,8 @@ class Graphs:
         self._kinds[key] = kind
         while len(self._kinds) > _MOST_KINDS:
             self._kinds.popitem(last=False)
-        kind.may_record = times[key] > 1
+        kind.may_record = times[key] > 1 and key in self._last
+        self._last = (whole, between)
         kind.load(batch, view)
         return kind
 
@@ -151,10 +179,17 @@ class Graphs:
             self._seen.popitem(last=False)
         return self._seen[key]
 
+    def resize(self, most_bytes: int) -> None:
+        """Another budget: what was recorded is forgotten."""
+        self._most_bytes = most_bytes
+        self._recorder.resize(most_bytes)
+        self.clear()
+
     def clear(self) -> None:
         """Addresses have changed: everything is recorded again."""
         self._kinds.clear()
         self._seen.clear()
+        self._recorder.forget()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """None where it cannot be recorded: the reason is said, and nothing is recorded any more."""
@@ -164,12 +199,18 @@ class Graphs:
                     "ZI-2405", f"{self.nbytes} bytes of graphs are more than {self._most_bytes}"
                 )
             return self._recorder.record(run)
+        except NotRecordableError:
+            return None
         except (RuntimeError, ZinferError, AttributeError, LookupError) as error:
             if is_lost(error):
                 raise
             self.is_off = True
             logger.warning("passes are not recorded any more, their ops run one by one: %s", error)
             return None
+
+    def clone(self, x: Tensor) -> Tensor:
+        """A buffer that what is recorded reads."""
+        return self._recorder.clone(x)
 
     @property
     def nbytes(self) -> int:
@@ -240,7 +281,7 @@ class Kind:
             if x.data_ptr() in self._fixed:
                 return x
             if id(x) not in made:
-                made[id(x)] = x.clone()
+                made[id(x)] = self._graphs.clone(x)
             return made[id(x)]
 
         inside = Flow()
@@ -279,7 +320,11 @@ def without_attention(batch: Packed) -> Packed:
 
 
 def graphs_for(spec: ModelSpec, device: torch.device, *, exact: bool, most_bytes: int) -> Graphs | None:
-    """For a device that can record; None for any other."""
-    if device.type != "cuda":
+    """For a device that can record, and for a host with compiled kernels where rows need not be exact; None for any
+    other."""
+    if device.type == "cuda":
+        return Graphs(spec, CudaRecorder(device), exact=exact, most_bytes=most_bytes)
+    found = None if exact or device.type != "cpu" or spec.dtype != "BF16" else kernels()
+    if found is None or not found.has_products:
         return None
-    return Graphs(spec, CudaRecorder(device), exact=exact, most_bytes=most_bytes)
+    return Graphs(spec, TapeRecorder(found, most_bytes), exact=exact, most_bytes=most_bytes)

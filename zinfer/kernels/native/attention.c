@@ -2,7 +2,7 @@
  *
  * A softmax that is told block by block (Milakov and Gimelshein 2018, arXiv 1805.02867), in single precision.  A row's
  * bits depend on that row and its own keys alone.  Vectors are those of the compiler, for any processor. */
-#include "common.h"
+#include "kernels.h"
 #include <math.h>
 
 #define BLOCK 32       /* keys that are attended together */

@@ -1,11 +1,15 @@
 """Run the compiled kernels.  In: bfloat16 tensors on the host.  Out: tensors, in bfloat16; forward only.
 
 They serve where they were compiled, load, and are right on a small case each.  A row's bits depend on the row alone.
+What a thread calls while it `notes` is written down and not carried out (`zinfer.kernels.native.tape`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from zinfer.log import logger
 from zinfer.spec.quant import GROUP
 from zinfer.units import round_up
 
-_SOURCES = ("attention.c", "products.c", "rows.c", "common.h")
+_SOURCES = ("attention.c", "products.c", "rows.c", "tape.c", "common.h", "kernels.h")
 _FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
 _LANES = 32  # inputs are padded to that many in a packed row
 _VECTOR, _MOST_DIM, _MOST_GROUP, _MOST_QUERIES = 16, 256, 64, 8192  # attention.c
@@ -36,6 +40,35 @@ _PRODUCTS = {
     "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 3, _THREADS],
     "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
 }
+STEPS = (  # of a tape, in the order of tape.c
+    "zinfer_norm",
+    "zinfer_rotate",
+    "zinfer_attend",
+    "zinfer_gate",
+    "add",
+    "widen",
+    "move",
+    "zinfer_dense",
+    "zinfer_quant",
+)
+
+Note = Callable[..., None]  # the name of a step and its arguments but the number of threads
+_noting = threading.local()
+
+
+@contextmanager
+def notes(note: Note) -> Iterator[None]:
+    """Inside, this thread's calls of kernels go to `note`; nothing is computed, results hold whatever lay there."""
+    _noting.note = note
+    try:
+        yield
+    finally:
+        _noting.note = None
+
+
+def is_noting() -> bool:
+    """Whether this thread's calls are written down at the moment."""
+    return getattr(_noting, "note", None) is not None
 
 
 @cache
@@ -70,19 +103,31 @@ class Kernels:
         for name, kinds in (_ROWS | (_PRODUCTS if self.has_products else {})).items():
             function = getattr(self._code, name)
             function.argtypes, function.restype = kinds, None
+        self._code.zinfer_play.argtypes, self._code.zinfer_play.restype = [_POINTER, _SIZE, _THREADS], None
+
+    def play(self, tape: int, num_steps: int) -> None:
+        """Carry out the steps that lie at address `tape`, in their order."""
+        self._code.zinfer_play(tape, num_steps, torch.get_num_threads())
+
+    def _do(self, name: str, *arguments: int | float | None) -> None:
+        note: Note | None = getattr(_noting, "note", None)
+        if note is None:
+            getattr(self._code, name)(*arguments, torch.get_num_threads())
+        else:
+            note(name, *arguments)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMS norm over the last dimension."""
         x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
         y = torch.empty_like(x)
-        self._code.zinfer_norm(
+        self._do(
+            "zinfer_norm",
             x.data_ptr(),
             weight.data_ptr(),
             y.data_ptr(),
             eps,
             x.numel() // width,
             width,
-            torch.get_num_threads(),
         )
         return y
 
@@ -92,7 +137,8 @@ class Kernels:
             x_THD = x_THD.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()
         y_THD = torch.empty(x_THD.shape, dtype=x_THD.dtype)
-        self._code.zinfer_rotate(
+        self._do(
+            "zinfer_rotate",
             x_THD.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -101,21 +147,20 @@ class Kernels:
             x_THD.stride(1),
             *x_THD.shape,
             cos.shape[1],
-            torch.get_num_threads(),
         )
         return y_THD
 
     def gated(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         """silu(gate) * up; both may be columns of a wider matrix."""
         y_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
-        self._code.zinfer_gate(
+        self._do(
+            "zinfer_gate",
             gate_TF.data_ptr(),
             up_TF.data_ptr(),
             y_TF.data_ptr(),
             gate_TF.stride(0),
             up_TF.stride(0),
             *gate_TF.shape,
-            torch.get_num_threads(),
         )
         return y_TF
 
@@ -144,7 +189,8 @@ class Kernels:
         q_SHD, table, lengths = q_SHD.contiguous(), table.contiguous(), lengths.contiguous()
         y_SHD = torch.empty_like(q_SHD)
         num_rows, heads, dim = q_SHD.shape
-        self._code.zinfer_attend(
+        self._do(
+            "zinfer_attend",
             q_SHD.data_ptr(),
             k_nKD.data_ptr(),
             v_nKD.data_ptr(),
@@ -160,7 +206,6 @@ class Kernels:
             k_nKD.shape[1],
             dim,
             page_tokens,
-            torch.get_num_threads(),
         )
         return y_SHD
 
@@ -170,7 +215,8 @@ class Kernels:
         x_TI = x_TI.contiguous()
         y_TO = x_TI.new_empty(num_rows, outputs)
         packed = x_TI.new_empty(num_rows * round_up(inputs, _LANES))
-        self._code.zinfer_dense(
+        self._do(
+            "zinfer_dense",
             x_TI.data_ptr(),
             weight_OI.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -179,7 +225,6 @@ class Kernels:
             num_rows,
             outputs,
             inputs,
-            torch.get_num_threads(),
         )
         return y_TO
 
@@ -189,7 +234,8 @@ class Kernels:
         x_TI, scales = x_TI.contiguous(), weight.scales.contiguous()
         y_TO = x_TI.new_empty(num_rows, weight.outputs)
         packed = torch.empty(num_rows * inputs * 2 + num_rows * inputs // GROUP * 4, dtype=torch.uint8)
-        self._code.zinfer_quant(
+        self._do(
+            "zinfer_quant",
             x_TI.data_ptr(),
             weight.nibbles.data_ptr(),
             None if weight.low is None else weight.low.data_ptr(),
@@ -201,7 +247,6 @@ class Kernels:
             inputs,
             weight.panel // 2,
             weight.nibbles.shape[0],
-            torch.get_num_threads(),
         )
         return y_TO
 

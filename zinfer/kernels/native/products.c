@@ -1,7 +1,7 @@
 /* Products of a few bfloat16 rows with a weight.  Python side: zinfer.kernels.native.
  *
  * Every element of y is one sum over the inputs in one order, whatever the number of rows and threads. */
-#include "common.h"
+#include "kernels.h"
 
 int zinfer_has_products(void) {
 #ifdef __AVX512BF16__

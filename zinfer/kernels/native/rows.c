@@ -2,7 +2,7 @@
  *
  * Each rounds where its twin in zinfer.layers rounds; a row's bits depend on that row alone.  Plain loops, which a
  * compiler turns into whatever vectors the processor has. */
-#include "common.h"
+#include "kernels.h"
 #include <math.h>
 
 #define PIECE 32768 /* elements that are worth a thread */

@@ -1,0 +1,357 @@
+"""Passes written down as steps of compiled code: what they give, what is refused, and what memory they use."""
+
+import threading
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_parity import pages_case, quant_case
+from tiny_models import CONFIGS, write_tiny
+
+from zinfer import LLM, SamplingParams
+from zinfer.kernels.native import calls, tape
+from zinfer.kernels.native.tape import NotRecordableError, Pool, TapeRecorder
+from zinfer.plan.records import Budget
+from zinfer.plan.revise import rebudget
+from zinfer.runtime import graph
+from zinfer.runtime.graph import graphs_for
+
+BF16 = torch.bfloat16
+RECORDED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]  # RMS norm, a gate, rotary positions
+PARAMS = SamplingParams(max_tokens=14, temperature=0.0, ignore_eos=True, logprobs=3)
+PROMPTS = [[5, 9, 200, 31, 7, 44], [17, 3, 9, 4, 4, 1], [3, 3, 8, 120, 77, 45]]
+
+pytestmark = [
+    pytest.mark.skipif(
+        calls.kernels() is None or not calls.kernels().has_products, reason="no compiled products here"
+    ),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture(autouse=True)
+def compiled_products(monkeypatch):
+    """Which product is fastest is measured: here the answer is always the same."""
+    monkeypatch.setattr("zinfer.kernels.products.few_rows", lambda *case: 32)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def recorder(most_bytes=2**24):
+    return TapeRecorder(calls.kernels(), most_bytes)
+
+
+def recorded(run, *inputs, most_bytes=2**24):
+    """What `run(*inputs)` gives at once, and what a tape of it gives after the inputs have changed and come back."""
+    want = run(*inputs).clone()
+    out = []
+    replay = recorder(most_bytes).record(lambda: out.append(run(*inputs)))
+    kept = [x.clone() for x in inputs]
+    for x in inputs:
+        x.zero_()
+    replay()
+    zeroed = out[0].clone()
+    for x, was in zip(inputs, kept, strict=True):
+        x.copy_(was)
+    replay()
+    assert not torch.equal(zeroed, want), "a replay reads what the inputs hold by then"
+    return out[0], want
+
+
+def kernel_runs():
+    k = calls.kernels()
+    x, gate, octets = noise(5, 96, seed=1), noise(5, 96, seed=2), noise(3, 2, 64, seed=3)
+    q, planes, pages = pages_case("cpu", BF16, [3, 40])
+    rows, weight = quant_case("cpu", BF16, "int8", 3, 64, 128)
+    bias, scale = noise(5), gate[0].contiguous()
+    turned = octets[:, 0, :32].contiguous(), octets[:, 1, :32].contiguous()
+    return {
+        "norm": (lambda x: k.norm(x, scale, 1e-5), x),
+        "rotate": (lambda x: k.rotate(x, *turned), octets),
+        "gate": (lambda x: k.gated(gate, x), x),
+        "attend": (
+            lambda q: k.attend(
+                q, *planes[0].unbind(), pages.table, pages.lengths, 16, scale=0.3, window=9, cap=2.0
+            ),
+            q,
+        ),
+        "product": (lambda x: k.dense(x, gate, bias), x),
+        "quantised": (lambda x: k.quant(x, weight), rows),
+    }
+
+
+@pytest.mark.parametrize("name", ["norm", "rotate", "gate", "attend", "product", "quantised"])
+def test_a_kernel_on_a_tape_gives_its_bits(name):
+    run, x = kernel_runs()[name]
+    found, want = recorded(run, x)
+    assert torch.equal(found, want)
+
+
+@given(rows=st.integers(1, 9), width=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_what_torch_does_between_kernels_gives_its_bits(rows, width, seed):
+    x, z = noise(rows, width, seed=seed), noise(rows, width, seed=seed + 1)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+
+    def inside(x):
+        wide = x.new_empty(rows, 2 * width)
+        wide[:, width:] = x
+        wide[:, :width] = x
+        return wide
+
+    for run in (
+        lambda x: x + z,
+        lambda x: x.float(),
+        lambda x: x.index_select(0, order),
+        lambda x: torch.empty_like(x).index_copy_(0, order, x),
+        lambda x: torch.empty_like(x).copy_(x),
+        lambda x: (x + z).view(rows, 1, width).index_select(0, order).float(),
+        inside,
+    ):
+        found, want = recorded(run, x)
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x * x,
+        lambda x: x.double(),
+        lambda x: x + 1,
+        lambda x: x.t() + x.t(),
+        lambda x: x + x[:1],
+        lambda x: x.sum(),
+        lambda x: x.index_select(1, torch.tensor([0])),
+        lambda x: torch.empty(1, x.shape[1], dtype=BF16).copy_(x[0]),
+        lambda x: torch.empty(x.shape).copy_(x),
+        lambda x: torch.nn.functional.linear(x, x),
+    ],
+)
+def test_what_is_no_step_is_refused(run):
+    with pytest.raises(NotRecordableError):
+        recorder().record(lambda: run(noise(3, 8)))
+    assert not calls.is_noting()
+
+
+def test_a_tape_of_steps_in_another_order_is_seen(monkeypatch):
+    """The mutations: steps that change places, one that is left out, arguments that do."""
+    x, weight = noise(4, 64), noise(64, seed=1)
+
+    def run(x):
+        return calls.kernels().norm(x + x, weight, 1e-5)
+
+    found, want = recorded(run, x)
+    assert torch.equal(found, want)
+    steps = tape.Tape.steps
+    for wrong in (
+        lambda rows: rows[::-1],
+        lambda rows: rows[:1],
+        lambda rows: rows[:, [0, 2, 1, *range(3, 16)]],
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(tape.Tape, "steps", lambda self, wrong=wrong: wrong(steps(self)).copy())
+            found, want = recorded(run, x.clone())
+            assert not torch.equal(found, want)
+
+
+def test_other_threads_compute_while_one_records():
+    x, weight, found = noise(4, 64), noise(64, seed=1), []
+    want = calls.kernels().norm(x, weight, 1e-5)
+
+    def other():
+        found.append(calls.kernels().norm(x, weight, 1e-5))
+
+    def run():
+        assert calls.is_noting()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    recorder().record(run)
+    assert torch.equal(found[0], want)
+
+
+@given(takes=st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 5)), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_what_is_alive_never_shares_memory(takes):
+    """Tensors of random sizes, each of which dies some takes later."""
+    pool, alive = Pool(2**24), []
+    for at, (size, life) in enumerate(takes):
+        alive = [(end, x) for end, x in alive if end > at]
+        x = pool.take((size,), torch.uint8)
+        assert x.data_ptr() % 64 == 0
+        places = sorted((y.data_ptr(), y.data_ptr() + y.nbytes) for y in (x, *(y for _, y in alive)))
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(places))
+        alive.append((at + 1 + life, x))
+    del alive, x
+    before = pool.nbytes
+    pool.take((takes[0][0],), torch.uint8)
+    assert pool.nbytes == before, "what has died makes room"
+
+
+def test_memory_of_recorded_passes_ends():
+    x = noise(64, 64)
+    with pytest.raises(NotRecordableError, match="more are wanted"):
+        recorder(most_bytes=4000).record(lambda: x + x)
+    made = recorder(most_bytes=20_000)
+    out = []
+    for _ in range(20):  # each one's result dies before the next
+        out[:] = []
+        made.record(lambda: out.append(x + x))
+    assert 0 < made.nbytes <= 20_000
+    made.forget()
+    assert made.nbytes == 0
+
+
+def run(folder, *, records, prompts=PROMPTS, params=PARAMS, memory="64MiB", **options):
+    """Tokens, log probabilities and stats; `records` as runtime.graphs says."""
+    config = {"graphs": "auto" if records else "off"}
+    options = {"machine": "sim-default", "threads": 1, "max_batch": 3, "max_rows": 24} | options
+    with LLM(folder, device="cpu", exact=False, memory={"host": memory}, **config, **options) as llm:
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
+        graphs = llm._session._engine.loop.executor.graphs
+        kinds = [] if graphs is None else list(graphs._kinds.values())
+        llm._session._engine.manager.check()
+        return [out.token_ids for out in outputs], [out.logprobs for out in outputs], llm.stats, kinds
+
+
+def difference(found, want):
+    """Largest difference of log probabilities at equal places."""
+    pairs = [
+        (one, other[token])
+        for mine, theirs in zip(found, want, strict=True)
+        for here, other in zip(mine, theirs, strict=True)
+        for token, one in here.items()
+        if token in other
+    ]
+    assert len(pairs) > 50
+    return max(abs(getattr(a, "logprob", a) - getattr(b, "logprob", b)) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return {
+        family: write_tiny(family, tmp_path_factory.mktemp(family) / "m", torch_dtype="bfloat16")
+        for family in CONFIGS
+    }
+
+
+@pytest.fixture
+def native_rows(monkeypatch):
+    """Rows op by op by the same kernels as on a tape: both round alike."""
+    from zinfer.kernels import products
+
+    monkeypatch.setattr(products, "row_kernel", lambda *case: "native")
+
+
+@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three", "one"])
+def test_recorded_passes_give_what_ops_one_by_one_give(models, family, prompts, native_rows):
+    want = run(models[family], records=False, prompts=prompts)
+    found = run(models[family], records=True, prompts=prompts)
+    assert want[2].graph_replays == 0
+    assert found[2].graph_replays >= PARAMS.max_tokens - 4, "most decode passes were replayed"
+    whole = [kind for kind in found[3] if kind._is_whole and kind._recorded]
+    assert whole
+    assert all(len(kind._recorded) == 1 for kind in whole), "a resident model's pass is one tape"
+    assert found[:2] == want[:2]
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - set(RECORDED)))
+def test_families_that_have_no_steps_run_op_by_op(models, family):
+    want = run(models[family], records=False)
+    found = run(models[family], records=True)
+    assert found[2].graph_replays == 0
+    assert found[:2] == want[:2]
+
+
+def test_a_streamed_model_is_replayed_where_its_chunks_lie(tmp_path, native_rows):
+    folder = write_tiny("llama", tmp_path / "m", torch_dtype="bfloat16", num_hidden_layers=8, hidden_size=256)
+    with LLM(folder, device="cpu", exact=False, memory={"host": "64MiB"}, max_batch=3, max_rows=24) as llm:
+        plan = llm.fit(PROMPTS, PARAMS)
+        least = plan.uses[0].total - sum(chunk.nbytes for chunk in plan.table.streamable) // 3
+    want = run(folder, records=False, memory=least)
+    found = run(folder, records=True, memory=least)
+    assert found[2].bytes_per_pass["disk"] > 0, "something streams"
+    assert found[2].graph_replays > 0
+    assert found[:2] == want[:2]
+
+
+def test_a_tape_over_old_tables_is_seen(models, monkeypatch, native_rows):
+    """The mutation: a pass's own slots, tables and positions are not brought to where the tape reads them."""
+    want = run(models["llama"], records=False)
+    monkeypatch.setattr(graph.PassBuffers, "load", lambda self, batch, view: None)
+    found = run(models["llama"], records=True)
+    assert found[:2] != want[:2]
+
+
+def logits_of(folder, monkeypatch, *, records):
+    """The tensors that every pass hands out, looked at after all of them."""
+    config = {"graphs": "auto" if records else "off", "threads": 1}
+    with LLM(folder, device="cpu", exact=False, memory={"host": "64MiB"}, **config) as llm:
+        executor, handed_out = llm._session._open().loop.executor, []
+        plain = executor.run
+
+        def run_and_keep(batches):
+            handed_out.extend(outputs := plain(batches))
+            return outputs
+
+        monkeypatch.setattr(executor, "run", run_and_keep)
+        llm.generate(PROMPTS[:1], PARAMS)
+        assert bool(llm.stats.to_dict()["passes"])
+        return handed_out
+
+
+def test_logits_that_are_handed_out_stay(models, monkeypatch, native_rows):
+    """A later replay writes where the earlier one's logits lay: callers get copies."""
+    want = logits_of(models["llama"], monkeypatch, records=False)
+    found = logits_of(models["llama"], monkeypatch, records=True)
+    assert len(found) == len(want) > 10
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    with monkeypatch.context() as patch:  # the mutation: the tape's own memory is handed out
+        patch.setattr(torch.Tensor, "clone", lambda self, **_: self)
+        shared = logits_of(models["llama"], patch, records=True)
+    assert not all(torch.equal(a, b) for a, b in zip(shared, want, strict=True))
+
+
+def test_a_replayed_pass_tells_no_group_its_seconds(models):
+    """Of half a pass nobody learns how fast a whole one is."""
+    found = run(models["llama"], records=True)[2]
+    replayed = [done for done in found.decode_passes if not done.group_s]
+    assert len(replayed) >= PARAMS.max_tokens - 5
+    assert found.passes[0].group_s
+
+
+def test_another_budget_between_passes_forgets_and_records_again(models):
+    options = {"machine": "sim-default", "threads": 1, "max_batch": 3, "max_rows": 24}
+    with LLM(models["llama"], device="cpu", exact=False, memory={"host": "64MiB"}, **options) as llm:
+        want = [out.outputs[0].token_ids for out in llm.generate(PROMPTS, PARAMS)]
+        graphs = llm._session._engine.loop.executor.graphs
+        assert graphs.nbytes > 0
+        before = graphs.num_replays
+        llm.set_memory(host="32MiB")
+        assert graphs._recorder.nbytes == 0
+        assert [out.outputs[0].token_ids for out in llm.generate(PROMPTS, PARAMS)] == want
+        assert graphs.num_replays > before
+        ledger = llm._session._engine.manager.ledger()
+        assert graphs._recorder.nbytes <= ledger.reserved["recorded"] == llm.plan.reserve.recorded
+
+
+def test_who_records_on_a_host(models):
+    with LLM(models["llama"], device="cpu", exact=False, memory={"host": "64MiB"}) as llm:
+        spec, plan = llm.model.spec, llm.fit(PROMPTS, PARAMS)
+    host = torch.device("cpu")
+    assert graphs_for(spec, host, exact=False, most_bytes=1) is not None
+    assert graphs_for(spec, host, exact=True, most_bytes=1) is None
+    assert graphs_for(replace(spec, dtype="F32"), host, exact=False, most_bytes=1) is None
+    assert plan.reserve.recorded == 2**20, "1/64 of the budget"
+    rest = plan.uses[0].total - plan.reserve.recorded
+    for spare in (0, 5, 4096):
+        again = rebudget(spec, plan, Budget(host=rest + spare))
+        assert again.reserve.recorded == spare, "what weights leave, and no weight makes way"
+        assert again.uses[0].total == rest + spare

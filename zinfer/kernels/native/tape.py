@@ -1,0 +1,253 @@
+"""Write a pass down as steps of compiled code.  In: a function of bfloat16 tensors.  Out: what carries it out again.
+
+What CUDA calls a graph, for the host: while a function is recorded, calls of kernels and the few ops of torch that lie
+between them become steps over the very addresses that they were given.  An op that is no step is refused, so nothing
+of a function is ever left out.
+"""
+
+from __future__ import annotations
+
+import struct
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zinfer.kernels.native.calls import STEPS, Kernels, notes
+from zinfer.units import round_up
+
+_WORDS = 16  # of a step: its kind, and at most so many arguments less one
+_ALIGNED = 64  # bytes
+_SPARE = 2  # a block may be so many times what is asked for
+_aten = torch.ops.aten
+_VIEWS = {
+    _aten.alias.default,
+    _aten.as_strided.default,
+    _aten.detach.default,
+    _aten.expand.default,
+    _aten.permute.default,
+    _aten.select.int,
+    _aten.slice.Tensor,
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.squeeze.dim,
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.unbind.int,
+    _aten.unsqueeze.default,
+    _aten.view.default,
+}
+
+Words = npt.NDArray[np.uint64]
+
+
+class NotRecordableError(RuntimeError):
+    """What a function does is not among the steps: it runs op by op, as ever."""
+
+
+class Pool:
+    """Memory that what is recorded uses while it runs; tensors that have died make room for later ones.
+
+    Steps run in the order in which they were recorded, one caller at a time, so this is as good as memory of their own.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self.nbytes = 0
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of unknown content.  Raises NotRecordableError beyond `most_bytes`."""
+        nbytes = prod(shape) * dtype.itemsize
+        block = self._block(max(round_up(nbytes, _ALIGNED), _ALIGNED))
+        view = block[:nbytes]
+        weakref.finalize(view, self._free.append, block).atexit = False  # torch holds the view, not the block
+        return torch.from_numpy(view).view(dtype).view(shape)
+
+    def _block(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        fitting = [at for at, block in enumerate(self._free) if nbytes <= block.nbytes <= _SPARE * nbytes]
+        if fitting:
+            return self._free.pop(min(fitting, key=lambda at: self._free[at].nbytes))
+        if self.nbytes + nbytes + _ALIGNED > self.most_bytes:
+            raise NotRecordableError(
+                f"recorded passes have {self.most_bytes} bytes, {nbytes} more are wanted"
+            )
+        self.nbytes += nbytes + _ALIGNED
+        raw = np.empty(nbytes + _ALIGNED, np.uint8)
+        start = -raw.ctypes.data % _ALIGNED
+        return raw[start : start + nbytes]
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The steps of what is done while this is entered; results are tensors of `pool` with nothing in them yet."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._pool = pool
+        self._steps: list[list[int]] = []
+        self._noting = notes(self.note)
+
+    def __enter__(self) -> Tape:
+        self._noting.__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call, no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._noting.__exit__(None, None, None)
+
+    def note(self, name: str, *arguments: int | float | None) -> None:
+        """One more step: addresses, sizes, and numbers by their bits."""
+        words = [STEPS.index(name), *map(_word, arguments)]
+        self._steps.append(words + [0] * (_WORDS - len(words)))
+
+    def steps(self) -> Words:
+        """All of them, [steps, words]."""
+        return np.array(self._steps, np.uint64).reshape(-1, _WORDS)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Note what is a step; raises NotRecordableError for what is none."""
+        if func in _VIEWS:
+            return func(*args, **(kwargs or {}))
+        if func not in _HANDLERS:
+            raise NotRecordableError(f"{func} is no step of compiled code")
+        return _HANDLERS[func](self, *args, **(kwargs or {}))
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return self._pool.take(shape, dtype or torch.get_default_dtype())
+
+    def _new_empty(
+        self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, **_: Any
+    ) -> Tensor:
+        return self._pool.take(shape, dtype or like.dtype)
+
+    def _empty_like(self, like: Tensor, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return self._pool.take(like.shape, dtype or like.dtype)
+
+    def _add(self, x: Tensor, z: Tensor, *, alpha: float = 1) -> Tensor:
+        _ask(x.dtype == z.dtype == torch.bfloat16 and x.shape == z.shape and alpha == 1, "a sum of rows")
+        _ask(x.is_contiguous() and z.is_contiguous(), "a sum of whole tensors")
+        y = self._empty_like(x)
+        self.note("add", x.data_ptr(), z.data_ptr(), y.data_ptr(), x.numel())
+        return y
+
+    def _to(self, x: Tensor, *, dtype: torch.dtype | None = None, **how: Any) -> Tensor:
+        _ask(x.dtype == torch.bfloat16 and dtype == torch.float32 and x.is_contiguous(), "a wider copy")
+        _ask(not any(how.values()), "a copy on the host")
+        y = self._pool.take(x.shape, torch.float32)
+        self.note("widen", x.data_ptr(), y.data_ptr(), x.numel())
+        return y
+
+    def _index_select(self, x: Tensor, dim: int, rows_N: Tensor) -> Tensor:
+        y = self._pool.take((len(rows_N), *x.shape[1:]), x.dtype)
+        self._move(y, x, dim, from_rows=rows_N)
+        return y
+
+    def _index_copy(self, y: Tensor, dim: int, rows_N: Tensor, x: Tensor) -> Tensor:
+        self._move(y, x, dim, to_rows=rows_N)
+        return y
+
+    def _copy(self, y: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+        _ask(y.shape == x.shape, "a copy of as much as there is room for")
+        self._move(y, x, 0)
+        return y
+
+    def _move(
+        self,
+        y: Tensor,
+        x: Tensor,
+        dim: int,
+        *,
+        from_rows: Tensor | None = None,
+        to_rows: Tensor | None = None,
+    ) -> None:
+        """Rows of x to rows of y; rows may lie apart, each is of one piece."""
+        _ask(x.dtype == y.dtype and dim == 0 and x.dim() == y.dim() > 0, "a move of rows")
+        _ask(x.shape[1:] == y.shape[1:] and all(map(_has_whole_rows, (x, y))), "a move of whole rows")
+        rows = [None if index is None else index.data_ptr() for index in (from_rows, to_rows)]
+        _ask(
+            all(i is None or (i.dtype == torch.int64 and i.is_contiguous()) for i in (from_rows, to_rows)),
+            "rows",
+        )
+        count = next((len(index) for index in (from_rows, to_rows) if index is not None), len(x))
+        sizes = (x[:1].nbytes, *(part.stride(0) * part.itemsize for part in (x, y)))
+        self.note("move", x.data_ptr(), y.data_ptr(), *rows, count, *sizes)
+
+
+_HANDLERS: dict[Any, Callable[..., Tensor]] = {
+    _aten.empty.memory_format: Tape._empty,
+    _aten.new_empty.default: Tape._new_empty,
+    _aten.empty_like.default: Tape._empty_like,
+    _aten.add.Tensor: Tape._add,
+    _aten._to_copy.default: Tape._to,
+    _aten.index_select.default: Tape._index_select,
+    _aten.index_copy_.default: Tape._index_copy,
+    _aten.copy_.default: Tape._copy,
+}
+
+
+class TapeRecorder:
+    """A GraphRecorder (zinfer.runtime.graph) for the host, in at most so much memory."""
+
+    def __init__(self, kernels: Kernels, most_bytes: int) -> None:
+        self._kernels, self._most_bytes = kernels, most_bytes
+        self.forget()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything recorded."""
+        return self._pool.nbytes + self._step_bytes
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """As GraphRecorder.record.  Raises NotRecordableError, also where there is no memory for it."""
+        tape = Tape(self._pool)
+        with torch.no_grad(), tape:
+            run()
+        steps = tape.steps()
+        self._step_bytes += steps.nbytes
+        self._pool.most_bytes = self._most_bytes - self._step_bytes
+        return partial(_play, self._kernels, steps, self._pool)
+
+    def clone(self, x: Tensor) -> Tensor:
+        """The same numbers, in memory of the pool."""
+        return self._pool.take(x.shape, x.dtype).copy_(x)
+
+    def resize(self, most_bytes: int) -> None:
+        """So much memory after the next `forget`."""
+        self._most_bytes = most_bytes
+
+    def forget(self) -> None:
+        """Nothing that was recorded is ever played again."""
+        self._pool, self._step_bytes = Pool(self._most_bytes), 0
+
+
+def _play(kernels: Kernels, steps: Words, _memory: Pool) -> None:
+    """The steps; their memory lives as long as whoever may play them."""
+    kernels.play(steps.ctypes.data, len(steps))
+
+
+def _word(argument: int | float | None) -> int:
+    if isinstance(argument, float):
+        return int(struct.unpack("<Q", struct.pack("<d", argument))[0])
+    return argument or 0
+
+
+def _has_whole_rows(x: Tensor) -> bool:
+    return x.shape[0] == 0 or x[0].is_contiguous()
+
+
+def _ask(is_so: bool, what: str) -> None:
+    if not is_so:
+        raise NotRecordableError(f"compiled code knows {what} in bfloat16 alone")
