@@ -84,6 +84,17 @@ def test_numbers_that_are_none_stay_so():
 
 
 @needs_kernels
+@pytest.mark.parametrize("width", [1, 31, 255, 256, 257, 700])
+def test_an_element_of_a_gate_does_not_depend_on_where_it_lies(width):
+    """Whether in a whole block of a row or in what is left at its end."""
+    gate, up = 20 * noise(3, 1024), noise(3, 1024, seed=1)
+    found, whole = calls.kernels(), calls.kernels().gated(gate, up)
+    for begin in (0, 1, 300):
+        part = slice(begin, begin + width)
+        assert torch.equal(found.gated(gate[:, part], up[:, part]), whole[:, part])
+
+
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_rows_bits_depend_on_the_row_alone(threads):
     """Also where rows are shared among threads: enough of them for several pieces."""

@@ -1,10 +1,13 @@
 """Sampling: the processors against transformers', the draws against their distribution, rows against batch mates."""
 
+import math
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sampling_rows import Sequence, mixed_rows
 
 from zinfer.errors import MachineError
@@ -12,7 +15,7 @@ from zinfer.runtime.live_bytes import LiveBytes
 from zinfer.sampling import sample as module
 from zinfer.sampling.params import SamplingParams
 from zinfer.sampling.philox import philox, uniform
-from zinfer.sampling.sample import collect, draw, sample
+from zinfer.sampling.sample import _largest, collect, draw, sample
 from zinfer.spec import sampling_cost
 
 
@@ -58,6 +61,26 @@ def test_uniform_is_spread_and_repeatable():
 def test_temperature_zero_is_greedy():
     logits = torch.randn(5, 50)
     assert ids(logits, *[Sequence(SamplingParams(temperature=0))] * 5) == logits.argmax(-1).tolist()
+
+
+def test_of_equal_logits_the_first_is_the_largest():
+    logits = torch.zeros(40, 20_000)  # more than one slab
+    for row in range(40):
+        logits[row, [row + 3, row + 1, 19_999]] = 7.0
+    assert ids(logits, *[Sequence(SamplingParams(temperature=0))] * 40) == [row + 1 for row in range(40)]
+
+
+@given(
+    values=st.lists(st.sampled_from([-math.inf, -3.0, 0.0, 2.5, math.inf, math.nan]), min_size=1, max_size=40)
+)
+def test_the_largest_of_a_row_is_the_one_that_torch_finds(values):
+    """Its slow twin, also where a row holds what is no number; views of columns too."""
+    logits = torch.tensor([values, values[::-1]])
+    for rows in (logits, logits[:, : len(values) // 2 + 1], logits[:0]):
+        tops, at = _largest(rows)
+        want = rows.max(-1)
+        assert torch.equal(at, want.indices)
+        torch.testing.assert_close(tops, want.values, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _no_numbers(vocab: int, row: int, top: float) -> MachineError:
 
 def _slab(raw_SV: Tensor, sequences: Sequence[Drawable], eos_ids: Sequence[int]) -> Tensor:
     logits_SV = _processed(raw_SV, sequences, eos_ids)
-    tops_S, ids_S = logits_SV.max(-1)
+    tops_S, ids_S = _largest(logits_SV)
     random = [row for row, sequence in enumerate(sequences) if sequence.params.temperature >= _GREEDY_BELOW]
     if random:
         which = _which(random, len(sequences), raw_SV.device)
@@ -131,6 +131,16 @@ def _slab(raw_SV: Tensor, sequences: Sequence[Drawable], eos_ids: Sequence[int])
         best = logs_RV.topk(min(count, logs_RV.shape[1]))
         numbers += [logs_RV.gather(-1, ids_S[which, None]), best.indices, best.values]
     return torch.cat([part.flatten().double() for part in numbers])
+
+
+def _largest(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row the largest logit and its id, of equals the first; a row that holds a NaN gives that."""
+    if logits_SV.device.type != "cpu":
+        tops_S, ids_S = logits_SV.max(-1)
+        return tops_S, ids_S
+    # numpy looks through a row some four times faster than torch, which would wake its threads for every slab.
+    ids_S = torch.from_numpy(logits_SV.numpy().argmax(-1))
+    return logits_SV.gather(-1, ids_S[:, None])[:, 0], ids_S
 
 
 def _by_count(counts: Sequence[int | None]) -> list[tuple[int, list[int]]]:
