@@ -1,9 +1,5 @@
 """The machine's measurement, on tiny inputs: all is measured, positive and consistent; no seconds are asserted."""
 
-import threading
-from itertools import count
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,17 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS
 
-from zinfer.chunks.table import PAGE, PIECE_BYTES
+from zinfer.chunks.table import PAGE
 from zinfer.config.machine import Compute, Machine, Overlap, ProductRate
 from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import any_linear
 from zinfer.memory import measure as measuring
-from zinfer.memory import measure_beside, measure_links
 from zinfer.memory.measure import for_files, measure_compute, probe
-from zinfer.memory.measure_beside import measure_overlap
-from zinfer.memory.measure_links import measure_disk, measure_fresh, ranges, typical
-from zinfer.memory.slab import HostSlab
+from zinfer.memory.measure_links import typical
 from zinfer.plan.cost import OpCosts, PassLoad, quantised_seconds_per_byte
 from zinfer.runtime.quant_rates import makers
 from zinfer.runtime.small_model import SmallModel
@@ -108,37 +101,6 @@ def test_only_the_wanted_mode_is_measured(files, ample):
     assert machine.host.seconds_per_byte("F32", 1) > 0
 
 
-def test_reads_and_work_that_get_in_each_others_way_are_seen(files, monkeypatch):
-    """Both wait until the other is under way; by a clock of the test's own each then takes longer than alone."""
-    now, reads, works = [0.0], threading.Event(), threading.Event()
-
-    def piece_seconds(self, _reads, _seconds):
-        if threading.current_thread() is threading.main_thread():
-            return 1.0
-        reads.set()
-        assert works.wait(30)
-        return 9.0
-
-    def work():
-        assert reads.wait(30)
-        now[0] += 3.0
-        if now[0] > 20:
-            works.set()
-
-    monkeypatch.setattr(measure_links.ReadLoad, "piece_seconds", piece_seconds)
-    monkeypatch.setattr(measure_beside, "typical_seconds", lambda run, seconds: 1.5)
-    monkeypatch.setattr(measure_beside.time, "perf_counter", lambda: now[0])
-    overlap = measure_overlap(files, work, 0.02)
-    assert overlap.disk == 4.0  # the most that is believed
-    assert overlap.compute == pytest.approx(2.0)
-    assert measure_overlap([], lambda: None, 0.01) == Overlap()
-
-
-def test_files_too_small_to_read_directly_are_guessed_too(tmp_path):
-    (tmp_path / "small").write_bytes(b"x")
-    assert measure_disk([tmp_path / "small"], 0.01) == measure_disk([], 0.01)
-
-
 def test_without_files_the_disk_is_guessed():
     machine = probe([], linear, Idle, shapes=SHAPES, seconds=0.01)
     assert machine.disk_read.bytes_per_s == 1e9
@@ -148,6 +110,11 @@ def test_without_files_the_disk_is_guessed():
 def test_a_saved_profile_takes_the_disk_as_it_is_now(files):
     machine = probe(files, linear, Idle, shapes=SHAPES, seconds=0.01)
     assert for_files(machine, []) is machine
+    stays = for_files(
+        machine.model_copy(update={"fresh_bytes_per_s": 7.0, "disk_row_latency_s": 5.0}), files, 0.02
+    )
+    assert (stays.fresh_bytes_per_s, stays.disk_row_latency_s) == (7.0, 5.0)
+    assert stays.disk_read.latency_s == machine.disk_read.latency_s
     moved = machine.model_copy(update={"disk_device": "7:7", "disk_row_latency_s": 1e9})
     again = for_files(moved, files, seconds=0.02)
     assert again.disk_device == machine.disk_device
@@ -168,46 +135,6 @@ def test_the_usual_time_is_the_mean_of_the_machines_own_speeds():
 def test_the_usual_time_lies_between_the_best_and_half_above_the_lowest_decile(times):
     decile = sorted(times)[len(times) // 10]
     assert min(times) * (1 - 1e-9) <= typical(times) <= 1.5 * decile * (1 + 1e-9)
-
-
-def test_fresh_memory_is_found_once_by_all_threads_and_given_back(monkeypatch):
-    """By a clock that ticks when it is asked: once per huge page and at the end."""
-    slabs, ticks = [], count(0.0, 1.0)
-
-    class Slab(HostSlab):
-        def __init__(self, nbytes):
-            super().__init__(nbytes)
-            self.bytes_N.fill_(7)
-            self.found_N = self.bytes_N.numpy()
-            slabs.append(self)
-
-        def close(self):
-            self.stored = int((self.found_N == 0).sum())
-            super().close()
-
-    monkeypatch.setattr(measure_links, "HostSlab", Slab)
-    monkeypatch.setattr(measure_links.time, "perf_counter", lambda: next(ticks))
-    assert measure_fresh(1e9, 64 * MIB) == pytest.approx(64 * MIB / 33)
-    assert measure_fresh(0.0, 64 * MIB) == pytest.approx(8 * MIB / 5), "time is up: each thread's first"
-    assert [slab.stored for slab in slabs] == [64 * MIB // PAGE, 8 * MIB // PAGE]
-    assert [len(slab.bytes_N) for slab in slabs] == [0, 0]
-
-
-def test_ranges_are_direct_reads_inside_the_files(files):
-    for nbytes in (PIECE_BYTES, 256 * 1024):
-        reads = ranges(files, nbytes)
-        assert {read.file for read in reads} == {0, 1, 2}
-        for read in reads:
-            assert read.offset % PAGE == read.nbytes % PAGE == 0
-            assert 0 < read.nbytes <= nbytes
-            assert read.offset + read.nbytes <= files[read.file].stat().st_size
-
-
-def test_reading_leaves_no_thread_and_no_open_file(files):
-    before, num_files = set(threading.enumerate()), len(list(Path("/proc/self/fd").iterdir()))
-    measure_disk(files, 0.02)
-    assert set(threading.enumerate()) <= before
-    assert len(list(Path("/proc/self/fd").iterdir())) == num_files
 
 
 def test_exact_mode_is_measured_apart(monkeypatch, ample):

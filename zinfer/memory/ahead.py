@@ -31,6 +31,7 @@ class Ahead:
         self._is_claimed = bytearray(round_up(nbytes, HUGE_PAGE) // HUGE_PAGE)
         self._at = -1  # the page that is being found
         self._leap = 0
+        self._num_found = 0
         self._is_ended = False
         self._busy = threading.Lock()
         for offset, size in unused:
@@ -51,6 +52,11 @@ class Ahead:
             with self._busy:
                 pass
 
+    @property
+    def found_bytes(self) -> int:
+        """What it has found by now."""
+        return self._num_found * HUGE_PAGE
+
     def close(self) -> None:
         """End the thread; may be called again."""
         self._is_ended = True
@@ -63,5 +69,6 @@ class Ahead:
                 self._at = page
                 if not self._is_claimed[page]:
                     memset(self._address + page * HUGE_PAGE, 0, 1)  # without the interpreter's lock
+                    self._num_found += 1
                 self._at = -1
             page, self._leap = page + 1 + self._leap, 0

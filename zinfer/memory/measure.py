@@ -18,16 +18,10 @@ from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Compute, Machine, Overlap, ProductRate, StepCost
 from zinfer.config.profiles import fingerprint
 from zinfer.memory.devices import visible_devices
-from zinfer.memory.measure_beside import measure_chunk_overhead, measure_overlap
-from zinfer.memory.measure_links import (
-    device_of,
-    measure_copies,
-    measure_disk,
-    measure_fresh,
-    measure_host_copy,
-    typical_seconds,
-)
-from zinfer.units import MIB
+from zinfer.memory.measure_beside import measure_chunk_overhead, measure_fresh, measure_overlap
+from zinfer.memory.measure_disk import device_of, link_now, measure_disk
+from zinfer.memory.measure_links import measure_copies, measure_host_copy, typical_seconds
+from zinfer.units import GIB, MIB
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 EXACT = " exact"  # marks the rates of exact mode: "BF16 exact"
@@ -36,6 +30,8 @@ _MAX_POOL = 1024  # matrices
 _POOL_BYTES = 640 * MIB  # rotated over, so that weights come from memory and from no cache
 _POOL_BYTES_PER_S = 100 * MIB  # of a short probe: making the pool must leave time for using it
 _GUESS = StepCost(op_overhead_s=1e-4, attention_flops_per_s=1e10, prefill_attention_flops_per_s=5e10)
+_PROMPT_ROWS = 64  # of the products beside which fresh memory is found: what loads also feeds prompts
+_FRESH_BYTES = GIB
 _FEW_TOKENS, _MANY_TOKENS, _PREFILL_ROWS = 64, 1536, 512
 
 
@@ -105,12 +101,13 @@ def probe(
     )
 
 
-def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.12) -> Machine:
-    """The machine as it is now for these files: disks drift, fresh memory too, and another disk may hold them."""
+def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.1) -> Machine:
+    """The machine as it is now for these files: disks drift, and another disk may hold them."""
     if not paths or not machine.measured or machine.fingerprint != fingerprint():
         return machine
-    fresh = measure_fresh(seconds / 4)
-    return machine.model_copy(update=_disk_fields(paths, seconds) | {"fresh_bytes_per_s": fresh})
+    if machine.disk_device != device_of(paths):
+        return machine.model_copy(update=_disk_fields(paths, seconds))
+    return machine.model_copy(update={"disk_read": link_now(paths, machine.disk_read, seconds)})
 
 
 def measure(
@@ -134,6 +131,7 @@ def measure(
     limits = memory_limits()
     disk = _disk_fields(paths, seconds / 5)
     chunk_s = measure_chunk_overhead(paths, seconds / 40)
+    overlap, fresh = _measure_beside(paths, product, shapes, dtypes[0], modes[0], seconds, clock)
     has_gpu = visible_devices().count > 0
     host_s = clock.left_s * (0.45 if has_gpu else 0.85)
     host = measure_compute(
@@ -149,14 +147,6 @@ def measure(
     )
     if chunk_s is not None:
         host = host.model_copy(update={"chunk_overhead_s": chunk_s})
-    overlap = Overlap()
-    if clock.allows("reads beside products"):
-        pool = _pool(_dense(DTYPES[dtypes[0]]), torch.device("cpu"), shapes, 0)
-        with torch.no_grad():
-            overlap = measure_overlap(
-                paths, partial(_round, product, pool, 1, modes[0]), min(seconds / 10, clock.left_s)
-            )
-    fresh = measure_fresh(seconds / 40) if clock.allows("fresh memory") else None
     machine = Machine(
         name=platform.node() or "this machine",
         host_bytes=limits.total,
@@ -171,6 +161,30 @@ def measure(
     if has_gpu:
         machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, formats, clock)
     return machine.model_copy(update={"skipped": tuple(clock.skipped)})
+
+
+def _measure_beside(
+    paths: Sequence[Path],
+    product: Product,
+    shapes: Sequence[Shape],
+    dtype: str,
+    exact: bool,
+    seconds: float,
+    clock: Clock,
+) -> tuple[Overlap, float | None]:
+    """What reads and products cost each other, and bytes per second of fresh memory; of a measurement of `seconds`."""
+    pool = _pool(_dense(DTYPES[dtype]), torch.device("cpu"), shapes, 0)
+    decode, prompt = (partial(_round, product, pool, rows, exact) for rows in (1, _PROMPT_ROWS))
+    overlap, fresh = Overlap(), None
+    with torch.no_grad():
+        if clock.allows("reads beside products"):
+            decode()  # a kernel is chosen at its first use
+            overlap = measure_overlap(paths, decode, min(seconds / 10, clock.left_s))
+        if clock.allows("fresh memory"):
+            prompt()
+            nbytes = min(_FRESH_BYTES, memory_limits().available // 8)
+            fresh = measure_fresh(prompt, min(seconds / 20, clock.left_s), nbytes)
+    return overlap, fresh
 
 
 class Clock:

@@ -218,7 +218,7 @@ def _resolved(
 def _as_it_is_now(machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved) -> Machine:
     """A saved profile with the disk's rate of this moment where passes will wait for it, or another disk."""
     from zinfer.memory.measure import for_files
-    from zinfer.memory.measure_links import device_of
+    from zinfer.memory.measure_disk import device_of
 
     memory = resolved.host_bytes + resolved.device_bytes
     will_stream = profile(spec).pass_bytes > memory

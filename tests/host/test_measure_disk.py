@@ -1,0 +1,204 @@
+"""The disk's rate: what is counted, what a moment of reads is believed.  Disks and clocks of the tests' own."""
+
+import threading
+from itertools import count
+from math import exp, log, sqrt
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zinfer.chunks.table import PAGE, PIECE_BYTES
+from zinfer.config.machine import Link
+from zinfer.memory import measure_disk as measuring
+from zinfer.memory.measure_disk import (
+    ReadLoad,
+    likely_rate,
+    link_now,
+    measure_disk,
+    ranges,
+)
+from zinfer.memory.nvme import IN_FLIGHT
+
+MIB = 2**20
+SIZES = (3 * MIB + 100, 5 * PAGE, PAGE)
+rates = st.floats(1e6, 1e11)
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / f"{at}.safetensors" for at in range(len(SIZES))]
+    for path, size in zip(paths, SIZES, strict=True):
+        path.write_bytes(np.random.default_rng(0).bytes(size))
+    return paths
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """`disk(rounds, ...)`: what each probe sees, one after the other; returns how long each was asked for."""
+
+    def make(*probes):
+        asked, left = [], list(probes)
+
+        def round_seconds(_self, _reads, seconds):
+            asked.append(seconds)
+            return left.pop(0)
+
+        monkeypatch.setattr(ReadLoad, "round_seconds", round_seconds)
+        return asked
+
+    return make
+
+
+def mean_bytes(files):
+    reads = ranges(files, PIECE_BYTES)
+    return sum(read.nbytes for read in reads) / len(reads)
+
+
+def test_ranges_are_direct_reads_inside_the_files(files):
+    for nbytes in (PIECE_BYTES, 256 * 1024):
+        reads = ranges(files, nbytes)
+        assert {read.file for read in reads} == {0, 1, 2}
+        for read in reads:
+            assert read.offset % PAGE == read.nbytes % PAGE == 0
+            assert 0 < read.nbytes <= nbytes
+            assert read.offset + read.nbytes <= files[read.file].stat().st_size
+
+
+def test_reading_leaves_no_thread_and_no_open_file(files):
+    before, num_files = set(threading.enumerate()), len(list(Path("/proc/self/fd").iterdir()))
+    rates = measure_disk(files, 0.02)
+    assert rates.link.bytes_per_s > 0
+    assert rates.row_latency_s > 0
+    assert set(threading.enumerate()) <= before
+    assert len(list(Path("/proc/self/fd").iterdir())) == num_files
+
+
+def test_files_too_small_to_read_directly_are_guessed_too(tmp_path):
+    (tmp_path / "small").write_bytes(b"x")
+    assert measure_disk([tmp_path / "small"], 0.01) == measure_disk([], 0.01)
+    assert link_now([tmp_path / "small"], Link(bytes_per_s=5.0), 0.01) == Link(bytes_per_s=5.0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0, 8.5])
+def test_a_cold_start_is_not_counted(files, monkeypatch, seconds):
+    """A disk that takes 100 s for each of its first reads and one for each later one, by a clock that only it moves."""
+    now, begun, under_way, most = [0.0], count(), [0], [0]
+
+    class Reader:
+        def begin(self, ticket, place_N, landed):
+            assert len(place_N) == ticket.chunk.nbytes
+            ticket.number = next(begun)
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+
+        def close(self):
+            pass
+
+    class Ticket:
+        def __init__(self, chunk):
+            self.chunk = chunk
+
+        def land(self):
+            raise AssertionError("the reader of this test lands nothing")
+
+        def wait(self):
+            now[0] += 100.0 if self.number < IN_FLIGHT else 1.0
+            under_way[0] -= 1
+
+    monkeypatch.setattr(measuring, "Reader", lambda *_args: Reader())
+    monkeypatch.setattr(measuring, "Ticket", Ticket)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with ReadLoad(files) as load:
+        rounds = load.round_seconds(ranges(files, PIECE_BYTES), 100.0 * IN_FLIGHT + seconds)
+    assert rounds == [float(IN_FLIGHT)] * len(rounds)
+    # At least one round; and what is begun in time is waited for.
+    assert len(rounds) == max(int((seconds + 1 + IN_FLIGHT - 1) // IN_FLIGHT), 1)
+    assert most[0] == IN_FLIGHT
+    assert under_way[0] == 0
+
+
+def test_a_rate_that_was_seen_before_is_believed_at_once(files, disk):
+    known = Link(bytes_per_s=1e9, latency_s=0.0)
+    as_before = mean_bytes(files) / 1e9 * IN_FLIGHT
+    asked = disk([as_before] * 4)
+    assert link_now(files, known, 0.1).bytes_per_s == pytest.approx(1e9)
+    assert asked == [0.1]
+
+
+def test_a_moment_that_was_disturbed_once_is_not_believed(files, disk):
+    """Somebody else's second in one round of four changes nothing."""
+    as_before = mean_bytes(files) / 1e9 * IN_FLIGHT
+    disk([as_before, as_before, as_before + 1.0, as_before])
+    assert link_now(files, Link(bytes_per_s=1e9), 0.1).bytes_per_s == pytest.approx(1e9)
+
+
+def test_another_rate_is_looked_at_for_as_long_again(files, disk):
+    known = Link(bytes_per_s=1e9, latency_s=1e-9)
+    twice = 2 * mean_bytes(files) / 1e9 * IN_FLIGHT
+    asked = disk([twice] * 4, [twice] * 4)
+    now = link_now(files, known, 0.1)
+    assert asked == [0.1, 0.1]
+    assert now.latency_s == known.latency_s
+    assert now.bytes_per_s == pytest.approx(0.5e9, rel=0.02), "so far off it is the disk that changed"
+
+
+def test_a_slow_start_of_a_probe_costs_little(files, disk):
+    """The first tenth of a second at half the rate, the second as before: the disk has not changed."""
+    as_before = mean_bytes(files) / 1e9 * IN_FLIGHT
+    asked = disk([2 * as_before] * 3, [as_before] * 4)
+    assert 0.85e9 < link_now(files, Link(bytes_per_s=1e9), 0.1).bytes_per_s <= 1e9 * (1 + 1e-9)
+    assert len(asked) == 2
+
+
+def test_a_pieces_fixed_cost_is_not_the_rates(files, disk):
+    nbytes = mean_bytes(files)
+    known = Link(bytes_per_s=1e9, latency_s=0.25 * nbytes / 1e9)
+    disk([1.25 * nbytes / 1e9 * IN_FLIGHT] * 4)
+    assert link_now(files, known, 0.1).bytes_per_s == pytest.approx(1e9)
+
+
+@given(rates, rates)
+def test_the_likely_rate_lies_between_both(known, seen):
+    likely = likely_rate(known, seen)
+    low, high = sorted((known, seen))
+    assert low * (1 - 1e-9) <= likely <= high * (1 + 1e-9)
+
+
+@given(rates, st.floats(-3, 3), st.floats(0.001, 1))
+def test_what_was_seen_counts_more_the_farther_off_it_is(known, off, more):
+    def share(distance):
+        return log(likely_rate(known, known * exp(distance)) / known) / distance
+
+    near, far = (off or 0.1), (off or 0.1) + (more if off >= 0 else -more)
+    assert share(near) <= share(far) + 1e-6
+    assert likely_rate(known, known) == pytest.approx(known)
+
+
+@given(rates, st.floats(0.2, 5.0), st.floats(1.5, 10))
+def test_longer_reads_count_more(known, ratio, longer):
+    short, long = (
+        abs(log(likely_rate(known, known * ratio, noise) / known)) for noise in (0.06, 0.06 / sqrt(longer))
+    )
+    assert short <= long + 1e-9
+
+
+@pytest.mark.parametrize(("noise", "drift"), [(0.06, 0.06), (0.06, 0.0), (0.03, 0.10)])
+def test_on_disks_that_drift_it_is_nearer_than_the_worse_of_both(noise, drift):
+    """Ten thousand disks: the error is below that of the worse guess, and for equal ones below that of either."""
+    drawn = np.random.default_rng(0)
+    true = np.exp(drawn.normal(0, drift, 10_000))
+    seen = true * np.exp(drawn.normal(0, noise, 10_000))
+    likely = np.array([likely_rate(1.0, rate) for rate in seen])
+
+    def error(guess):
+        return float(np.sqrt(np.mean(np.log(guess / true) ** 2)))
+
+    assert error(likely) < max(error(1.0), error(seen))
+    if noise == drift:
+        assert error(likely) < 0.85 * min(error(1.0), error(seen))
+    bias = float(np.mean(np.log(likely / true)))
+    assert abs(bias) < 0.01, "neither hopeful nor fearful"
