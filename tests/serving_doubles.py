@@ -65,19 +65,27 @@ class HeldQueue:
         return sum(len(text.ids) for text, _ in self.waiting)
 
     def submit(self, text):
-        return self.submit_all([text])[0]
+        one, both = Future(), self.submit_all([text])
+
+        def pass_on(found):
+            if (error := found.exception()) is not None:
+                one.set_exception(error)
+            else:
+                one.set_result(found.result()[0])
+
+        both.add_done_callback(pass_on)
+        return one
 
     def submit_all(self, texts):
-        futures = [Future() for _ in texts]
+        future = Future()
         with self.lock:
             if self.tokens + sum(len(text.ids) for text in texts) > self.max_queue_tokens:
                 raise Overloaded(self.tokens, self.max_queue_tokens, 2.25)
-            self.waiting += zip(texts, futures, strict=True)
-            for future in futures:
-                future.add_done_callback(self._gone)
+            self.waiting += [(text, future) for text in texts]
+            future.add_done_callback(self._gone)
             if self.is_open:
                 self.answer()
-        return futures
+        return future
 
     def _gone(self, future):
         with self.lock:
@@ -89,17 +97,23 @@ class HeldQueue:
     def answer(self):
         """Answer all that waits."""
         with self.lock:
-            for text, future in list(self.waiting):
+            parcels = {}
+            for text, future in self.waiting:
+                parcels.setdefault(future, []).append(text)
+            for future, texts in parcels.items():
                 if future.set_running_or_notify_cancel():
-                    self._end(text, future)
+                    self._end(texts, future)
 
-    def _end(self, text, future):
+    def _end(self, texts, future):
         if self.error is not None:
             future.set_exception(self.error)
             return
-        self.answered += 1
+        self.answered += len(texts)
+        future.set_result([self._served(text) for text in texts])
+
+    def _served(self, text):
         logits_C = torch.tensor([0.0, float(len(text.ids))])
-        future.set_result(Served(torch.tensor(expected_row(text)), logits_C, self.num_students, 0.001, 0.002))
+        return Served(torch.tensor(expected_row(text)), logits_C, self.num_students, 0.001, 0.002)
 
     def drain(self, timeout_s=None):
         return not self.waiting

@@ -185,8 +185,9 @@ class TestRefusals:
             monkeypatch.setattr("zinfer.serving.service.time.perf_counter", lambda: 1e12)
             assert ask(here, "/embed", {"inputs": "a"}).status_code == 200
 
-    def test_no_more_is_taken_than_can_soon_be_parsed(self):
+    def test_no_more_is_taken_than_can_soon_be_parsed(self, monkeypatch):
         """With the threads busy, requests wait for them up to half a second's work and are then refused unread."""
+        monkeypatch.setattr("zinfer.serving.service.SHORT_BYTES", 0)
 
         async def many(here):
             here.service._begin_s = 0.2
@@ -354,7 +355,8 @@ class TestLife:
             assert (found.status_code, found.json()["code"]) == (503, "ZI-2212")
 
     @pytest.mark.parametrize("where", ["in the queue", "in the tokenizer"])
-    def test_a_client_that_leaves_takes_its_texts_along(self, where):
+    def test_a_client_that_leaves_takes_its_texts_along(self, where, monkeypatch):
+        monkeypatch.setattr("zinfer.serving.service.SHORT_BYTES", 0)
         with site() as here:
             here.queue.is_open = False
             if where == "in the tokenizer":
@@ -367,8 +369,9 @@ class TestLife:
             assert "zinfer_disconnects_total 1.0" in text
             assert 'zinfer_requests_total{path="/embed",status="499"} 1.0' in text
 
-    def test_nothing_blocks_the_loop(self):
-        """While one request's text is cut into tokens and another one's waits, /health answers."""
+    def test_nothing_blocks_the_loop(self, monkeypatch):
+        """While one request's long text is cut into tokens and another one's waits, /health answers."""
+        monkeypatch.setattr("zinfer.serving.service.SHORT_BYTES", 15)
 
         async def asked(here):
             async with here.client() as client:
@@ -376,7 +379,7 @@ class TestLife:
                 waiting = asyncio.ensure_future(client.post("/embed", json={"inputs": "a"}))
                 await until(lambda: here.queue.waiting)
                 here.model.gate.clear()
-                cutting = asyncio.ensure_future(client.post("/embed", json={"inputs": "b"}))
+                cutting = asyncio.ensure_future(client.post("/embed", json={"inputs": "bbbb"}))
                 assert (await client.get("/health")).status_code == 200
                 assert not waiting.done()
                 assert not cutting.done()
@@ -448,7 +451,7 @@ class TestNumbers:
 
     def test_one_line_per_so_many_seconds_and_none_where_nothing_happened(self):
         with site(access_s=10) as here:
-            shift = Shift(here.app.meters, here.service)
+            shift = Shift(here.app.desk.meters, here.service)
             assert shift.line(100.0) == ""
             assert shift.line(111.0) == "", "nothing happened"
             for _ in range(3):

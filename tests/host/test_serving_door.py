@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_doubles import site
 
+from zinfer.serving.desk import Reply
 from zinfer.serving.door import Door, whole_post, written
 from zinfer.serving.refusal import Refusal
 
@@ -32,7 +33,9 @@ def post(body=BODY, line=b"POST /embed HTTP/1.1", headers=(), length=None):
     ],
 )
 def test_a_plain_request_is_known_at_a_glance(data, found):
-    assert whole_post(data) == found
+    post = whole_post(data)
+    assert (post.kind, post.authorization) == found
+    assert data.endswith(b"\r\n\r\n" + post.body)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,9 @@ def test_what_the_door_takes_for_one_request_is_one_to_the_parser_too(data):
     read = as_the_parser_reads(data)
     assert read is not None, "it would be refused for another reason"
     (request, *parts), rest = read
-    assert request.target.decode() == f"/{found[0]}"
+    assert request.target.decode() == found.path
+    assert b"".join(bytes(part.data) for part in parts[:-1]) == found.body
+    assert dict(request.headers) == found.headers
     assert isinstance(parts[-1], h11.EndOfMessage)
     assert rest == b""
 
@@ -118,7 +123,7 @@ def test_what_the_door_takes_for_one_request_is_one_to_the_parser_too(data):
 class TestDoor:
     def test_with_room_nothing_is_refused(self):
         with site() as here:
-            assert Door(here.service, here.app.count_refused).refusal(post()) is None
+            assert Door(here.app.desk).look(post()).body == BODY
 
     @pytest.mark.parametrize(
         ("fault", "found"),
@@ -133,9 +138,9 @@ class TestDoor:
         with site() as here:
             here.service._room_at_s = time.perf_counter() + 1000
             fault(here)
-            refusal = Door(here.service, here.app.count_refused).refusal(post(line=b"POST /predict HTTP/1.1"))
+            refusal = Door(here.app.desk).look(post(line=b"POST /predict HTTP/1.1"))
             assert (refusal and refusal.status) == found
-            counted = here.app.meters.requests.labels("/predict", "429")._value.get()
+            counted = here.app.desk.meters.requests.labels("/predict", "429")._value.get()
             assert counted == (1 if found else 0)
 
     @pytest.mark.parametrize(("key", "found"), [(None, None), ("wrong", None), ("right", 429)])
@@ -143,7 +148,7 @@ class TestDoor:
         with site(api_key="right") as here:
             here.service._room_at_s = time.perf_counter() + 1000
             headers = [] if key is None else [b"authorization: Bearer " + key.encode()]
-            refusal = Door(here.service, here.app.count_refused).refusal(post(headers=headers))
+            refusal = Door(here.app.desk).look(post(headers=headers))
             assert (refusal and refusal.status) == found
 
     def test_what_is_written_is_a_response(self):
@@ -151,7 +156,7 @@ class TestDoor:
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method="GET", target="/", headers=[("host", "a")]))
         parser.send(h11.EndOfMessage())
-        parser.receive_data(written(refusal, [(b"date", b"now")]))
+        parser.receive_data(written(Reply.refusing(refusal), [(b"date", b"now")]))
         head, body, end = (parser.next_event() for _ in range(3))
         assert (head.status_code, head.reason) == (429, b"Too Many Requests")
         assert (b"retry-after", b"2") in head.headers

@@ -82,19 +82,19 @@ def test_an_idle_worker_takes_what_is_there_and_a_busy_one_collects():
 def test_texts_of_one_caller_come_together_so_an_idle_worker_takes_all_of_them():
     answerer = Sums()
     with opened(answerer, workers=3) as scheduler:
-        futures = scheduler.submit_all([text(at, at) for at in range(1, 11)])
-        assert [future.result(30).representation_D.item() for future in futures] == list(range(2, 22, 2))
+        served = scheduler.submit_all([text(at, at) for at in range(1, 11)]).result(30)
+        assert [one.representation_D.item() for one in served] == list(range(2, 22, 2))
     assert [len(texts) for _, texts in answerer.passes] == [10], "never the first of them alone"
 
 
 def test_more_than_a_pass_holds_is_shared_by_workers():
     answerer = Sums(is_open=False)
     with opened(answerer, workers=2, pass_tokens=20) as scheduler:
-        futures = scheduler.submit_all([text(at, at) for at in range(20, 40)])
+        future = scheduler.submit_all([text(at, at) for at in range(20, 40)])
         for _ in range(2):
             assert answerer.begun.acquire(timeout=30), "both are at work"
         answerer.gate.set()
-        assert len({future.result(30).representation_D.item() for future in futures}) == 20
+        assert [one.representation_D.item() for one in future.result(30)] == list(range(40, 80, 2))
 
 
 def test_a_caller_has_all_or_none_of_its_texts_queued():
@@ -130,6 +130,32 @@ def test_a_full_queue_says_when_to_come_again():
         answerer.gate.set()
         assert scheduler.drain(30)
         assert scheduler.stats().answers == {3: 3}
+
+
+def test_a_caller_may_leave_until_its_last_text_is_in_a_pass():
+    answerer = Sums(is_open=False)
+    with opened(answerer, pass_tokens=4) as scheduler:
+        future = scheduler.submit_all([text(1, 2), text(3, 4), text(5, 6), text(7, 8)])
+        assert answerer.begun.acquire(timeout=30), "the first two of them are in a pass"
+        assert future.cancel()
+        assert wait([future], 30).not_done == set()
+        answerer.gate.set()
+        assert scheduler.submit(text(9)).result(30).representation_D.item() == 9
+        assert scheduler.stats().cancelled == 2, "the other two"
+    assert [len(texts) for _, texts in answerer.passes] == [2, 1]
+
+
+def test_of_what_has_failed_no_more_is_computed():
+    answerer = Sums(is_open=False)
+    with opened(answerer, pass_tokens=4) as scheduler:
+        future = scheduler.submit_all([text(1, 2), text(13, 4), text(5, 6)])
+        assert answerer.begun.acquire(timeout=30)
+        answerer.gate.set()
+        with pytest.raises(RuntimeError, match="thirteen"):
+            future.result(30)
+        assert scheduler.drain(30)
+        assert (scheduler.stats().failed, scheduler.stats().cancelled) == (2, 1)
+    assert len(answerer.passes) == 1
 
 
 def test_what_is_cancelled_is_not_computed():

@@ -15,23 +15,21 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zinfer import __version__
-from zinfer.log import logger
 from zinfer.serving.asks import Kind
-from zinfer.serving.body import Bodies, ClientGone
+from zinfer.serving.body import ClientGone
+from zinfer.serving.desk import GONE, Desk, Reply, broken
 from zinfer.serving.metrics import CONTENT_TYPE, Meters
 from zinfer.serving.openapi import description
 from zinfer.serving.refusal import Refusal
 from zinfer.serving.service import Service
 
-STUDENTS_HEADER = "x-students"
 _OPEN_PATHS = ("/health",)  # need no key: says only that the process lives
-_GONE = 499  # nobody is there to read it: for the counters
 
 
 def make_app(service: Service) -> Guard:
-    """The application of one server; `meters` hold its counters."""
-    meters = Meters(service.model.num_students)
-    routes = Routes(service, meters)
+    """The application of one server; `desk` counts what it does."""
+    desk = Desk(service, Meters(service.model.num_students))
+    routes = Routes(desk)
     table = [
         Route("/predict", routes.predict, methods=["POST"]),
         Route("/embed", routes.embed, methods=["POST"]),
@@ -47,14 +45,14 @@ def make_app(service: Service) -> Guard:
         HTTPException: lambda request, error: refused(unrouted(request, error, paths)),
         Exception: lambda _, error: refused(broken(error)),
     }
-    return Guard(Starlette(routes=table, exception_handlers=handlers), service, meters, paths)
+    return Guard(Starlette(routes=table, exception_handlers=handlers), desk, paths)
 
 
 class Guard:
     """Around every request: the key, and the counters however it ends."""
 
-    def __init__(self, app: ASGIApp, service: Service, meters: Meters, paths: list[str]) -> None:
-        self.app, self.service, self.meters, self.paths = app, service, meters, paths
+    def __init__(self, app: ASGIApp, desk: Desk, paths: list[str]) -> None:
+        self.app, self.desk, self.service, self.paths = app, desk, desk.service, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -84,29 +82,17 @@ class Guard:
             found = dict(scope["headers"]).get(b"authorization")
             self.service.check_key(None if found is None else found.decode("latin-1"))
 
-    def count_refused(self, path: str, refusal: Refusal) -> None:
-        """A request that was refused before it was parsed."""
-        self.count(path, refusal.status, 0.0)
-
     def count(self, path: str, status: int, seconds: float) -> None:
         """A path that there is not is counted as "other": strangers make no new time series."""
-        path = path if path in self.paths else "other"
-        self.meters.requests.labels(path, str(status)).inc()
-        if path in ("/predict", "/embed") and status == 200:
-            self.meters.latency.observe(seconds)
-        if status == _GONE:
-            self.meters.disconnects.inc()
-        if status in (429, 503):
-            self.meters.rejected.labels({429: "overloaded", 503: "closed"}[status]).inc()
+        self.desk.count(path if path in self.paths else "other", status, seconds)
 
 
 class Routes:
     """What each path does."""
 
-    def __init__(self, service: Service, meters: Meters) -> None:
-        self.service, self.meters = service, meters
-        self.bodies = Bodies(service.limits)
-        self.description = description(service.limits)
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.service = desk, desk.service
+        self.description = description(self.service.limits)
 
     async def predict(self, request: Request) -> Response:
         """Labels with scores."""
@@ -122,21 +108,13 @@ class Routes:
         self.service.check_kind(kind)
         self.service.check_room()
         try:
-            async with self.bodies.reading(request) as raw:
+            async with self.desk.bodies.reading(request) as raw:
                 return await self._unless_gone(request, self._answer(raw, kind))
         except ClientGone:
-            return Response(status_code=_GONE)
+            return Response(status_code=GONE)
 
     async def _answer(self, raw: bytes, kind: Kind) -> Response:
-        answered, body = await self.service.answer(raw, kind)
-        self.meters.texts.inc(len(answered.served))
-        self.meters.tokens.inc(answered.tokens)
-        self.meters.deferred.inc(answered.num_deferred)
-        for one in answered.served:
-            self.meters.students.observe(one.num_students)
-            self.meters.waited.observe(one.queue_s)
-        headers = {STUDENTS_HEADER: str(answered.num_students)}
-        return Response(body, headers=headers, media_type="application/json")
+        return as_response(await self.desk.answer(raw, kind))
 
     async def _unless_gone(self, request: Request, work: Any) -> Response:
         working = asyncio.ensure_future(work)
@@ -189,8 +167,9 @@ class Routes:
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus text."""
-        self.meters.asked(self.service.queue.stats(), self.service.in_flight)
-        return Response(self.meters.text(), headers={"content-type": CONTENT_TYPE})
+        meters = self.desk.meters
+        meters.asked(self.service.queue.stats(), self.service.in_flight)
+        return Response(meters.text(), headers={"content-type": CONTENT_TYPE})
 
     async def openapi(self, _: Request) -> Response:
         """The description of all this."""
@@ -199,8 +178,13 @@ class Routes:
 
 def refused(error: Refusal) -> Response:
     """A refusal as a response."""
+    return as_response(Reply.refusing(error))
+
+
+def as_response(reply: Reply) -> Response:
+    """A reply as Starlette has it."""
     return Response(
-        error.body(), status_code=error.status, headers=error.headers(), media_type="application/json"
+        reply.body, status_code=reply.status, headers=dict(reply.headers), media_type="application/json"
     )
 
 
@@ -212,9 +196,3 @@ def unrouted(request: Request, error: HTTPException, paths: list[str]) -> Refusa
     return Refusal(
         error.status_code, "ZI-1172", "there is no such path", remedy="one of: " + ", ".join(paths)
     )
-
-
-def broken(error: Exception) -> Refusal:
-    """500: a bug of ours.  What it was goes to our own output, never to the client."""
-    logger.error("a bug in zinfer: %s", error, exc_info=error)
-    return Refusal(500, "ZI-0001", "a bug in zinfer", remedy="report what the server printed")

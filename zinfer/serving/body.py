@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from starlette.requests import Request
 
@@ -52,6 +52,19 @@ class Bodies:
                     closes=True,
                 ) from None
             yield bytes(body)
+        finally:
+            self.held_bytes -= len(body)
+
+    def has_room(self, size: int) -> bool:
+        """Whether a body of so many bytes may be held now."""
+        return size <= self.limits.max_body and self.held_bytes + size <= self.limits.max_bodies
+
+    @contextmanager
+    def holding(self, body: bytes) -> Iterator[None]:
+        """Count a body that is there, until the block ends."""
+        self.held_bytes += len(body)
+        try:
+            yield
         finally:
             self.held_bytes -= len(body)
 

@@ -1,21 +1,24 @@
-"""Refusals that cost no parser.  In: what one read of a connection brought.  Out: a 429; else the parser sees it.
+"""Plain requests need no parser.  In: what one read of a connection brought.  Out: a request, a 429, or neither.
 
-Under a great overload nearly all that a server does is to refuse, so that has to cost next to nothing.  The slow twin
-is the way through parser and routes, which refuses for the same reasons in the same words.
+A pass of a small model takes less than parsing a request and finding its route, and under a great overload nearly all
+that a server does is to refuse.  The slow twin is the way through parser and routes, which sees whatever is not taken
+here, and answers and refuses for the same reasons in the same words.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TypeAlias
 
 from zinfer.serving.asks import Kind
+from zinfer.serving.desk import Desk, Reply
 from zinfer.serving.refusal import Refusal
-from zinfer.serving.service import Service, full
+from zinfer.serving.service import full
 
 Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
-Count: TypeAlias = Callable[[str, Refusal], None]  # path, why
 _LINES: dict[bytes, Kind] = {b"POST /predict HTTP/1.1": "predict", b"POST /embed HTTP/1.1": "embed"}
 # Names and values that need no second thought; whatever else there may be is for the parser.
 _PLAIN = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e]*)+")
@@ -24,42 +27,73 @@ _NOT_HERE = frozenset(
 )  # they change what comes next
 
 
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One whole request: what is asked, its headers, its body."""
+
+    kind: Kind
+    headers: Mapping[bytes, bytes]
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        """As the counters have it."""
+        return f"/{self.kind}"
+
+    @property
+    def authorization(self) -> str | None:
+        """The header."""
+        found = self.headers.get(b"authorization")
+        return None if found is None else found.decode("latin-1")
+
+    @property
+    def is_json(self) -> bool:
+        """Whether there is nothing to ask about the type of the body; the routes know other ways to say so."""
+        return (
+            self.headers.get(b"content-type") == b"application/json"
+            and b"content-encoding" not in self.headers
+        )
+
+
 class Door:
     """Stands before the parser of every connection.  Used from the event loop's thread."""
 
-    def __init__(self, service: Service, count: Count) -> None:
-        self.service, self.count = service, count
+    def __init__(self, desk: Desk) -> None:
+        self.desk, self.service = desk, desk.service
 
-    def refusal(self, data: bytes) -> Refusal | None:
-        """The refusal of `data` where that is one whole request, and one that there is no room for."""
-        if (refusal := self.service.lack_of_room()) is None:
+    def look(self, data: bytes) -> Post | Refusal | None:
+        """`data` if it is one whole request that may be answered at once, or the refusal of one that finds no room.
+
+        None: the parser shall see it.
+        """
+        post = whole_post(data)
+        if post is None or self._has_another_fault(post):
             return None
-        found = whole_post(data)
-        if found is None or self._has_another_fault(*found):
-            return None
-        self.count(f"/{found[0]}", refusal)
-        return refusal
+        if (refusal := self.service.lack_of_room()) is not None:
+            self.desk.count(post.path, refusal.status, 0.0)
+            return refusal
+        return post if post.is_json and self.desk.bodies.has_room(len(post.body)) else None
 
     def turned_away(self) -> Refusal:
         """Why a connection is closed that is one too many."""
         refusal = full("as many are connected as may be", 1)
         refusal.closes = True
-        self.count("other", refusal)
+        self.desk.count("other", refusal.status, 0.0)
         return refusal
 
-    def _has_another_fault(self, kind: Kind, authorization: str | None) -> bool:
+    def _has_another_fault(self, post: Post) -> bool:
         """Whether the routes would refuse it before they ask for room."""
         try:
-            self.service.check_key(authorization)
+            self.service.check_key(post.authorization)
             self.service.check_open()
-            self.service.check_kind(kind)
+            self.service.check_kind(post.kind)
         except Refusal:
             return True
         return False
 
 
-def whole_post(data: bytes) -> tuple[Kind, str | None] | None:
-    """(what is asked, its Authorization) of bytes that are one request from its first byte to its last.
+def whole_post(data: bytes) -> Post | None:
+    """The request that these bytes are, from its first byte to its last.
 
     None for all else: several requests, a part of one, other paths, anything that is not as plain as can be.
     """
@@ -75,14 +109,13 @@ def whole_post(data: bytes) -> tuple[Kind, str | None] | None:
     length = headers.get(b"content-length", b"")
     if not length.isdigit() or int(length) != len(body):
         return None
-    authorization = headers.get(b"authorization")
-    return kind, None if authorization is None else authorization.decode("latin-1")
+    return Post(kind, headers, body)
 
 
-def written(refusal: Refusal, usual: Headers) -> bytes:
+def written(reply: Reply, usual: Headers) -> bytes:
     """The response as it is sent; `usual` are the headers of every response."""
-    body = refusal.body()
-    own = {"content-length": str(len(body)), "content-type": "application/json"} | refusal.headers()
+    own = {"content-length": str(len(reply.body)), "content-type": "application/json", **reply.headers}
     lines = [b"%s: %s\r\n" % pair for pair in usual]
     lines += [f"{name}: {value}\r\n".encode() for name, value in own.items()]
-    return b"HTTP/1.1 %d Too Many Requests\r\n%s\r\n%s" % (refusal.status, b"".join(lines), body)
+    first = b"HTTP/1.1 %d %s\r\n" % (reply.status, HTTPStatus(reply.status).phrase.encode())
+    return b"%s%s\r\n%s" % (first, b"".join(lines), reply.body)

@@ -8,6 +8,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 
+from zinfer.serving.answers import Answered
 from zinfer.students.scheduler import SchedulerStats
 
 __all__ = ["CONTENT_TYPE", "Meters", "resident_bytes"]
@@ -60,6 +61,15 @@ class Meters:
         )
         gauges = {name: Gauge(name, what, registry=self.registry) for name, what in _GAUGES.items()}
         self._gauges = gauges
+
+    def answered(self, what: Answered) -> None:
+        """A request's texts were answered."""
+        self.texts.inc(len(what.served))
+        self.tokens.inc(what.tokens)
+        self.deferred.inc(what.num_deferred)
+        for one in what.served:
+            self.students.observe(one.num_students)
+            self.waited.observe(one.queue_s)
 
     def asked(self, stats: SchedulerStats, in_flight: int) -> None:
         """Take down what is true at this moment, for the `text` that follows."""

@@ -1,19 +1,21 @@
-"""HTTP/1.1 with a clock and a door.  In: bytes of one connection.  Out: uvicorn's requests; trash is refused.
+"""HTTP/1.1 with a clock and a door.  In: a connection's bytes.  Out: replies, or uvicorn's requests; trash is refused.
 
-uvicorn waits for headers for ever, answers trash in plain text and parses what it refuses; all three are amended here,
-in a subclass.
+uvicorn waits for headers for ever, answers trash in plain text and parses what is plain to see; all three are amended
+here, in a subclass.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from zinfer.config.schema import Serve
-from zinfer.serving.door import Door, written
+from zinfer.serving.desk import Reply
+from zinfer.serving.door import Door, Post, written
 from zinfer.serving.refusal import Refusal
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -76,7 +78,8 @@ class Gathered:
 class TimedProtocol(H11Protocol):
     """A request's headers are whole `header_s` after their first byte; before it a connection may idle `idle_s`.
 
-    What `door` refuses is answered without the parser.  A connection beyond `max_connections` gets a 429 and its end.
+    What `door` takes or refuses needs no parser; one request at a time, what comes meanwhile waits.  A connection
+    beyond `max_connections` gets a 429 and its end.
     """
 
     door: Door
@@ -86,6 +89,9 @@ class TimedProtocol(H11Protocol):
     idle_s = 75.0
     _timer: asyncio.TimerHandle | None = None
     _is_turned_away = False
+    _answering: asyncio.Task[None] | None = None  # a request that came by the door
+    _early = b""  # what came meanwhile
+    _closes = False  # behind that request's answer
 
     def connection_made(self, transport: Any) -> None:
         """The first request may take as long to begin as any later one."""
@@ -100,9 +106,16 @@ class TimedProtocol(H11Protocol):
         """Begin the clock with a request's first byte, stop it with its headers' last."""
         if self._is_turned_away:
             return
-        if self._is_between_requests() and (refusal := self.door.refusal(data)) is not None:
-            self.transport.write(written(refusal, self.server_state.default_headers))
-            self._await_request()
+        if self._answering is not None:
+            self._early += data
+            self.flow.pause_reading()
+            return
+        found = self.door.look(data) if self._is_between_requests() else None
+        if isinstance(found, Refusal):
+            self._send(Reply.refusing(found))
+            return
+        if found is not None:
+            self._take(found)
             return
         if self._timer is None and self.conn.their_state is h11.IDLE:
             self._timer = self.loop.call_later(self.header_s, self._headers_are_late)
@@ -111,9 +124,17 @@ class TimedProtocol(H11Protocol):
             self._stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is timed any more."""
+        """Nothing is timed any more, and nobody waits for an answer."""
         self._stop()
+        if self._answering is not None:
+            self._answering.cancel()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Close, behind the answer that is being given."""
+        if self._answering is None:
+            super().shutdown()
+        self._closes = True
 
     def on_response_complete(self) -> None:
         """A body that was refused unread may still come for a while."""
@@ -127,6 +148,38 @@ class TimedProtocol(H11Protocol):
         is_long = len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES
         status, what = (431, f"headers of more than {MAX_HEADER_BYTES} bytes") if is_long else (400, msg)
         self._refuse(Refusal(status, "ZI-1184", what, remedy="send HTTP/1.1 with few headers"))
+
+    def _take(self, post: Post) -> None:
+        self._unset_keepalive_if_required()
+        self._answering = self.loop.create_task(self._answer(post))
+        self._answering.add_done_callback(self.tasks.discard)
+        self.tasks.add(self._answering)
+
+    async def _answer(self, post: Post) -> None:
+        try:
+            reply = await self.door.desk.reply(post.body, post.kind)
+        except asyncio.CancelledError:  # the client has gone, or the server will not wait
+            self.transport.close()
+            raise
+        finally:
+            self._answering = None
+        if not self.transport.is_closing():
+            self._send(reply)
+            self.flow.resume_reading()
+            early, self._early = self._early, b""
+            if early:
+                self.data_received(early)
+
+    def _send(self, reply: Reply) -> None:
+        """Write a reply past the parser, which has seen nothing of its request."""
+        if self._closes:
+            reply = replace(reply, headers={**reply.headers, "connection": "close"})
+        self.transport.write(written(reply, self.server_state.default_headers))
+        self._gathered.flush()
+        if reply.closes:
+            self.transport.close()
+            return
+        self._await_request()
 
     def _refuse(self, refusal: Refusal) -> None:
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is half-way out
@@ -158,7 +211,9 @@ class TimedProtocol(H11Protocol):
     def _turn_away(self) -> None:
         """Say so at once and read no more; closing before the request has come would lose what was said."""
         self._is_turned_away = True
-        self.transport.write(written(self.door.turned_away(), self.server_state.default_headers))
+        self.transport.write(
+            written(Reply.refusing(self.door.turned_away()), self.server_state.default_headers)
+        )
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 

@@ -54,8 +54,8 @@ class TextQueue(Protocol):
         """Queue a text.  Raises Overloaded with `retry_after_s`; a future cancelled in time is never computed."""
         ...
 
-    def submit_all(self, texts: Sequence[Encoded]) -> list[Future[Served]]:
-        """Queue the texts of one request, all or none."""
+    def submit_all(self, texts: Sequence[Encoded]) -> Future[list[Served]]:
+        """Queue the texts of one request, all or none; they are answered together."""
         ...
 
     def drain(self, timeout_s: float | None = None) -> bool:

@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Guard, service: Service, *, say: Say, ready: Ready) -> None:
         self.service, self.say, self.ready = service, say, ready
-        self.shift = Shift(app.meters, service)
+        self.shift = Shift(app.desk.meters, service)
         self.failure: ZinferError | None = None
         self._ends_s: float | None = None
         self._last_words = ""
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http=timed_protocol(limits, Door(service, app.count_refused)),
+                http=timed_protocol(limits, Door(app.desk)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

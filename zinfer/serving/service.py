@@ -7,11 +7,10 @@ on the queue's own.  A request that is cancelled (its client is gone) cancels it
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zinfer.config.schema import Serve
 from zinfer.errors import ZinferError
@@ -25,24 +24,22 @@ from zinfer.students.scheduler import Overloaded, Served
 from zinfer.tokenizer import Encoded
 
 _THREADS = 2
+SHORT_BYTES = (
+    4096  # a body of fewer is parsed and cut in about a millisecond: handing it to a thread takes as long
+)
 _MOST_BEFORE_S = 0.5  # of waiting for those threads: more work than that is not taken
 _WINDOW = 0.1  # weight of one request in what they take
 READY_SHARE = 0.9  # of the queue: fuller than that, another server should be asked
 WARM_TEXT = "a text to load the model by"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Begun:
     """A request whose texts are queued."""
 
     ask: Ask
     texts: list[Encoded]
-    futures: list[Future[Served]] = field(default_factory=list)
-
-    def cancel(self) -> None:
-        """Take what still waits out of the queue."""
-        for future in self.futures:
-            future.cancel()
+    future: Future[list[Served]]
 
 
 class Service:
@@ -125,11 +122,8 @@ class Service:
         self.check_kind(kind)
         self.check_room()  # again: others may have been quicker while this body was read
         begun = await self._begin(raw, kind)
-        try:
-            await all_done(begun.futures)
-        finally:
-            begun.cancel()
-        answered = Answered(begun.ask, tuple(begun.texts), tuple(_results(begun.futures)))
+        served = await _served(begun.future)
+        answered = Answered(begun.ask, tuple(begun.texts), tuple(served))
         if answered.num_numbers <= FEW_NUMBERS:
             return answered, written(answered, self.model)
         loop = asyncio.get_running_loop()
@@ -141,7 +135,10 @@ class Service:
         self._pool.shutdown(cancel_futures=True)
 
     async def _begin(self, raw: bytes, kind: Kind) -> _Begun:
-        """Parse, cut and queue on a thread.  Cancelled meanwhile, what it queues is taken out again."""
+        """Parse, cut and queue: what is short at once, else on a thread, where others may wait before it.  Cancelled
+        meanwhile, what it queues is taken out again."""
+        if len(raw) <= SHORT_BYTES:
+            return self._queued(raw, kind)
         beginning = self._pool.submit(self._timed, raw, kind)
         self._beginning += 1
         try:
@@ -163,21 +160,20 @@ class Service:
     def _queued(self, raw: bytes, kind: Kind) -> _Begun:
         ask = read_ask(raw, kind, self.limits)
         try:
-            begun = _Begun(ask, self.model.encode(ask.given, ask.truncation_direction.lower()))
+            texts = self.model.encode(ask.given, ask.truncation_direction.lower())
         except ZinferError as error:
             raise as_refusal(error) from error
         if ask.truncate is False:
-            self._check_whole(begun.texts)
-        self._check_fits(begun.texts)
+            self._check_whole(texts)
+        self._check_fits(texts)
         try:
-            begun.futures = self.queue.submit_all(begun.texts)
+            return _Begun(ask, texts, self.queue.submit_all(texts))
         except BaseException as error:
             if isinstance(error, Overloaded):
                 self._room_at_s = time.perf_counter() + error.retry_after_s
                 raise full(error.message, error.retry_after_s) from None
             self.check_open()
             raise
-        return begun
 
     def _check_fits(self, texts: Sequence[Encoded]) -> None:
         tokens = sum(len(text.ids) for text in texts)
@@ -211,48 +207,34 @@ def full(why: str, retry_after_s: float) -> Refusal:
     )
 
 
-async def all_done(futures: Sequence[Future[Served]]) -> None:
-    """Wait until every future has ended, with one wake-up of the event loop.  Their errors stay in them."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-    left, lock = len(futures), threading.Lock()
+async def _served(future: Future[list[Served]]) -> list[Served]:
+    """Wait for the answers; cancelled, it cancels them.
 
-    def wake() -> None:
-        if not ended.done():
-            ended.set_result(None)
+    Raises Refusal: 503 for texts that the end of the server cancelled, 424 for a pass that failed.
+    """
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if not future.cancelled() or _is_left():
+            raise
+        raise Refusal(
+            503,
+            "ZI-2212",
+            "the server ended before this was answered",
+            remedy="ask another one",
+            closes=True,
+        ) from None
+    except Exception as error:
+        logger.error("a pass failed: %s", error, exc_info=error)
+        raise as_refusal(error) from error
 
-    def one_less(_: Future[Served]) -> None:
-        nonlocal left
-        with lock:
-            left -= 1
-            is_last = not left
-        if is_last and not loop.is_closed():
-            loop.call_soon_threadsafe(wake)
 
-    for future in futures:
-        future.add_done_callback(one_less)
-    await ended
-
-
-def _results(futures: Sequence[Future[Served]]) -> list[Served]:
-    """Raises Refusal: 503 for texts that the end of the server cancelled, 424 for a pass that failed."""
-    found = []
-    for future in futures:
-        if future.cancelled():
-            raise Refusal(
-                503,
-                "ZI-2212",
-                "the server ended before this was answered",
-                remedy="ask another one",
-                closes=True,
-            )
-        if (error := future.exception()) is not None:
-            logger.error("a pass failed: %s", error, exc_info=error)
-            raise as_refusal(error) from error
-        found.append(future.result())
-    return found
+def _is_left() -> bool:
+    """Whether the task that runs is being cancelled: its client has gone."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _cancel_begun(beginning: Future[_Begun]) -> None:
     if not beginning.cancelled() and beginning.exception() is None:
-        beginning.result().cancel()
+        beginning.result().future.cancel()

@@ -9,10 +9,10 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -86,9 +86,35 @@ class Defers(Protocol):
 
 
 @dataclass(slots=True)
+class _Parcel:
+    """Texts of one caller on their way; the last answer sends it off.  Read and written under the scheduler's lock."""
+
+    future: Future[Any]
+    is_single: bool
+    jobs: list[_Job] = field(default_factory=list)
+    answers: dict[int, Served] = field(default_factory=dict)
+    queued: int = 0
+    is_claimed: bool = False  # its caller can no longer leave
+    is_wanted: bool = True  # neither cancelled nor failed
+
+    def claim(self) -> bool:
+        """Whether its caller still waits, who from now on cannot leave."""
+        if not self.is_claimed:
+            self.is_claimed, self.is_wanted = True, self.future.set_running_or_notify_cancel()
+        return self.is_wanted
+
+    def send(self) -> None:
+        """Hand the answers over; not under the lock, for callers may do as they like."""
+        found = [self.answers[at] for at in range(len(self.jobs))]
+        self.future.set_result(found[0] if self.is_single else found)
+
+
+@dataclass(slots=True)
 class _Job:
     text: Encoded
-    future: Future[Served]
+    parcel: _Parcel
+    at: int
+    number: int = 0  # in the queue
 
 
 class TextScheduler:
@@ -137,17 +163,23 @@ class TextScheduler:
 
     def submit(self, text: Encoded) -> Future[Served]:
         """Queue a text, as `submit_all`."""
-        return self.submit_all([text])[0]
+        return self._submit([text], is_single=True)
 
-    def submit_all(self, texts: Sequence[Encoded]) -> list[Future[Served]]:
+    def submit_all(self, texts: Sequence[Encoded]) -> Future[list[Served]]:
         """Queue the texts of a caller, all or none: one pass takes them together where they fit into one.
 
-        A future that is cancelled before its pass leaves the queue at once and is never computed.
+        A future that is cancelled leaves the queue at once, and what was not yet in a pass is never computed; once
+        all of its texts are in passes it cannot be cancelled.  A pass that raises fails it.
 
         Raises Overloaded ZI-2205 where the queue is full, BudgetError ZI-2206 for texts that it never holds,
         MachineError ZI-5341 once `drain` or `close` was called.
         """
-        jobs: list[_Job] = [_Job(text, Future()) for text in texts]
+        return self._submit(texts, is_single=False)
+
+    def _submit(self, texts: Sequence[Encoded], *, is_single: bool) -> Future[Any]:
+        assert texts, "a caller has at least one text"
+        parcel = _Parcel(Future(), is_single)
+        parcel.jobs = [_Job(text, parcel, at) for at, text in enumerate(texts)]
         with self._change:
             if not self._is_open:
                 raise MachineError(
@@ -155,11 +187,13 @@ class TextScheduler:
                     "the scheduler takes no more texts: it is being closed",
                     remedy="another server",
                 )
-            numbers = self._intake.put_all([(job, len(job.text.ids)) for job in jobs])
-            self._change.notify(len(jobs))
-        for number, job in zip(numbers, jobs, strict=True):
-            job.future.add_done_callback(partial(self._leave, number, job))
-        return [job.future for job in jobs]
+            numbers = self._intake.put_all([(job, len(job.text.ids)) for job in parcel.jobs])
+            for job, number in zip(parcel.jobs, numbers, strict=True):
+                job.number = number
+            parcel.queued = len(texts)
+            self._change.notify(len(texts))
+        parcel.future.add_done_callback(partial(self._leave, parcel))
+        return parcel.future
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more texts and wait until all that were taken are answered; False where time ran out."""
@@ -178,14 +212,13 @@ class TextScheduler:
         """Cancel what waits, let running passes and what was deferred end, end the threads.  May be called again."""
         with self._change:
             self._is_open = False
-            waiting: list[_Job] = []
+            waiting: list[_Parcel] = []
             while batch := self._intake.take()[1]:
-                waiting += [one.item for one in batch]
+                waiting += [one.item.parcel for one in batch]
             self._tally.cancelled += len(waiting)
             self._change.notify_all()
-        for job in waiting:
-            job.future.cancel()
-            job.future.set_running_or_notify_cancel()
+        for parcel in waiting:  # cancelling one twice does nothing
+            parcel.future.cancel()
         for thread in self._threads:
             thread.join()
         if self._deferral is not None:
@@ -210,16 +243,20 @@ class TextScheduler:
     ) -> None:
         self.close()
 
-    def _leave(self, number: int, job: _Job, future: Future[Served]) -> None:
-        """Take a text whose future was cancelled out of the queue."""
+    def _leave(self, parcel: _Parcel, future: Future[Any]) -> None:
+        """Take the texts of a future that was cancelled out of the queue."""
         if not future.cancelled():
             return
         with self._change:
-            if not self._intake.buffer.discard(number):
-                return  # a worker has it, or close
-            self._tally.cancelled += 1
+            self._drop(parcel)
+            parcel.claim()  # only now do those wake who wait for several futures
+
+    def _drop(self, parcel: _Parcel) -> None:
+        """What still waits of it will not be computed."""
+        dropped = sum(self._intake.buffer.discard(job.number) for job in parcel.jobs)
+        if dropped:
+            self._tally.cancelled += dropped
             self._change.notify_all()
-        job.future.set_running_or_notify_cancel()  # only now do those wake who wait for several futures
 
     def _work(self) -> None:
         while True:
@@ -228,17 +265,23 @@ class TextScheduler:
                 num_students, batch = self._intake.take()
                 if not batch:
                     return
-                taken = len(batch)
-                batch = [one for one in batch if one.item.future.set_running_or_notify_cancel()]
-                self._tally.cancelled += taken - len(batch)  # after they were queued, before `_discard` came
+                wanted = [one for one in batch if self._is_wanted(one.item.parcel)]
+                self._tally.cancelled += len(batch) - len(
+                    wanted
+                )  # after they were queued, before `_drop` came
                 self._at_work += 1
             try:
-                if batch:
-                    self._serve(num_students, batch)
+                if wanted:
+                    self._serve(num_students, wanted)
             finally:
                 with self._change:
                     self._at_work -= 1
                     self._change.notify_all()
+
+    def _is_wanted(self, parcel: _Parcel) -> bool:
+        """A text of it is about to be computed: the last one binds its caller."""
+        parcel.queued -= 1
+        return parcel.claim() if not parcel.queued else parcel.is_wanted and not parcel.future.cancelled()
 
     def _serve(self, num_students: int, batch: Sequence[Waiting[_Job]]) -> None:
         """One pass.  What it raises is raised by the future of each of its texts, and the worker lives on."""
@@ -251,17 +294,43 @@ class TextScheduler:
                 wanted = self._deferral.wanted(logits_SC)
         except BaseException as error:  # a future nobody ends would be waited for for ever
             self._note(num_students, batch, begin_s, is_failed=True)
-            for one in batch:
-                one.item.future.set_exception(error)
+            self._fail(batch, error)
             return
         service_s = self._note(num_students, batch, begin_s)
-        for at, one in enumerate(batch):
-            logits_C = None if logits_SC is None else logits_SC[at]
-            served = Served(rows_SD[at], logits_C, num_students, begin_s - one.since_s, service_s)
-            if wanted[at]:
-                self._defer(one.item, served)
-            else:
-                one.item.future.set_result(served)
+        logits: Sequence[Tensor | None] = [None] * len(batch) if logits_SC is None else logits_SC.unbind()
+        served = [
+            Served(row_D, logits_C, num_students, begin_s - one.since_s, service_s)
+            for row_D, logits_C, one in zip(rows_SD.unbind(), logits, batch, strict=True)
+        ]
+        answers = list(zip((one.item for one in batch), served, wanted, strict=True))
+        self._fill([(job, answer) for job, answer, is_wanted in answers if not is_wanted])
+        for job, answer, is_wanted in answers:
+            if is_wanted:
+                self._defer(job, answer)
+
+    def _fail(self, batch: Sequence[Waiting[_Job]], error: BaseException) -> None:
+        """The futures of a pass that raised raise the same; what waits of them is dropped."""
+        failed = []
+        with self._change:
+            for parcel in (one.item.parcel for one in batch):
+                if parcel.claim():
+                    parcel.is_wanted = False
+                    self._drop(parcel)
+                    failed.append(parcel)
+        for parcel in failed:
+            parcel.future.set_exception(error)
+
+    def _fill(self, answers: Sequence[tuple[_Job, Served]]) -> None:
+        """Put answers into their parcels; those that are whole go to their callers."""
+        whole = []
+        with self._change:
+            for job, served in answers:
+                parcel = job.parcel
+                parcel.answers[job.at] = served
+                if len(parcel.answers) == len(parcel.jobs) and parcel.is_wanted:
+                    whole.append(parcel)
+        for parcel in whole:
+            parcel.send()
 
     def _defer(self, job: _Job, by_students: Served) -> None:
         """Ask the teacher; the students' answer stands where the teacher gives none."""
@@ -282,7 +351,7 @@ class TextScheduler:
         with self._change:
             self._tally.deferred += answer.is_deferred
             self._tally.kept += not answer.is_deferred
-        job.future.set_result(answer)
+        self._fill([(job, answer)])
 
     def _note(
         self, num_students: int, batch: Sequence[Waiting[_Job]], begin_s: float, *, is_failed: bool = False
