@@ -39,8 +39,8 @@ def test_shared_passes_give_what_the_classifier_gives(kind, folders, monkeypatch
         texts = encode_texts(engine.tokenizer, given, engine.max_tokens)
         packed = serving.pack_texts
 
-        def counted(some):
-            batch = packed(some)
+        def counted(some, **how):
+            batch = packed(some, **how)
             rows.append(batch.num_rows)
             return batch
 

@@ -31,16 +31,17 @@ def group_texts(lengths: Sequence[int], max_rows: int, max_batch: int) -> list[l
     return groups
 
 
-def pack_texts(texts: Sequence[Encoded]) -> Packed:
-    """Texts back to back, without padding."""
-    bounds = tuple(accumulate((len(text.ids) for text in texts), initial=0))
+def pack_texts(texts: Sequence[Encoded], *, has_segments: bool = True) -> Packed:
+    """Texts back to back, without padding; without `has_segments` all rows are of token type 0."""
+    bounds = np.fromiter(accumulate((len(text.ids) for text in texts), initial=0), dtype=np.int64)
+    positions_T = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
     return Packed(
         tokens_T=_column(text.ids for text in texts),
-        positions_T=_column(range(len(text.ids)) for text in texts),
-        bounds=bounds,
+        positions_T=torch.from_numpy(positions_T),
+        bounds=tuple(bounds.tolist()),
         past=(0,) * len(texts),
-        logit_rows=torch.tensor(bounds[:-1], dtype=torch.long),
-        segments_T=_column(text.types for text in texts),
+        logit_rows=torch.from_numpy(bounds[:-1]),
+        segments_T=_column(text.types for text in texts) if has_segments else None,
     )
 
 
@@ -68,9 +69,8 @@ def encode(
     """
     num_segments = executor.spec.encoder.num_segments if executor.spec.encoder is not None else 0
     for numbers in group_texts([len(text.ids) for text in texts], max_rows, max_batch):
-        batch = pack_texts([texts[number] for number in numbers])
-        if num_segments < 2:  # RoBERTa's tokenizers tell the parts of a pair by special tokens alone
-            batch = batch.without_segments()
+        # RoBERTa's tokenizers tell the parts of a pair by special tokens alone.
+        batch = pack_texts([texts[number] for number in numbers], has_segments=num_segments > 1)
         flow = EncoderFlow(layers=[] if keep_layers else None)
         executor.traverse([Micro(batch, None, flow)])
         yield numbers, batch, flow

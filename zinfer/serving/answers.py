@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 import torch
+from torch import Tensor
 
 from zinfer.layers.pooling import normalised
 from zinfer.runtime.labels import ranked_rows
@@ -82,11 +83,17 @@ def _results(ask: Ask, served: Sequence[Served], model: TextModel) -> Sequence[A
         assert len(logits) == len(served), "predict was refused where there is no head"
         top_k = ask.top_k if isinstance(ask, PredictTexts) else None
         scoring = "none" if ask.raw_scores else model.scoring
-        return ranked_rows(torch.stack(logits), model.labels, scoring, top_k)
-    rows_ND = torch.stack([one.representation_D for one in served])
-    found: list[list[float]] = (normalised(rows_ND) if ask.normalize else rows_ND).tolist()
-    return found
+        return ranked_rows(_finite(torch.stack(logits)), model.labels, scoring, top_k)
+    rows_ND = _finite(torch.stack([one.representation_D for one in served]))
+    return list((normalised(rows_ND) if ask.normalize else rows_ND).numpy())
+
+
+def _finite(numbers: Tensor) -> Tensor:
+    """JSON has no word for what is no number; orjson would write null."""
+    if not torch.isfinite(numbers).all():
+        raise ValueError("an answer that is no number")
+    return numbers
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -9,6 +9,7 @@ def need_extra() -> None:
     """Raises MachineError ZI-5351 where a package of the extra `serve` is not there."""
     try:
         import h11  # noqa: F401
+        import orjson  # noqa: F401
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

@@ -6,20 +6,26 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_PARTS = 20_000  # more objects than before, before the young ones are looked at; Python's own is 700
+
 
 @contextmanager
 def few_pauses() -> Iterator[Callable[[], None]]:
     """Yield what to call once everything that stays is loaded; until the block ends the collector passes over it.
 
     A full collection goes through every object of the process, modules and all: a tenth of a second in which nothing
-    is answered, every few hundred requests.  What comes later is collected as ever.
+    is answered, every few hundred requests.  What comes later is collected as ever, but not in the middle of every
+    answer: one has some hundreds of parts, which is as many as make Python look for garbage.
     """
+    often = gc.get_threshold()
 
     def settle() -> None:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(_PARTS, *often[1:])
 
     try:
         yield settle
     finally:
+        gc.set_threshold(*often)
         gc.unfreeze()

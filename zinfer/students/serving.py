@@ -19,6 +19,7 @@ from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings
 from zinfer.errors import CheckpointError, MachineError, UsageError
 from zinfer.kernels.native.encoder import packed_bytes, serves
+from zinfer.layers.packed import Packed
 from zinfer.memory.ledger import Ledger
 from zinfer.plan.records import Tier
 from zinfer.runtime.texts import group_texts, in_order, pack_texts
@@ -160,14 +161,21 @@ class GroupService:
     ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
         """(numbers of texts, representations [n, D], calibrated logits [n, C] or None) of each pass."""
         for numbers in group_texts([len(text.ids) for text in texts], MAX_ROWS, MAX_BATCH):
-            batch = pack_texts([texts[number] for number in numbers])
-            batch = batch if self.encoder.num_segments > 1 else batch.without_segments()
-            assert batch.num_rows == sum(len(texts[number].ids) for number in numbers), "no row is padding"
+            batch = self._packed([texts[number] for number in numbers])
             yield (numbers, *self.bank.answer(batch, num_students or self.num_students))
 
     def answer(self, texts: Sequence[Encoded], num_students: int) -> tuple[Tensor, Tensor | None]:
         """(representations [S, D], calibrated logits [S, C] or None) in the order of the texts."""
+        if len(texts) <= MAX_BATCH and sum(len(text.ids) for text in texts) <= MAX_ROWS:
+            return self.bank.answer(
+                self._packed(texts), num_students
+            )  # one pass needs no sorting and no way back
         return in_order(self.passes(texts, num_students))
+
+    def _packed(self, texts: Sequence[Encoded]) -> Packed:
+        batch = pack_texts(texts, has_segments=self.encoder.num_segments > 1)
+        assert batch.num_rows == sum(len(text.ids) for text in texts), "no row is padding"
+        return batch
 
     def about(self) -> dict[str, Any]:
         """What a JSON result says of who answered."""
