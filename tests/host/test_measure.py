@@ -39,6 +39,9 @@ class Idle:
     def run(self, rows, context, *, exact):
         pass
 
+    def replay(self, context):
+        return None
+
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
@@ -80,6 +83,18 @@ def test_a_probe_fills_in_what_a_plan_needs(files, ample):
     assert min(machine.overlap.disk, machine.overlap.compute) >= 1
     assert machine.host.step_cost(exact=True).op_overhead_s > 0
     assert Machine.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_what_a_recorded_op_costs_is_measured_where_passes_are_recorded(files, ample):
+    plain = probe(files, linear, Idle, dtype="BF16", shapes=SHAPES, seconds=0.05).host
+    assert plain.replayed_op_s is plain.step_cost(exact=False).replayed_op_s is None
+    replay = SmallModel(torch.device("cpu")).replay(64)
+    recorded = probe(files, linear, SmallModel, dtype="BF16", shapes=SHAPES, seconds=0.05).host
+    assert (recorded.replayed_op_s is None) is (replay is None)
+    assert recorded.step_cost(exact=True).replayed_op_s is None
+    for _ in range(3 if replay else 0):
+        replay()
+    assert SmallModel(torch.device("cpu"), "F32").replay(64) is None
 
 
 def test_a_probe_without_time_says_what_it_skipped(files):

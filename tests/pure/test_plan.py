@@ -19,7 +19,7 @@ from zinfer.plan.cost import PassLoad, chunk_seconds, seconds_per_byte, visible_
 from zinfer.plan.explain import alternatives, explain, explained_dict
 from zinfer.plan.make import Plan
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
-from zinfer.plan.records import Tier, Workload
+from zinfer.plan.records import KvPlan, Tier, Workload
 from zinfer.spec.records import DTYPE_BYTES
 
 MIB, GIB = 2**20, 2**30
@@ -308,6 +308,30 @@ def test_compute_seconds_follow_the_formula():
     attention_s = 4 * 4 * 48 * 9 * spec.num_heads * spec.head_dim / 1e10
     products_s = sum(cost.work for cost in prefill) - attention_s
     assert products_s == pytest.approx(body_bytes * 4.8e-9 + head_bytes * per_head_byte, rel=1e-3)
+
+
+def test_a_pass_that_a_host_records_costs_what_replaying_does():
+    spec = replace(small_llama(), dtype="BF16")
+    table = assemble(source_of(spec), 64 * MIB)
+    recording = FLAT.model_copy(update={"replayed_op_s": 1e-6})
+
+    def overhead_s(load, *, exact=False, spec=spec, compute=recording):
+        return sum(cost.overhead for cost in chunk_seconds(spec, table, compute, load, exact=exact))
+
+    decode, ops = PassLoad(rows=3, sequences=3, context=40), len(table.chunk_of_op)
+    assert overhead_s(decode) == pytest.approx(1e-6 * ops), "nor is a lease"
+    one_by_one = overhead_s(decode, compute=FLAT)
+    assert one_by_one > 1e-3 * ops
+    for other in (
+        PassLoad(rows=9, sequences=3, context=40),
+        PassLoad(rows=33, sequences=33, context=40),
+        PassLoad(rows=1, sequences=1, context=1),
+        PassLoad(rows=3, sequences=3, context=40, kv=KvPlan(dtype="INT8")),
+    ):
+        assert overhead_s(other) == one_by_one
+    assert overhead_s(decode, exact=True) == one_by_one
+    for change in ({"norm": "layer"}, {"activation": "gelu"}, {"dtype": "F32"}, {"gated_mlp": False}):
+        assert overhead_s(decode, spec=replace(spec, **change)) == one_by_one
 
 
 def test_exact_mode_has_rates_of_its_own_or_pads():

@@ -67,6 +67,10 @@ class SmallPasses(Protocol):
         """One pass of `rows` new rows that ends at `context` tokens; blocks until it is done."""
         ...
 
+    def replay(self, context: int) -> Callable[[], None] | None:
+        """A recorded pass of one row that ends at `context` tokens, to be carried out; None where none is recorded."""
+        ...
+
 
 Shape = tuple[int, int]  # [out, in] of a matrix
 SHAPES: tuple[Shape, ...] = ((8192, 2048), (4096, 4096), (2048, 8192))  # of layers, where no model is named
@@ -375,7 +379,9 @@ def _step_cost(small: SmallPasses, exact: bool, clock: Clock, name: str) -> Step
         return small.attention_flops(rows, context) / max(added_s, 0.05 * plain_s)
 
     prefill_guess = _GUESS.prefill_attention_flops_per_s
+    replay = None if exact else small.replay(_FEW_TOKENS)
     return StepCost(
+        replayed_op_s=None if replay is None else typical_seconds(replay, share_s / 8) / small.num_ops,
         op_overhead_s=plain_s / small.num_ops,
         attention_flops_per_s=rate(1, _MANY_TOKENS, _GUESS.attention_flops_per_s),
         prefill_attention_flops_per_s=rate(_PREFILL_ROWS, _PREFILL_ROWS, prefill_guess),

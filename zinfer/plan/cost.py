@@ -16,6 +16,7 @@ from zinfer.units import round_up
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
 _HEADS = ("head", "dense", "classify")  # one row per sequence
+_RECORDED_ROWS = 32  # zinfer.kernels.products.FEW: the most rows of a product that is a step
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 
@@ -56,7 +57,9 @@ def chunk_seconds(
     seconds = []
     for chunk in table.chunks:
         work = sum(costs.work(spec.program[index]) for index in chunk.ops)
-        overhead = len(chunk.ops) * costs.overhead_s + (compute.chunk_overhead_s if chunk.ops else 0.0)
+        # What is replayed has leases that outlast a pass.
+        chunk_s = compute.chunk_overhead_s if chunk.ops and not costs.is_replayed else 0.0
+        overhead = len(chunk.ops) * costs.overhead_s + chunk_s
         seconds.append(ChunkSeconds(work, overhead))
     return seconds
 
@@ -84,7 +87,9 @@ class OpCosts:
         self._exact = exact
         self._machine = machine
         cost = compute.step_cost(exact=exact)
-        self.overhead_s = cost.op_overhead_s
+        replayed_s = cost.replayed_op_s
+        self.is_replayed = replayed_s is not None and not exact and is_recorded(spec, load)
+        self.overhead_s = cost.op_overhead_s if replayed_s is None or not self.is_replayed else replayed_s
         self._per_byte = _rates(compute, spec, load.rows, exact=exact)
         self._per_head_byte = _rates(compute, spec, min(load.sequences, load.rows), exact=exact)
         self._attention_rate = attention_rate(compute, load, exact=exact)
@@ -100,6 +105,13 @@ class OpCosts:
                 return work + far_attention_s(spec, self._machine, self._load, keys, exact=self._exact)
             work += attention_flops(spec, self._load.rows, keys) / self._attention_rate
         return work
+
+
+def is_recorded(spec: ModelSpec, load: PassLoad) -> bool:
+    """Whether a host that records passes records such ones: one new row per sequence, and all ops are steps."""
+    has_steps = spec.norm == "rms" and spec.gated_mlp and spec.activation == "silu" and spec.dtype == "BF16"
+    is_decode = load.rows == load.sequences <= _RECORDED_ROWS and load.context > 1
+    return has_steps and is_decode and spec.encoder is None and load.kv == _RESIDENT
 
 
 def attention_rate(compute: Compute, load: PassLoad, *, exact: bool) -> float:

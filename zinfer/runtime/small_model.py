@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from zinfer.kvcache.cache import PagedKv
+from zinfer.kvcache.cache import PagedKv, PagedView
 from zinfer.kvcache.pages import pages_for
 from zinfer.layers.packed import Packed
-from zinfer.models.decoder import DTYPES, Flow, run_op
+from zinfer.models.decoder import DTYPES, Flow, prepare, run_op
+from zinfer.runtime.graph import graphs_for
 from zinfer.spec.cost import attention_flops
 from zinfer.spec.read import read_spec
 
 _MAX_TOKENS = 2048
+_MOST_BYTES = 2**23  # of a recorded pass
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
@@ -68,8 +72,34 @@ class SmallModel:
         visible = context - (rows - 1) // 2
         return float(attention_flops(self._spec, rows, visible) * self._spec.num_layers)
 
+    def replay(self, context: int) -> Callable[[], None] | None:
+        """A pass of one row, recorded, to be carried out again and again; None where the host records none."""
+        graphs = graphs_for(self._spec, self._device, exact=False, most_bytes=_MOST_BYTES)
+        if graphs is None or self._device.type != "cpu":
+            return None
+        batch, view, flow = self._pass(1, context)
+        prepare(self._spec, flow, batch, view, exact=False)
+        read = (
+            batch,
+            view,
+            dict(flow.rows),
+            flow.rotary,
+        )  # what is recorded reads their memory, and the weights
+        replay = graphs.record(lambda: self._run_ops(batch, view, flow, exact=False))
+        return None if replay is None else partial(self._carry_out, replay, read)
+
+    def _carry_out(self, replay: Callable[[], None], _read: object) -> None:
+        """Whoever may call this keeps what is read alive."""
+        replay()
+
     def run(self, rows: int, context: int, *, exact: bool) -> None:
         """One pass of one sequence; blocks until it is done."""
+        batch, view, flow = self._pass(rows, context)
+        with torch.no_grad():
+            self._run_ops(batch, view, flow, exact=exact)
+            flow.take_logits().sum().item()  # waits for a device
+
+    def _pass(self, rows: int, context: int) -> tuple[Packed, PagedView, Flow]:
         past = context - rows
         self._kv.tables[0].length = past
         batch = Packed(
@@ -84,8 +114,9 @@ class SmallModel:
         flow.rows["tokens"] = torch.ones(
             rows, self._spec.model_dim, dtype=DTYPES[self._spec.dtype], device=self._device
         )
-        with torch.no_grad():
-            for op in self._spec.program:
-                weights = {weight.role: self._weights[weight.key] for weight in op.weights}
-                run_op(op, self._spec, flow, weights, batch, view, exact=exact)
-            flow.take_logits().sum().item()  # waits for a device
+        return batch, view, flow
+
+    def _run_ops(self, batch: Packed, view: PagedView, flow: Flow, *, exact: bool) -> None:
+        for op in self._spec.program:
+            weights = {weight.role: self._weights[weight.key] for weight in op.weights}
+            run_op(op, self._spec, flow, weights, batch, view, exact=exact)
