@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
+from zinfer.memory import crowd as crowd_module
 from zinfer.memory.crowd import CROWD, Crowd
 
 LONG_S = 600.0  # nothing here waits so long
@@ -93,6 +95,20 @@ def test_it_goes_when_nothing_is_read_any_more_and_comes_again(two_threads, make
         eventually(lambda: not crowd.is_there)
 
 
+def test_it_stays_as_long_as_a_stream_pauses(make_crowd, monkeypatch):
+    clock = SimpleNamespace(now_s=1000.0)
+    monkeypatch.setattr(crowd_module, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # no thread of its own: only the clock moves
+    crowd = make_crowd(linger_s=0.25)
+    stays = []
+    for pause_s in (0.0, 0.0625, 0.5, 1.0, 0.0625, 8.0, 2.0):
+        clock.now_s += pause_s
+        crowd.enter()
+        stays.append(crowd.stay_s)
+    # The first read of all and one after a long time begin a load: what comes next says how it is spaced.
+    assert stays == [0.25, 0.25, 1.0, 2.0, 0.25, 0.25, 4.0]
+
+
 def test_holders_come_and_go_in_many_threads(two_threads, make_crowd):
     crowd = make_crowd(linger_s=0.0005)
     crowd.let_go()
@@ -128,6 +144,7 @@ def test_products_have_the_same_bits_in_a_crowd(two_threads, make_crowd):
 
 def test_an_engine_that_reads_has_a_crowd_and_leaves_none(two_threads, tmp_path, monkeypatch):
     monkeypatch.setattr(CROWD, "_linger_s", LONG_S)
+    monkeypatch.setattr(CROWD, "_stay_s", LONG_S)
     folder = write_tiny("llama", tmp_path / "llama")
     seen = []
     params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)

@@ -70,6 +70,21 @@ def test_neighbouring_rows_are_one_read_and_repeated_ones_none(tmp_path, monkeyp
         assert reader._log.num_bytes["disk"] == 67 * PAGE
 
 
+def test_scattered_rows_are_a_read_each_by_a_job_per_thread(tmp_path, monkeypatch):
+    path = tmp_path / "rows.bin"
+    path.write_bytes(b"".join(bytes([row]) * PAGE for row in range(200)))
+    table, ids = RowTable("e", 0, 0, PAGE, 200, (PAGE,), "U8"), np.random.default_rng(0).permutation(100) * 2
+    with open_rows(path) as reader:
+        jobs, submit = [], reader._pool.submit
+        monkeypatch.setattr(reader._pool, "submit", lambda *a: jobs.append(submit(*a)) or jobs[-1])
+        rows = reader.read(table, ids)
+        assert (rows == ids[:, None]).all()
+        assert len(jobs) == IN_FLIGHT
+        assert reader._log.num_bytes["disk"] == 100 * PAGE
+        reader.read(table, np.array([0, 100]))
+        assert len(jobs) == IN_FLIGHT + 2
+
+
 @pytest.mark.parametrize("ids", [[-1], [3, 256]])
 def test_a_row_that_is_not_there_is_our_mistake(tmp_path, ids):
     path = tmp_path / "rows.bin"

@@ -15,18 +15,22 @@ import torch
 
 _FEW_CORES = 8  # on more, what readers take is little and waking a team takes longer
 _LINGER_S = 0.05  # after the last read: longer than a chunk takes, short beside a small model's answer
+_PAUSES = 10  # so many times as long without a read: the next one is of another load, not of the same stream
 _ELEMENTS = 2**20  # of a sum that is shared among threads
 
 
 class Crowd:
     """An idle team of threads beside the team of the products, from `enter` until nothing has been read for a while.
 
+    Where reads follow each other in larger steps, as in passes that products bind, it stays for twice the last step: a
+    team that ends and begins again with every chunk costs more than it spares.
+
     Every `hold` is ended by `let_go`; the last one ends the threads.  Used from any thread; for all readers of the
     process there is one.
     """
 
     def __init__(self, linger_s: float = _LINGER_S) -> None:
-        self._linger_s = linger_s
+        self._linger_s = self._stay_s = linger_s
         self._lock = threading.Lock()
         self._holders = 0
         self._read_s = 0.0
@@ -38,6 +42,11 @@ class Crowd:
         """Whether there is such a team."""
         with self._lock:
             return self._thread is not None
+
+    @property
+    def stay_s(self) -> float:
+        """How long it stays after the last read so far."""
+        return self._stay_s
 
     def hold(self) -> None:
         """There is a reader from now on."""
@@ -56,7 +65,10 @@ class Crowd:
 
     def enter(self) -> None:
         """Something is read from now on, or soon; never blocks."""
-        self._read_s = time.monotonic()
+        now_s = time.monotonic()
+        pause_s, self._read_s = now_s - self._read_s, now_s
+        is_stream = pause_s < _PAUSES * self._linger_s
+        self._stay_s = max(self._linger_s, 2 * pause_s if is_stream else 0.0)
         thread = self._thread
         if thread is not None or not _has_few_cores():
             return
@@ -69,9 +81,9 @@ class Crowd:
     def _stay(self) -> None:
         """A sum makes this thread's team; it lasts as long as the thread."""
         torch.ones(_ELEMENTS).sum()
-        while not self._ended.wait(self._linger_s):
+        while not self._ended.wait(self._stay_s):
             with self._lock:
-                if time.monotonic() - self._read_s >= self._linger_s:
+                if time.monotonic() - self._read_s >= self._stay_s:
                     break
         with self._lock:
             self._thread = None

@@ -78,7 +78,10 @@ class RowReader:
         if len(windows) == 1:
             self._fetch(table, windows[0], rows_NB, users)  # no other thread is faster
         else:
-            for job in [self._pool.submit(self._fetch, table, window, rows_NB, users) for window in windows]:
+            turns, num_jobs = iter(windows), min(IN_FLIGHT, len(windows))
+            for job in [
+                self._pool.submit(self._fetch_all, table, turns, rows_NB, users) for _ in range(num_jobs)
+            ]:
                 job.result()
         return rows_NB
 
@@ -87,6 +90,17 @@ class RowReader:
         self._pool.shutdown()
         while not self._buffers.empty():
             self._buffers.get()
+
+    def _fetch_all(
+        self,
+        table: RowTable,
+        turns: Iterator[_Window],
+        rows_NB: Octets,
+        users: Sequence[npt.NDArray[np.int64]],
+    ) -> None:
+        """One window after the other, in turn with other threads: a job for each would cost more than its read."""
+        for window in turns:
+            self._fetch(table, window, rows_NB, users)
 
     def _fetch(
         self, table: RowTable, window: _Window, rows_NB: Octets, users: Sequence[npt.NDArray[np.int64]]
