@@ -2,7 +2,8 @@
 
 usage: http_load.py JOB.json RESULT.json
 
-Job: {"url", "bodies": [str], "expected": file of encoder_facts, "texts_of": [[numbers of texts of a body]],
+Job: {"url", "bodies": [str], "expected": file of encoder_facts or null (no answer is checked), "texts_of": [[numbers of
+texts of a body]],
 "segments": [[seconds, requests per second], ...], "connections": N, "seed"}.  Arrivals are Poisson; latency counts from
 when a request was due, whether or not anything was late, so that a stall is seen by all who would have come meanwhile.
 `connections` are opened before the clock runs and held to the end; more are opened as needed.  One that the server says
@@ -16,6 +17,7 @@ import json
 import random
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,83 @@ def arrivals(segments: list[list[float]], seed: int) -> list[float]:
     return found
 
 
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time; between two it lies in `idle`.
+
+    Few steps of Python for a request: what offers the load runs on the processors that it loads.
+    """
+
+    def __init__(self, idle: deque[Connection]) -> None:
+        self.idle, self.loop = idle, asyncio.get_running_loop()
+        self.got, self.is_lost = b"", False
+        self.ended: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Open."""
+        self.transport = transport
+
+    def ask(self, raw: bytes, seen: Seen, due_at: float) -> asyncio.Future[None]:
+        """Send a request that was due at `due_at`; what is returned is done when `seen` says what became of it."""
+        self.seen, self.due_at = seen, due_at
+        self.ended = self.loop.create_future()
+        self.patience = self.loop.call_later(PATIENCE_S, self.end, LATE)
+        self.transport.write(raw)
+        ended = self.ended
+        self.read()
+        return ended
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a response, which may come before its request where a server turns clients away."""
+        self.got += data
+        self.read()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """The server has closed, or we have."""
+        self.is_lost = True
+        self.read()
+
+    def read(self) -> None:
+        """Look whether the response is whole."""
+        if self.ended is None:
+            return
+        head, is_whole, body = self.got.partition(b"\r\n\r\n")
+        try:
+            if is_whole and self.is_read(head.lower(), body):
+                self.end(self.seen.status)
+            elif self.is_lost:
+                self.end(BROKEN)
+        except (ValueError, KeyError, IndexError):
+            self.end(BROKEN)
+
+    def is_read(self, head: bytes, body: bytes) -> bool:
+        """Take a response down, where all of it is there."""
+        lines = dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:] if b": " in line)
+        size = int(lines[b"content-length"])
+        if len(body) < size:
+            return False
+        seen = self.seen
+        seen.body, self.got = body[:size], body[size:]
+        seen.status = int(head.split(b" ", 2)[1])
+        seen.students = int(lines.get(b"x-students", 1))
+        seen.retry_after = b"retry-after" in lines
+        seen.closes = lines.get(b"connection") == b"close"
+        return True
+
+    def end(self, status: int) -> None:
+        """The request has ended so."""
+        assert self.ended is not None, "one was asked"
+        self.patience.cancel()
+        self.seen.status, ended, self.ended = status, self.ended, None
+        if status in (LATE, BROKEN) or self.seen.closes:
+            self.transport.close()
+        else:
+            self.idle.append(self)
+        if status not in (LATE, BROKEN):
+            self.seen.latency_s = time.perf_counter() - self.due_at
+        if not ended.done():
+            ended.set_result(None)
+
+
 class Load:
     """Connections and the requests on them."""
 
@@ -63,12 +142,14 @@ class Load:
         head = f"POST /predict HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\n"
         bodies = [body.encode() for body in job["bodies"]]
         self.requests = [f"{head}content-length: {len(body)}\r\n\r\n".encode() + body for body in bodies]
-        self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self.idle: deque[Connection] = deque()
         self.most_late_s = 0.0
 
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def connect(self) -> Connection:
         """A new connection."""
-        return await asyncio.open_connection(self.host, self.port)
+        loop = asyncio.get_running_loop()
+        _, made = await loop.create_connection(lambda: Connection(self.idle), self.host, self.port)
+        return made
 
     async def run(self) -> list[Seen]:
         """Send everything when it is due."""
@@ -76,48 +157,36 @@ class Load:
         for at in range(0, count, 50):
             self.idle += await asyncio.gather(*(self.connect() for _ in range(min(50, count - at))))
         seen = [Seen(due) for due in arrivals(self.job["segments"], self.job["seed"])]
-        tasks, start = [], time.perf_counter()
+        asked, start = [], time.perf_counter()
         for number, one in enumerate(seen):
             if (wait := start + one.due_s - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             self.most_late_s = max(self.most_late_s, time.perf_counter() - start - one.due_s)
-            tasks.append(asyncio.ensure_future(self.one(number, one, start)))
-        await asyncio.gather(*tasks)
+            asked.append(self.one(number, one, start))
+        await asyncio.gather(*asked)
         self.held = len(self.idle)
-        for _, writer in self.idle:
-            writer.close()
+        for connection in self.idle:
+            connection.transport.close()
         return seen
 
-    async def one(self, number: int, seen: Seen, start: float) -> None:
-        """One request on a connection that is free."""
-        pair = None
+    def one(self, number: int, seen: Seen, start: float) -> asyncio.Future[None]:
+        """One request on a connection that is free, or on a new one."""
+        raw, due_at = self.requests[number % len(self.requests)], start + seen.due_s
+        if self.idle:
+            return self.idle.popleft().ask(raw, seen, due_at)
+        return asyncio.ensure_future(self.on_a_new_one(raw, seen, due_at))
+
+    async def on_a_new_one(self, raw: bytes, seen: Seen, due_at: float) -> None:
+        """A request for which no connection is free."""
         try:
             async with asyncio.timeout(PATIENCE_S):
-                pair = self.idle.pop(0) if self.idle else await self.connect()
-                pair[1].write(self.requests[number % len(self.requests)])
-                await self.answer(pair[0], seen)
-            seen.latency_s = time.perf_counter() - start - seen.due_s
-            if seen.closes:
-                pair[1].close()
-            else:
-                self.idle.append(pair)
+                connection = await self.connect()
         except TimeoutError:  # an OSError too, so it is asked for first
             seen.status = LATE
-        except (OSError, EOFError, ValueError):
+        except OSError:
             seen.status = BROKEN
-        finally:
-            if pair is not None and seen.status in (BROKEN, LATE):
-                pair[1].close()
-
-    async def answer(self, reader: asyncio.StreamReader, seen: Seen) -> None:
-        """Read one response."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
-        seen.body = await reader.readexactly(int(lines["content-length"]))
-        seen.status = int(head.split()[1])
-        seen.students = int(lines.get("x-students", 1))
-        seen.retry_after = "retry-after" in lines
-        seen.closes = lines.get("connection") == "close"
+        else:
+            await connection.ask(raw, seen, due_at)
 
 
 class Checker:
@@ -147,15 +216,19 @@ class Checker:
 def main() -> None:
     """Run a job."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    load, checker = Load(job), Checker(job)
+    load, checker = Load(job), Checker(job) if job["expected"] else None
     seen = asyncio.run(load.run())
     for number, one in enumerate(seen):
-        if one.status == 200 and not checker.is_right(number, one.body):
+        if one.status == 200 and checker is not None and not checker.is_right(number, one.body):
             one.status = WRONG
         if one.status == 429 and not one.retry_after:
             one.status = WRONG
     rows = [[one.due_s, one.latency_s, one.status, one.students] for one in seen]
-    told = {"most_late_s": load.most_late_s, "largest_difference": checker.largest, "held": load.held}
+    told = {
+        "most_late_s": load.most_late_s,
+        "largest_difference": checker.largest if checker else 0.0,
+        "held": load.held,
+    }
     Path(sys.argv[2]).write_text(json.dumps({"requests": rows} | told))
 
 

@@ -121,8 +121,8 @@ def test_a_connection_that_is_being_closed_is_not_used_again(says_so, tmp_path):
         for number, one in enumerate(seen):  # one after the other, so that a connection would be free
             await loading.one(number, one, 0.0)
         held = len(loading.idle)
-        for _, writer in loading.idle:
-            writer.close()
+        for connection in loading.idle:
+            connection.transport.close()
         server.close()
         await server.wait_closed()
         await asyncio.sleep(0)
