@@ -158,6 +158,35 @@ def test_the_verdict_names_what_falls_short():
     assert "BREAKS" in said[7]
 
 
+def test_the_floor_stands_beside_the_passes():
+    rates = {"floor": 1000.0, "teacher": 10.0, "adaptive": 15.0, "fixed": 12.0}
+    ratio = {"batch": 3.0, "one": 3.5, "teacher_s": 0.006, "student_s": 0.002}
+    said = burst.lines(rates, ratio, {})
+    assert "costs 1.00 ms by a bare Starlette, its passes 6.00 (teacher) and 2.00" in said[-1]
+
+
+def test_the_burst_lies_between_what_the_two_bear():
+    assert burst.burst_rate({"adaptive": 400.0, "fixed": 100.0}) == 200.0
+    assert burst.burst_rate({"adaptive": 100.0, "fixed": 400.0}) == 90.0, (
+        "never more than the controller bears"
+    )
+    assert burst.burst_rate({"adaptive": 100.0, "fixed": 0.0}) == 90.0
+    assert burst.burst_rate({"adaptive": 0.0, "fixed": 0.0}) > 0
+
+
+def test_load_without_a_model_checks_nothing(here, tmp_path, monkeypatch):
+    """The floor answers with bytes that mean nothing."""
+    here.site.service._room_at_s = 0.0  # whatever was refused before
+    job = job_of(tmp_path, here.about["url"], expected=None)
+    given, result = tmp_path / "job.json", tmp_path / "result.json"
+    given.write_text(json.dumps(job))
+    monkeypatch.setattr(sys, "argv", ["http_load.py", str(given), str(result)])
+    http_load.main()
+    found = json.loads(result.read_text())
+    assert {row[2] for row in found["requests"]} == {200}
+    assert found["largest_difference"] == 0.0
+
+
 def test_the_soak_sees_each_fault():
     good = {"by_status": {"200": 10, "429": 90}}
     left = {"handles_more": 0, "queue_texts": 0.0, "in_flight": 0.0}
