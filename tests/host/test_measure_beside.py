@@ -153,6 +153,7 @@ def test_fresh_memory_costs_what_it_adds_to_work(monkeypatch, alone_s, beside_s,
         if has_begun[0]:
             Finder.last.round()
 
+    monkeypatch.setattr(measuring, "_FINDERS", 1)
     monkeypatch.setattr(measuring, "Ahead", Found)
     monkeypatch.setattr(measuring, "typical_seconds", lambda run, _seconds: run() or alone_s)
     monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -168,10 +169,33 @@ def test_fresh_memory_is_never_free(monkeypatch):
         now[0] += 1.0
         Finder.last.round()
 
+    monkeypatch.setattr(measuring, "_FINDERS", 1)
     monkeypatch.setattr(measuring, "Ahead", Finder)
     monkeypatch.setattr(measuring, "typical_seconds", lambda _run, _seconds: 1.0)
     monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert measure_fresh(work, 40.0, 64 * HUGE_PAGE) == pytest.approx(HUGE_PAGE / measuring._LEAST_ADDED)
+
+
+@pytest.mark.parametrize("pages", [1, 2, 7, 64])
+def test_finders_share_the_memory_and_all_of_it_counts(monkeypatch, pages):
+    shares = []
+
+    class All(Finder):
+        def __init__(self, bytes_N, nbytes):
+            super().__init__(bytes_N, nbytes)
+            assert len(bytes_N) >= nbytes
+            shares.append((bytes_N.data_ptr() % HUGE_PAGE, nbytes))
+            self._found = nbytes
+
+    now = iter(range(100))
+    monkeypatch.setattr(measuring, "Ahead", All)
+    monkeypatch.setattr(measuring, "typical_seconds", lambda _run, _seconds: 0.25)
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    rate = measure_fresh(lambda: None, 40.0, pages * HUGE_PAGE)
+    assert rate == pytest.approx(pages * HUGE_PAGE / 0.75)
+    assert sum(nbytes for _, nbytes in shares) == pages * HUGE_PAGE
+    assert len(shares) == min(pages, measuring._FINDERS)
+    assert {offset for offset, _ in shares} == {0}, "each begins at a huge page"
 
 
 def test_fresh_memory_is_found_by_the_engines_own_finder_and_given_back():

@@ -83,7 +83,7 @@ def test_files_too_small_to_read_directly_are_guessed_too(tmp_path):
     assert link_now([tmp_path / "small"], Link(bytes_per_s=5.0), 0.01) == Link(bytes_per_s=5.0)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 3.0, 8.5])
+@pytest.mark.parametrize("seconds", [-400.0, 0.0, 3.0, 8.5])
 def test_a_cold_start_is_not_counted(files, monkeypatch, seconds):
     """A disk that takes 100 s for each of its first reads and one for each later one, by a clock that only it moves."""
     now, begun, under_way, most = [0.0], count(), [0], [0]
@@ -152,6 +152,15 @@ def test_a_slow_start_of_a_probe_costs_little(files, disk):
     asked = disk([2 * as_before] * 3, [as_before] * 4)
     assert 0.85e9 < link_now(files, Link(bytes_per_s=1e9), 0.1).bytes_per_s <= 1e9 * (1 + 1e-9)
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("first", "second", "mean"), [(1.3, 1.3, 1.3), (1.3, 1.0, 1.15)])
+def test_both_looks_count_and_are_worth_more_than_one(files, disk, first, second, mean):
+    round_s = mean_bytes(files) / 1e9 * IN_FLIGHT
+    asked = disk([first * round_s] * 4, [second * round_s] * 4)
+    now = link_now(files, Link(bytes_per_s=1e9), 0.1)
+    assert len(asked) == 2
+    assert now.bytes_per_s == pytest.approx(likely_rate(1e9, 1e9 / mean, measuring._NOISE / sqrt(2)))
 
 
 def test_a_pieces_fixed_cost_is_not_the_rates(files, disk):

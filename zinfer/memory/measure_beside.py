@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from zinfer.chunks.table import PAGE, PIECE_BYTES, Chunk, ChunkId, ChunkTable, Read
+from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Chunk, ChunkId, ChunkTable, Read
 from zinfer.config.machine import Overlap
 from zinfer.memory.ahead import Ahead
 from zinfer.memory.assemble import open_manager
@@ -17,10 +17,12 @@ from zinfer.memory.measure_disk import ReadLoad, ranges
 from zinfer.memory.measure_links import typical, typical_seconds
 from zinfer.memory.slab import HostSlab
 from zinfer.plan.records import Budget, Placement, Tier
+from zinfer.units import round_up
 
 _MOST = 4.0  # a slowdown beyond this was somebody else's work
 _NUM_CHUNKS = 16
 _TURN_S = 0.3  # of measuring overlap: some rounds of reads alone, some beside work
+_FINDERS = 2  # of pages, at once in a first pass: the engine's own, and a reader
 _LEAST_ADDED = 0.05  # of the time beside a finder of pages: noise must not make fresh memory cost nothing
 _WAIT_S, _MOST_WAITS = 0.01, 20
 
@@ -90,14 +92,17 @@ def measure_fresh(work: Callable[[], object], seconds: float, nbytes: int) -> fl
     """
     alone_s = typical_seconds(work, seconds / 4)
     slab = HostSlab(nbytes)
-    finder = Ahead(slab.bytes_N, nbytes)
+    share = round_up(-(-nbytes // _FINDERS), HUGE_PAGE)
+    finders = [Ahead(slab.bytes_N[begin:], min(share, nbytes - begin)) for begin in range(0, nbytes, share)]
     marks = [(time.perf_counter(), 0, 0)]  # when, bytes found, rounds of work
     try:
         while marks[-1][1] < nbytes and (marks[-1][0] - marks[0][0] < seconds or not marks[-1][1]):
             work()
-            marks.append((time.perf_counter(), finder.found_bytes, len(marks)))
+            found_bytes = sum(finder.found_bytes for finder in finders)
+            marks.append((time.perf_counter(), found_bytes, len(marks)))
     finally:
-        finder.close()
+        for finder in finders:
+            finder.close()
         slab.close()
     half_s = (marks[0][0] + marks[-1][0]) / 2
     end_s, end_bytes, end_rounds = marks[-1]
