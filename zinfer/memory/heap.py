@@ -10,9 +10,7 @@ from zinfer.units import MIB
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of <malloc.h>
 MAPPED_BYTES = 4 * MIB  # an allocation from here on is a mapping of its own and ends with its owner
-_KEPT_BYTES = (
-    64 * MIB
-)  # free memory at the heap's end that is kept: what waiting micro-batches leave and take again
+_KEPT_BYTES = 64 * MIB  # free memory at the heap's end that is kept: waiting micro-batches take it again
 
 
 @cache
