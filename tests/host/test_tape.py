@@ -1,5 +1,7 @@
 """Passes written down as steps of compiled code: what they give, what is refused, and what memory they use."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -208,6 +210,23 @@ def test_memory_of_recorded_passes_ends():
     assert made.nbytes == 0
 
 
+def test_recording_does_not_import_torchs_compiler():
+    """That takes two seconds, which the first recorded pass would wait for."""
+    code = """
+import sys, torch
+from zinfer.kernels.native.calls import kernels
+from zinfer.kernels.native.tape import TapeRecorder
+from zinfer.runtime.live_bytes import LiveBytes
+x = torch.ones(3, 8, dtype=torch.bfloat16)
+replay = TapeRecorder(kernels(), 2**20).record(lambda: (x + x).view(-1).float())
+replay()
+with LiveBytes():
+    x + x
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def run(folder, *, records, prompts=PROMPTS, params=PARAMS, memory="64MiB", **options):
     """Tokens, log probabilities and stats; `records` as runtime.graphs says."""
     config = {"graphs": "auto" if records else "off"}
@@ -280,6 +299,16 @@ def test_a_streamed_model_is_replayed_where_its_chunks_lie(tmp_path, native_rows
     assert found[2].bytes_per_pass["disk"] > 0, "something streams"
     assert found[2].graph_replays > 0
     assert found[:2] == want[:2]
+
+
+@pytest.mark.parametrize("most_bytes", [1, 300, 1000, 3000, 10_000, 30_000, 100_000])
+def test_however_little_memory_there_is_for_recordings(models, monkeypatch, native_rows, most_bytes):
+    """What does not fit runs op by op, be it a buffer, a part of a pass or a whole one."""
+    want = run(models["llama"], records=False)
+    monkeypatch.setattr("zinfer.plan.choose._MOST_RECORDED_BYTES", most_bytes)
+    found = run(models["llama"], records=True)
+    assert found[:2] == want[:2]
+    assert all(kind._graphs._recorder.nbytes <= most_bytes for kind in found[3])
 
 
 def test_a_tape_over_old_tables_is_seen(models, monkeypatch, native_rows):

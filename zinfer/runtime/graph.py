@@ -285,7 +285,10 @@ class Kind:
             return made[id(x)]
 
         inside = Flow()
-        set_flow(inside, mapped(flow_state(flow), fixed))
+        try:
+            set_flow(inside, mapped(flow_state(flow), fixed))
+        except NotRecordableError:  # there is no memory for the buffers
+            return None
         inputs = list(tensors(flow_state(inside)))
         replay = self._graphs.record(lambda: self._graphs.run_ops(ops, weights, inside, self.buffers))
         if replay is None:

@@ -19,6 +19,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     What a kernel allocates for itself within one operation is not seen.  Used by one thread.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's own hook: to keep its compiler out it would import it, which takes two seconds."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0

@@ -88,6 +88,11 @@ class Pool:
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The steps of what is done while this is entered; results are tensors of `pool` with nothing in them yet."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's own hook: to keep its compiler out it would import it, which takes two seconds of the first pass."""
+        return False
+
     def __init__(self, pool: Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
