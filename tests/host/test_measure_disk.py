@@ -2,7 +2,7 @@
 
 import threading
 from itertools import count
-from math import exp, log, sqrt
+from math import exp, log
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,17 +150,17 @@ def test_a_slow_start_of_a_probe_costs_little(files, disk):
     """The first tenth of a second at half the rate, the second as before: the disk has not changed."""
     as_before = mean_bytes(files) / 1e9 * IN_FLIGHT
     asked = disk([2 * as_before] * 3, [as_before] * 4)
-    assert 0.85e9 < link_now(files, Link(bytes_per_s=1e9), 0.1).bytes_per_s <= 1e9 * (1 + 1e-9)
+    assert link_now(files, Link(bytes_per_s=1e9), 0.1).bytes_per_s == pytest.approx(1e9)
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize(("first", "second", "mean"), [(1.3, 1.3, 1.3), (1.3, 1.0, 1.15)])
-def test_both_looks_count_and_are_worth_more_than_one(files, disk, first, second, mean):
+@pytest.mark.parametrize("second", [1.0, 1.2, 2.0])
+def test_of_two_looks_the_later_one_counts(files, disk, second):
     round_s = mean_bytes(files) / 1e9 * IN_FLIGHT
-    asked = disk([first * round_s] * 4, [second * round_s] * 4)
+    asked = disk([1.3 * round_s] * 4, [second * round_s] * 4)
     now = link_now(files, Link(bytes_per_s=1e9), 0.1)
     assert len(asked) == 2
-    assert now.bytes_per_s == pytest.approx(likely_rate(1e9, 1e9 / mean, measuring._NOISE / sqrt(2)))
+    assert now.bytes_per_s == pytest.approx(likely_rate(1e9, 1e9 / second))
 
 
 def test_a_pieces_fixed_cost_is_not_the_rates(files, disk):
@@ -185,14 +185,6 @@ def test_what_was_seen_counts_more_the_farther_off_it_is(known, off, more):
     near, far = (off or 0.1), (off or 0.1) + (more if off >= 0 else -more)
     assert share(near) <= share(far) + 1e-6
     assert likely_rate(known, known) == pytest.approx(known)
-
-
-@given(rates, st.floats(0.2, 5.0), st.floats(1.5, 10))
-def test_longer_reads_count_more(known, ratio, longer):
-    short, long = (
-        abs(log(likely_rate(known, known * ratio, noise) / known)) for noise in (0.06, 0.06 / sqrt(longer))
-    )
-    assert short <= long + 1e-9
 
 
 @pytest.mark.parametrize(("noise", "drift"), [(0.06, 0.06), (0.06, 0.0), (0.03, 0.10)])

@@ -15,15 +15,16 @@ import torch
 
 _FEW_CORES = 8  # on more, what readers take is little and waking a team takes longer
 _LINGER_S = 0.05  # after the last read: longer than a chunk takes, short beside a small model's answer
-_PAUSES = 10  # so many times as long without a read: the next one is of another load, not of the same stream
+_PAUSES = 1.5  # so many times as long without a read: steps so large are worth a new team, and others wait for no reads
 _ELEMENTS = 2**20  # of a sum that is shared among threads
 
 
 class Crowd:
     """An idle team of threads beside the team of the products, from `enter` until nothing has been read for a while.
 
-    Where reads follow each other in larger steps, as in passes that products bind, it stays for twice the last step: a
-    team that ends and begins again with every chunk costs more than it spares.
+    Where reads follow each other in somewhat larger steps, as in passes that products bind, it stays for twice the last
+    step: a team that ends and begins again with every chunk costs more than it spares.  A load's last steps may be half
+    a second, and what decodes after it wants its threads to spin.
 
     Every `hold` is ended by `let_go`; the last one ends the threads.  Used from any thread; for all readers of the
     process there is one.
