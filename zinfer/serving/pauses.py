@@ -15,8 +15,8 @@ def few_pauses() -> Iterator[Callable[[], None]]:
 
     A full collection goes through every object of the process, modules and all: a tenth of a second in which nothing
     is answered, every few hundred requests.  What comes later is collected as ever, but not in the middle of every
-    answer: one has some hundreds of parts, which is as many as make Python look for garbage.  With ten times as many the
-    oldest are looked at too seldom: a thousand connections then take 35 MiB more.
+    answer: one has some hundreds of parts, which is as many as make Python look for garbage.  With ten times as many
+    the oldest are looked at too seldom: a thousand connections then take 35 MiB more.
     """
     often = gc.get_threshold()
 
