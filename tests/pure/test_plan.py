@@ -315,8 +315,9 @@ def test_a_pass_that_a_host_records_costs_what_replaying_does():
     table = assemble(source_of(spec), 64 * MIB)
     recording = FLAT.model_copy(update={"replayed_op_s": 1e-6})
 
-    def overhead_s(load, *, exact=False, spec=spec, compute=recording):
-        return sum(cost.overhead for cost in chunk_seconds(spec, table, compute, load, exact=exact))
+    def overhead_s(load, *, exact=False, spec=spec, compute=recording, all_stay=True):
+        costs = chunk_seconds(spec, table, compute, load, exact=exact, all_stay=all_stay)
+        return sum(cost.overhead for cost in costs)
 
     decode, ops = PassLoad(rows=3, sequences=3, context=40), len(table.chunk_of_op)
     assert overhead_s(decode) == pytest.approx(1e-6 * ops), "nor is a lease"
@@ -329,7 +330,7 @@ def test_a_pass_that_a_host_records_costs_what_replaying_does():
         PassLoad(rows=3, sequences=3, context=40, kv=KvPlan(dtype="INT8")),
     ):
         assert overhead_s(other) == one_by_one
-    assert overhead_s(decode, exact=True) == one_by_one
+    assert overhead_s(decode, exact=True) == overhead_s(decode, all_stay=False) == one_by_one
     for change in ({"norm": "layer"}, {"activation": "gelu"}, {"dtype": "F32"}, {"gated_mlp": False}):
         assert overhead_s(decode, spec=replace(spec, **change)) == one_by_one
 

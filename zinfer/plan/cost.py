@@ -51,9 +51,13 @@ def chunk_seconds(
     *,
     exact: bool,
     machine: Machine | None = None,
+    all_stay: bool = False,
 ) -> list[ChunkSeconds]:
-    """Seconds of every chunk of the table, in its order; a row table costs nothing."""
-    costs = OpCosts(spec, compute, load, exact=exact, machine=machine)
+    """Seconds of every chunk of the table, in its order; a row table costs nothing.
+
+    Where all chunks stay, a pass that is recorded is replayed as one.
+    """
+    costs = OpCosts(spec, compute, load, exact=exact, machine=machine, all_stay=all_stay)
     seconds = []
     for chunk in table.chunks:
         work = sum(costs.work(spec.program[index]) for index in chunk.ops)
@@ -81,6 +85,7 @@ class OpCosts:
         *,
         exact: bool,
         machine: Machine | None = None,
+        all_stay: bool = False,
     ) -> None:
         self._spec = spec
         self._load = load
@@ -88,7 +93,7 @@ class OpCosts:
         self._machine = machine
         cost = compute.step_cost(exact=exact)
         replayed_s = cost.replayed_op_s
-        self.is_replayed = replayed_s is not None and not exact and is_recorded(spec, load)
+        self.is_replayed = all_stay and replayed_s is not None and not exact and is_recorded(spec, load)
         self.overhead_s = cost.op_overhead_s if replayed_s is None or not self.is_replayed else replayed_s
         self._per_byte = _rates(compute, spec, load.rows, exact=exact)
         self._per_head_byte = _rates(compute, spec, min(load.sequences, load.rows), exact=exact)

@@ -89,7 +89,8 @@ def pass_costs(
 ) -> list[ChunkSeconds]:
     """Compute seconds of every chunk on the engine of the compute tier; the last one also samples."""
     engine = engine_of(machine, placement.compute_tier)
-    costs = chunk_seconds(spec, table, engine, load, exact=exact, machine=machine)
+    all_stay = not placement.slots  # else room for recordings is scarce, and each chunk needs a lease
+    costs = chunk_seconds(spec, table, engine, load, exact=exact, machine=machine, all_stay=all_stay)
     last = table.streamable[-1].id
     sampling_s = engine.token_overhead_s * load.sequences
     costs[last] = ChunkSeconds(costs[last].work, costs[last].overhead + sampling_s)
