@@ -33,10 +33,8 @@ from served import ENGINES, ROOT, Running, Traffic, bundled_or, serving, zinfer_
 SHARE, TIMES, LEAST_OF_MODEL_RATIO = 0.99, 5, 0.7
 MADE = {"width": 192, "layers": 6, "heads": 6}
 STUDENTS = 3
-ANSWER_BYTES, ANSWER_S = (
-    660,
-    0.001,
-)  # about those of a text's labels; and with what to begin the search for the floor
+ANSWER_BYTES = 660  # about those of a text's labels
+ANSWER_S = 0.001  # with what to begin the search for the floor
 FEW = 60  # requests of a probe that is to say something
 WIDEST = 64.0  # between the lowest and the highest rate that are tried
 COLOURS = {"adaptive": "#1f6feb", "fixed": "#d1242f"}

@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import numpy as np
+
 from zinfer.chunks.table import ALIGN, PAGE, PIECE_BYTES
 
 
@@ -21,6 +23,14 @@ def fetch(chunk, files):
     for move in chunk.moves:
         buffer[move.target : move.target + move.nbytes] = buffer[move.source : move.source + move.nbytes]
     return bytes(buffer)
+
+
+def write_noise(folder, sizes):
+    """Files of so many random bytes, named as weights are."""
+    paths = [folder / f"{at}.safetensors" for at in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        path.write_bytes(np.random.default_rng(0).bytes(size))
+    return paths
 
 
 def assert_disjoint(ranges):

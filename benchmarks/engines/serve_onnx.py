@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +15,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import tokenizers
-import uvicorn
-from starlette.applications import Starlette
+from listen import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 
 class Runner:
@@ -63,13 +60,7 @@ def main() -> None:
         raw = await request.body()
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, runner, raw))
 
-    app = Starlette(routes=[Route("/predict", predict, methods=["POST"])])
-    # With the protocol named asyncio sends small packets at once; socket.create_server leaves it out.
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.bind(("127.0.0.1", 0))
-    listening.listen(2048)
-    print(json.dumps({"url": f"http://127.0.0.1:{listening.getsockname()[1]}"}), flush=True)
-    uvicorn.Server(uvicorn.Config(app, http="h11", log_level="critical", lifespan="off")).run([listening])
+    serve(predict)
 
 
 if __name__ == "__main__":

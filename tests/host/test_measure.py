@@ -1,8 +1,8 @@
 """The machine's measurement, on tiny inputs: all is measured, positive and consistent; no seconds are asserted."""
 
-import numpy as np
 import pytest
 import torch
+from chunk_bytes import write_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS
@@ -53,11 +53,7 @@ def _tiny(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
-    sizes = (3 * MIB + 100, 5 * PAGE, PAGE)
-    paths = [tmp_path / f"{at}.safetensors" for at in range(len(sizes))]
-    for path, size in zip(paths, sizes, strict=True):
-        path.write_bytes(np.random.default_rng(0).bytes(size))
-    return paths
+    return write_noise(tmp_path, (3 * MIB + 100, 5 * PAGE, PAGE))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chunk_bytes import write_noise
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,10 +31,7 @@ rates = st.floats(1e6, 1e11)
 
 @pytest.fixture
 def files(tmp_path):
-    paths = [tmp_path / f"{at}.safetensors" for at in range(len(SIZES))]
-    for path, size in zip(paths, SIZES, strict=True):
-        path.write_bytes(np.random.default_rng(0).bytes(size))
-    return paths
+    return write_noise(tmp_path, SIZES)
 
 
 @pytest.fixture

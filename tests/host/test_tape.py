@@ -286,6 +286,7 @@ def test_families_that_have_no_steps_run_op_by_op(models, family):
     want = run(models[family], records=False)
     found = run(models[family], records=True)
     assert found[2].graph_replays == 0
+    assert not found[3], "nothing is set aside for what is never recorded"
     assert found[:2] == want[:2]
 
 
@@ -302,13 +303,15 @@ def test_a_streamed_model_is_replayed_where_its_chunks_lie(tmp_path, native_rows
 
 
 @pytest.mark.parametrize("most_bytes", [1, 300, 1000, 3000, 10_000, 30_000, 100_000])
-def test_however_little_memory_there_is_for_recordings(models, monkeypatch, native_rows, most_bytes):
-    """What does not fit runs op by op, be it a buffer, a part of a pass or a whole one."""
+def test_however_little_memory_there_is_for_recordings(models, monkeypatch, caplog, native_rows, most_bytes):
+    """What does not fit runs op by op, be it a buffer, a part of a pass or a whole one; nobody was promised more."""
     want = run(models["llama"], records=False)
     monkeypatch.setattr("zinfer.plan.choose._MOST_RECORDED_BYTES", most_bytes)
     found = run(models["llama"], records=True)
     assert found[:2] == want[:2]
     assert all(kind._graphs._recorder.nbytes <= most_bytes for kind in found[3])
+    assert not any(kind._graphs.is_off for kind in found[3])
+    assert "recorded any more" not in caplog.text
 
 
 def test_a_tape_over_old_tables_is_seen(models, monkeypatch, native_rows):

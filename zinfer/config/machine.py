@@ -27,9 +27,8 @@ class StepCost(BaseModel):
     op_overhead_s: float = Field(ge=0)  # per op of the program: interpreter, launches, norms, small attention
     attention_flops_per_s: float = Field(gt=0)
     prefill_attention_flops_per_s: float = Field(gt=0)
-    replayed_op_s: float | None = Field(
-        default=None, ge=0
-    )  # per op of a pass that was recorded; None: none are
+    # The same in a pass that was recorded; None: none are.
+    replayed_op_s: float | None = Field(default=None, ge=0)
 
 
 class Compute(BaseModel):
@@ -45,9 +44,7 @@ class Compute(BaseModel):
     attention_flops_per_s: float = Field(gt=0)
     prefill_attention_flops_per_s: float | None = None  # None: as while decoding
     op_overhead_s: float = Field(ge=0)  # per op of the program: interpreter, launches, norms
-    replayed_op_s: float | None = Field(
-        default=None, ge=0
-    )  # the same in a pass that was recorded; None: none are
+    replayed_op_s: float | None = Field(default=None, ge=0)  # as StepCost's
     chunk_overhead_s: float = Field(default=5e-5, ge=0)  # per chunk: fetch, lease, evict
     exact: StepCost | None = None
     token_overhead_s: float = Field(default=0.0, ge=0)  # per sequence and pass: sampling, text

@@ -13,6 +13,7 @@ from zinfer.chunks.source import Source
 from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError, InternalError
+from zinfer.plan.cost import has_steps
 from zinfer.plan.forecast import decode_load, simulate_load
 from zinfer.plan.place import Reserve, place, size_steps, tier_uses
 from zinfer.plan.records import Budget, Placement, Schedule, Tier, Workload
@@ -50,7 +51,7 @@ class Choice:
 
     def reserve_with_recorded(self, spec: ModelSpec, budget: Budget, *, device: str, exact: bool) -> Reserve:
         """The reserve and room for passes that a host records, of what its budget has to spare: no weight makes way."""
-        if device != "cpu" or exact or spec.encoder is not None or spec.dtype != "BF16":
+        if device != "cpu" or exact or not has_steps(spec):
             return self.reserve
         (use,) = tier_uses(self.table, self.placement, budget, self.reserve)
         spare = min(_MOST_RECORDED_BYTES, budget.host // 64, budget.host - use.total)

@@ -112,11 +112,16 @@ class OpCosts:
         return work
 
 
+def has_steps(spec: ModelSpec) -> bool:
+    """Whether all ops of a model are steps that a host can record (zinfer.kernels.native.tape)."""
+    is_of_a_kind = spec.norm == "rms" and spec.gated_mlp and spec.activation == "silu"
+    return is_of_a_kind and spec.dtype == "BF16" and spec.encoder is None
+
+
 def is_recorded(spec: ModelSpec, load: PassLoad) -> bool:
-    """Whether a host that records passes records such ones: one new row per sequence, and all ops are steps."""
-    has_steps = spec.norm == "rms" and spec.gated_mlp and spec.activation == "silu" and spec.dtype == "BF16"
+    """Whether a host that records passes records such ones: one new row per sequence, the cache beside the weights."""
     is_decode = load.rows == load.sequences <= _RECORDED_ROWS and load.context > 1
-    return has_steps and is_decode and spec.encoder is None and load.kv == _RESIDENT
+    return has_steps(spec) and is_decode and load.kv == _RESIDENT
 
 
 def attention_rate(compute: Compute, load: PassLoad, *, exact: bool) -> float:

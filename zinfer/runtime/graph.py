@@ -24,6 +24,7 @@ from zinfer.layers.packed import Packed
 from zinfer.log import logger
 from zinfer.memory.faults import is_lost
 from zinfer.models.decoder import Flow, prepare, run_op
+from zinfer.plan.cost import has_steps
 from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
 from zinfer.spec.records import ModelSpec
 
@@ -45,6 +46,8 @@ class GraphRecorder(Protocol):
         What `run` has allocated stays allocated for as long as the answer lives.
         """
         ...
+
+    is_promised: bool  # whether the plan made room: that it does not suffice is worth a word
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +74,8 @@ class CudaRecorder:
     the next is referred to by whoever recorded it, and so never handed out twice.  Only the recording thread is
     bound by what a capture forbids: the transfers' threads go on issuing copies and reading events.
     """
+
+    is_promised = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -195,9 +200,8 @@ class Graphs:
         """None where it cannot be recorded: the reason is said, and nothing is recorded any more."""
         try:
             if self.nbytes > self._most_bytes:
-                raise BudgetError(
-                    "ZI-2405", f"{self.nbytes} bytes of graphs are more than {self._most_bytes}"
-                )
+                what = f"{self.nbytes} bytes of graphs are more than {self._most_bytes}"
+                raise BudgetError("ZI-2405", what) if self._recorder.is_promised else NotRecordableError(what)
             return self._recorder.record(run)
         except NotRecordableError:
             return None
@@ -323,11 +327,11 @@ def without_attention(batch: Packed) -> Packed:
 
 
 def graphs_for(spec: ModelSpec, device: torch.device, *, exact: bool, most_bytes: int) -> Graphs | None:
-    """For a device that can record, and for a host with compiled kernels where rows need not be exact; None for any
-    other."""
+    """For a device that can record, and for a host with compiled kernels that know the model's ops, where rows need not
+    be exact; None for any other."""
     if device.type == "cuda":
         return Graphs(spec, CudaRecorder(device), exact=exact, most_bytes=most_bytes)
-    found = None if exact or device.type != "cpu" or spec.dtype != "BF16" else kernels()
+    found = kernels() if device.type == "cpu" and not exact and has_steps(spec) else None
     if found is None or not found.has_products:
         return None
     return Graphs(spec, TapeRecorder(found, most_bytes), exact=exact, most_bytes=most_bytes)

@@ -22,9 +22,8 @@ Headers: TypeAlias = Iterable[tuple[bytes, bytes]]
 _LINES: dict[bytes, Kind] = {b"POST /predict HTTP/1.1": "predict", b"POST /embed HTTP/1.1": "embed"}
 # Names and values that need no second thought; whatever else there may be is for the parser.
 _PLAIN = re.compile(rb"(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e]*)+")
-_NOT_HERE = frozenset(
-    {b"connection", b"expect", b"transfer-encoding", b"upgrade"}
-)  # they change what comes next
+# These change what comes next.
+_NOT_HERE = frozenset({b"connection", b"expect", b"transfer-encoding", b"upgrade"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class Meters:
         self.deferred.inc(what.num_deferred)
         same = Counted(
             (one.num_students, one.queue_s) for one in what.served
-        )  # texts of a pass came together
+        )  # of a pass: they came together
         for (num_students, queue_s), times in same.items():
             self.students.observe(num_students, times)
             self.waited.observe(queue_s, times)

@@ -24,9 +24,8 @@ from zinfer.students.scheduler import Overloaded, Served
 from zinfer.tokenizer import Encoded
 
 _THREADS = 2
-SHORT_BYTES = (
-    4096  # a body of fewer is parsed and cut in about a millisecond: handing it to a thread takes as long
-)
+# A body of at most so many is parsed and cut in about a millisecond: handing it to a thread takes as long.
+SHORT_BYTES = 4096
 _MOST_BEFORE_S = 0.5  # of waiting for those threads: more work than that is not taken
 _WINDOW = 0.1  # weight of one request in what they take
 READY_SHARE = 0.9  # of the queue: fuller than that, another server should be asked
@@ -53,10 +52,8 @@ class Service:
         self.is_warm = self.is_draining = False
         self.in_flight = 0
         self._room_at_s = 0.0  # when, by the last refusal, the queue should have room
-        self._beginning, self._begin_s = (
-            0,
-            0.0,
-        )  # requests at or before those threads, and seconds that one takes
+        self._beginning = 0  # requests at or before those threads
+        self._begin_s = 0.0  # that one takes
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="zinfer-requests")
 
     def warm(self) -> None:

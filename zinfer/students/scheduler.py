@@ -266,9 +266,8 @@ class TextScheduler:
                 if not batch:
                     return
                 wanted = [one for one in batch if self._is_wanted(one.item.parcel)]
-                self._tally.cancelled += len(batch) - len(
-                    wanted
-                )  # after they were queued, before `_drop` came
+                left = len(batch) - len(wanted)
+                self._tally.cancelled += left  # after they were queued, before `_drop` came
                 self._at_work += 1
             try:
                 if wanted:

@@ -167,9 +167,8 @@ class GroupService:
     def answer(self, texts: Sequence[Encoded], num_students: int) -> tuple[Tensor, Tensor | None]:
         """(representations [S, D], calibrated logits [S, C] or None) in the order of the texts."""
         if len(texts) <= MAX_BATCH and sum(len(text.ids) for text in texts) <= MAX_ROWS:
-            return self.bank.answer(
-                self._packed(texts), num_students
-            )  # one pass needs no sorting and no way back
+            # One pass needs no sorting and no way back.
+            return self.bank.answer(self._packed(texts), num_students)
         return in_order(self.passes(texts, num_students))
 
     def _packed(self, texts: Sequence[Encoded]) -> Packed:

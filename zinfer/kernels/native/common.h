@@ -42,6 +42,13 @@ static inline float exponential(float x) {
     return series * power;
 }
 
+#define SHARE 32768 /* elements that are worth a thread */
+
+static inline size_t end_of(size_t piece, size_t step, size_t count) {
+    size_t stop = (piece + 1) * step;
+    return stop < count ? stop : count;
+}
+
 /* The runtime that torch loaded: a second pool of threads would fight with it for the cores. */
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
 

@@ -5,16 +5,10 @@
 #include "kernels.h"
 #include <math.h>
 
-#define PIECE 32768 /* elements that are worth a thread */
 #define BLOCK 256   /* elements of a row whose exponentials are kept: they stay in the nearest cache */
 #define WIDE 16     /* sums side by side: what a reduction needs to become vectors in a fixed order */
 
-static size_t rows_per_piece(size_t width) { return width >= PIECE ? 1 : PIECE / width; }
-
-static size_t end_of(size_t piece, size_t step, size_t rows) {
-    size_t stop = (piece + 1) * step;
-    return stop < rows ? stop : rows;
-}
+static size_t rows_per_piece(size_t width) { return width >= SHARE ? 1 : SHARE / width; }
 
 typedef struct {
     const bf16 *x, *weight;

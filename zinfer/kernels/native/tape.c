@@ -4,8 +4,6 @@
  * A pass of one row is some five hundred calls of microseconds; from Python each costs as much again. */
 #include "kernels.h"
 
-#define PIECE 32768 /* elements that are worth a thread */
-
 /* The order of zinfer.kernels.native.calls.STEPS. */
 enum { NORM, ROTATE, ATTEND, GATE, ADD, WIDEN, MOVE, DENSE, QUANT };
 
@@ -19,31 +17,29 @@ typedef struct {
     size_t count;
 } map_t;
 
-static size_t stop_of(size_t piece, size_t count) { return (piece + 1) * PIECE < count ? (piece + 1) * PIECE : count; }
-
 static void add_piece(void *data, size_t piece) {
     const map_t *job = data;
     const bf16 *restrict x = job->x, *restrict z = job->z;
     bf16 *restrict y = job->y;
-    for (size_t i = piece * PIECE; i < stop_of(piece, job->count); i++) y[i] = narrow(widen(x[i]) + widen(z[i]));
+    for (size_t i = piece * SHARE; i < end_of(piece, SHARE, job->count); i++) y[i] = narrow(widen(x[i]) + widen(z[i]));
 }
 
 static void widen_piece(void *data, size_t piece) {
     const map_t *job = data;
     float *restrict y = job->y;
-    for (size_t i = piece * PIECE; i < stop_of(piece, job->count); i++) y[i] = widen(job->x[i]);
+    for (size_t i = piece * SHARE; i < end_of(piece, SHARE, job->count); i++) y[i] = widen(job->x[i]);
 }
 
 /* y = x + z */
 static void add(const bf16 *x, const bf16 *z, bf16 *y, size_t count, unsigned num_threads) {
     map_t job = {x, z, y, count};
-    share(add_piece, &job, (count + PIECE - 1) / PIECE, num_threads);
+    share(add_piece, &job, (count + SHARE - 1) / SHARE, num_threads);
 }
 
 /* The same numbers in single precision. */
 static void widen_row(const bf16 *x, float *y, size_t count, unsigned num_threads) {
     map_t job = {x, NULL, y, count};
-    share(widen_piece, &job, (count + PIECE - 1) / PIECE, num_threads);
+    share(widen_piece, &job, (count + SHARE - 1) / SHARE, num_threads);
 }
 
 /* `nbytes` of each of `rows` rows, from row from_rows[i] to row to_rows[i]; NULL: from and to row i. */

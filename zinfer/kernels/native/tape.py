@@ -204,7 +204,9 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
 
 
 class TapeRecorder:
-    """A GraphRecorder (zinfer.runtime.graph) for the host, in at most so much memory."""
+    """A GraphRecorder (zinfer.runtime.graph) for the host, in at most so much memory: what a budget had to spare."""
+
+    is_promised = False
 
     def __init__(self, kernels: Kernels, most_bytes: int) -> None:
         self._kernels, self._most_bytes = kernels, most_bytes
