@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_parity import CLOSE, WRONG_ROWS, paged_error, pages_case, rows_error
+from published import llama
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
@@ -18,6 +19,7 @@ from zinfer.kernels.paged import paged_serves
 from zinfer.kernels.panels import QuantWeight, dequantise
 from zinfer.kernels.quantise import quantise
 from zinfer.kernels.row_kernels import row_kernels
+from zinfer.spec.read import read_spec
 
 BF16 = torch.bfloat16
 needs_kernels = pytest.mark.skipif(calls.kernels() is None, reason="no C compiler here")
@@ -197,7 +199,7 @@ def _seen(name, run, seen):
 @needs_products
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 31), (33, 32), (37, 70), (130, 4099)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13])
 def test_a_product_agrees_with_torch(rows, outputs, inputs, with_bias):
     x, weight, bias = noise(rows, inputs), noise(outputs, inputs, seed=1), noise(outputs, seed=2)
     want = x.float() @ weight.float().t() + (bias.float() if with_bias else 0)
@@ -211,14 +213,15 @@ def test_a_product_agrees_with_torch(rows, outputs, inputs, with_bias):
 def test_a_products_bits_depend_on_the_row_alone(threads):
     """Weights that cancel leave what one order of adding leaves, and no other."""
     x, weight = products.cancelling(130, 4099, BF16, "cpu")
-    x = x.repeat(3, 1)[:11]
+    x = x.repeat(8, 1)[:38]  # tiles of 5 and 6 rows
     found, before = calls.kernels(), torch.get_num_threads()
-    alone = [found.dense(x[row : row + 1], weight) for row in range(11)]
+    alone = [found.dense(x[row : row + 1], weight) for row in range(len(x))]
     assert alone[0].float().abs().max() > 0
     torch.set_num_threads(threads)
     try:
         assert torch.equal(found.dense(x, weight), torch.cat(alone))
-        assert torch.equal(found.dense(x[2:5], weight), torch.cat(alone[2:5]))
+        for rows in range(2, 9):
+            assert torch.equal(found.dense(x[2 : 2 + rows], weight), torch.cat(alone[2 : 2 + rows]))
     finally:
         torch.set_num_threads(before)
     # The mutation: the same sums in another order are other numbers.
@@ -270,9 +273,30 @@ def test_a_few_rows_go_where_they_are_faster(monkeypatch):
         found = products.linear(noise(rows, 64, seed=rows), weight, exact=False)
         assert relative(found, noise(rows, 64, seed=rows).float() @ weight.float().t()) < 4e-3
     assert seen == [1, 2, 4]
-    products.linear(noise(2, 64), weight, exact=True)
     products.linear(noise(2, 64), noise(64, 40), exact=False, transposed=True)
+    products.linear(noise(2, 64), noise(64, 40), exact=True, transposed=True)
     assert seen == [1, 2, 4]
+
+
+@needs_products
+def test_exact_rows_are_the_compiled_kernels_at_any_number():
+    """Whatever has no padding has no row counts to agree on either: the plan is told so."""
+    weight, x = noise(40, 64), noise(300, 64, seed=1)
+    whole = products.linear(x, weight, exact=True)
+    assert torch.equal(whole, calls.kernels().dense(x, weight))
+    for rows in (1, 7, 299):
+        assert torch.equal(products.linear(x[:rows], weight, exact=True), whole[:rows])
+    spec = read_spec(llama(64, 128, 1, 4, 2, 100) | {"torch_dtype": "bfloat16"})
+    assert dict(products.with_product_sizes(spec, "cpu").product_sizes)["q"] == ()
+    wide = read_spec(llama(64, 128, 1, 4, 2, 100) | {"torch_dtype": "float32"})
+    assert dict(products.with_product_sizes(wide, "cpu").product_sizes)["q"] != ()
+
+
+@needs_products
+def test_what_is_too_wide_for_a_threads_stack_is_torchs(monkeypatch):
+    monkeypatch.setattr(products, "MOST_INPUTS", 63)
+    monkeypatch.setattr(calls.kernels(), "dense", None)
+    assert products.linear(noise(3, 64), noise(40, 64), exact=True).shape == (3, 40)
 
 
 @needs_products
@@ -307,7 +331,7 @@ def test_without_kernels_torch_does_the_work(weights, monkeypatch):
     for module in (products, quant):
         monkeypatch.setattr(module, "kernels", lambda: None)
     assert products.few_rows.__wrapped__(BF16, "cpu", 64, 128, False, False) == 1
-    assert "native" not in products._candidates(BF16, "cpu", False)
+    assert "native" not in products._candidates(BF16, "cpu", 128, False)
     if quant.has_kernel.__wrapped__(64, "cpu"):
         assert relative(quant.packed(x, weight), x.float() @ dequantise(weight).t()) < 8e-3
 

@@ -116,11 +116,13 @@ def test_results_have_the_models_dtype_and_bias(weights, dtype, exact):
 
 @pytest.mark.parametrize("shape", [(200, 128), (2100, 1024)])
 @pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.parametrize("has", [True, False])
-def test_exact_bits_depend_on_the_row_alone(monkeypatch, weights, shape, has):
-    """With this processor's kernel and, as on one without, through the slot."""
-    if not has:
+@pytest.mark.parametrize("kernel", ["compiled", "torch", None])
+def test_exact_bits_depend_on_the_row_alone(monkeypatch, weights, shape, kernel):
+    """With this processor's kernels and, as on one without, through the slot."""
+    if kernel is None:
         monkeypatch.setattr(quant, "has_kernel", lambda panel, device: False)
+    elif kernel == "torch":
+        monkeypatch.setattr(quant, "_native", lambda panel: None)
     stored = made_up(weights, 64, *shape)
     x = torch.randn(130, shape[1])
     x = torch.cat((16 * x, -16 * x[:, torch.randperm(shape[1])]), 1)[:, : shape[1]].bfloat16()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zinfer.kernels import served
 from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
-from zinfer.kernels.native.calls import Kernels, is_noting, kernels
+from zinfer.kernels.native.calls import MOST_INPUTS, Kernels, is_noting, kernels
 from zinfer.kernels.remembered import remembered
 from zinfer.kernels.rows import one_row
 from zinfer.kernels.served import device_name
@@ -22,7 +22,7 @@ from zinfer.spec.cost import EXACT_SIZES, MOST_ROWS
 from zinfer.spec.records import ModelSpec
 
 SIZES = EXACT_SIZES
-FEW = (2, 4, 8, 16, 32)  # rows at which the compiled kernel is timed against torch
+FEW = (2, 4, 8, 16, 32, 64, 128, 256)  # rows at which the compiled kernel is timed against torch
 _SAMPLE_ROWS = 5
 _TIMED_BYTES = 16 * 2**20  # of a weight: measured in a few milliseconds
 _FEW_TIMED_BYTES = 4 * 2**20  # the same for a few rows, of which there are several numbers to try
@@ -37,13 +37,16 @@ def linear(
 ) -> Tensor:
     """x [T, I] times weight [O, I] ([I, O] when `transposed`), plus bias [O]: [T, O].
 
-    With `exact` a row of the result depends on nothing but that row of x, whatever T is.  Without, a lone row goes
-    through the kernel that was fastest for it (`row_kernel`), and so do a few (`few_rows`).
+    With `exact` a row of the result depends on nothing but that row of x, whatever T is: the compiled kernel is so by
+    itself, and libraries are at row counts that agree (`row_sizes`).  Without, a lone row goes through the kernel that
+    was fastest for it (`row_kernel`), and so do a few (`few_rows`).
     """
     weight_OI = weight.t() if transposed else weight
     outputs, inputs = weight_OI.shape
     case = (weight.dtype, weight.device.type, outputs, inputs, transposed, bias is not None)
     num_rows = x_TI.shape[0]
+    if exact and (found := compiled(*case[:2], inputs, transposed or not weight.is_contiguous())):
+        return found.dense(x_TI, weight_OI, bias)
     if not exact and num_rows <= MOST_ROWS:
         return _few(num_rows, case)(x_TI, weight_OI, bias)
     sizes = row_sizes(*case, torch.get_num_threads()) if exact else (MOST_ROWS,)
@@ -77,22 +80,24 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
         if "matrix" in weights and not op.stored:
             outputs, inputs = weights["matrix"].shape[:: -1 if op.transposed else 1]
             case = (_DTYPES[spec.dtype], device, outputs, inputs, op.transposed, "bias" in weights)
-            if exact:
-                row_sizes(*case, torch.get_num_threads())
-            else:
+            if not exact:
                 row_kernel(*case)
                 few_rows(*case)
+            elif compiled(*case[:2], inputs, op.transposed) is None:
+                row_sizes(*case, torch.get_num_threads())
 
 
 def with_product_sizes(spec: ModelSpec, device: str) -> ModelSpec:
-    """The spec with the row counts that exact products of its plain matrices may have here, for the plan to count."""
+    """The spec with the row counts that exact products of its plain matrices may have here, for the plan to count;
+    none where any will do."""
     sizes: dict[str, tuple[int, ...]] = {}
     for op in spec.program:
         weights = {weight.role: weight for weight in op.weights}
         if "matrix" in weights and not op.stored:
             outputs, inputs = weights["matrix"].shape[:: -1 if op.transposed else 1]
             case = (_DTYPES[spec.dtype], device, outputs, inputs, op.transposed, "bias" in weights)
-            found = row_sizes(*case, torch.get_num_threads())
+            is_free = compiled(*case[:2], inputs, op.transposed) is not None
+            found = () if is_free else row_sizes(*case, torch.get_num_threads())
             # Blocks of one matrix may differ: what pads more counts.
             sizes[op.kind] = min(found, sizes.get(op.kind, found), key=len)
     return replace(spec, product_sizes=tuple(sizes.items()))
@@ -136,7 +141,7 @@ def row_kernel(
     Only half precision has kernels that differ: on the CPU with and without oneDNN by up to 2 in either direction,
     depending on the machine, and kernels that are level on a weight in the cache differ by 2 on one that is not.
     """
-    candidates = _candidates(dtype, device, transposed)
+    candidates = _candidates(dtype, device, inputs, transposed)
     if len(candidates) == 1 or dtype == torch.float32:
         return "linear"
     outputs = max(1, min(outputs, _TIMED_BYTES // (inputs * dtype.itemsize)))
@@ -158,7 +163,7 @@ def few_rows(
     dtype: torch.dtype, device: str, outputs: int, inputs: int, transposed: bool, has_bias: bool
 ) -> int:
     """The most rows, of FEW, that the compiled kernel multiplies as fast as torch; 1 where it never does."""
-    if _compiled(dtype, device, transposed) is None:
+    if compiled(dtype, device, inputs, transposed) is None:
         return 1
     outputs = max(1, min(outputs, _FEW_TIMED_BYTES // (inputs * dtype.itemsize)))
 
@@ -176,7 +181,7 @@ def few_rows(
         return best
 
     case = (dtype, outputs, inputs, has_bias)
-    return int(remembered(f"few rows, cold {case}", lambda rows: rows in (1, *FEW), find))
+    return int(remembered(f"few rows, cold, of up to {FEW[-1]} {case}", lambda rows: rows in (1, *FEW), find))
 
 
 def _cold(
@@ -210,13 +215,15 @@ def _vector_without_onednn(x_1I: Tensor, weight_OI: Tensor, bias: Tensor | None)
 
 def _native(x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
     """The compiled kernel, where it takes such a weight."""
-    found = _compiled(weight_OI.dtype, weight_OI.device.type, not weight_OI.is_contiguous())
+    found = compiled(
+        weight_OI.dtype, weight_OI.device.type, weight_OI.shape[1], not weight_OI.is_contiguous()
+    )
     return F.linear(x_TI, weight_OI, bias) if found is None else found.dense(x_TI, weight_OI, bias)
 
 
-def _compiled(dtype: torch.dtype, device: str, transposed: bool) -> Kernels | None:
-    """The compiled kernels, where they serve such a case."""
-    if device != "cpu" or dtype != torch.bfloat16 or transposed:
+def compiled(dtype: torch.dtype, device: str, inputs: int, transposed: bool) -> Kernels | None:
+    """The compiled kernels, where they multiply with such a weight."""
+    if device != "cpu" or dtype != torch.bfloat16 or transposed or inputs > MOST_INPUTS:
         return None
     found = kernels()
     return found if found is not None and found.has_products else None
@@ -232,10 +239,10 @@ KERNELS: dict[str, Product] = {
 }
 
 
-def _candidates(dtype: torch.dtype, device: str, transposed: bool) -> list[str]:
+def _candidates(dtype: torch.dtype, device: str, inputs: int, transposed: bool) -> list[str]:
     """The names in KERNELS that are worth timing on a device; the first is taken unless another is clearly faster."""
     if device == "cpu":
-        left_out = {"triton"} if _compiled(dtype, device, transposed) else {"triton", "native"}
+        left_out = {"triton"} if compiled(dtype, device, inputs, transposed) else {"triton", "native"}
         return [name for name in KERNELS if name not in left_out]
     return ["linear", "triton"] if served.serves(device) and not transposed else ["linear"]
 

@@ -35,14 +35,16 @@ _CLOSE = 0.02
 def quant_linear(x_TI: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact: bool) -> Tensor:
     """x [T, I] times the transposed weight [O, I], plus bias [O]: [T, O] in x's dtype; no gradients.
 
-    With `exact` a row depends on nothing but the row: int4 is multiplied packed, int8 unpacked, whatever T is.
-    Without, whichever was faster at T rows, which is measured once per shape and machine: packed or unpacked, on a
-    GPU fused or unpacked.
+    With `exact` a row depends on nothing but the row: it is multiplied packed, or int8 where no kernel was compiled
+    unpacked, whatever T is.  Without, whichever was faster at T rows, which is measured once per shape and machine:
+    packed or unpacked, on a GPU fused or unpacked.
     """
     x = x_TI.to(torch.bfloat16).contiguous()  # the int4 kernel asks for that
     device = x.device.type
     is_packed = has_kernel(weight.panel, device)
-    if exact and is_packed and weight.weights == "int4":
+    if exact and is_packed and _native(weight.panel):
+        y = packed(x, weight)
+    elif exact and is_packed and weight.weights == "int4":
         y = _packed_exact(x, weight)
     elif not exact and is_packed and x.shape[0] <= packed_rows(*_case(weight), torch.get_num_threads()):
         y = packed(x, weight)
@@ -72,6 +74,8 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
         _, inputs, half = nibbles.shape
         panel, outputs = 2 * half, op.matrix.shape[1 if op.transposed else 0]
         threads = torch.get_num_threads()
+        if exact and has_kernel(panel, device) and _native(panel):
+            continue
         if exact and spec.weights == "int4" and has_kernel(panel, device):
             packed_sizes(panel, outputs, inputs, threads)
         elif exact:

@@ -218,7 +218,8 @@ class _FlowBytes:
             return whole + (row * most if self.rows > most else 0)
         inputs = matrix_shape(self.spec, op.kind)[1] * DTYPE_BYTES[self.spec.dtype]
         largest = whole
-        for start, stop, size in cover(self.rows, self.product_sizes.get(op.kind, EXACT_SIZES)):
+        sizes = self.product_sizes.get(op.kind, EXACT_SIZES)
+        for start, stop, size in cover(self.rows, sizes) if sizes else ():
             padded = size * inputs if size > stop - start else 0
             largest = max(largest, size * row + padded + (whole if size != self.rows else 0))
         return largest

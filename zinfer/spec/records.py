@@ -179,7 +179,8 @@ class ModelSpec:
     stored_dtype: str = ""  # of the published weights where `dtype` is another: each op converts its own
     weights: str = "published"  # the format of the matrices where they are stored: or "int8" | "int4"
     attention_sizes: AttentionSizes | None = None  # on this machine; None: not known
-    product_sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()  # rows of exact products by op kind; else any
+    # Rows of exact products by op kind, none where any number will do; what is not named is not known.
+    product_sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def kv_bytes_per_token(self) -> int:

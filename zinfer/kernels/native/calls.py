@@ -21,11 +21,10 @@ from zinfer.kernels.native.build import library
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.log import logger
 from zinfer.spec.quant import GROUP
-from zinfer.units import round_up
 
 _SOURCES = ("attention.c", "products.c", "rows.c", "tape.c", "common.h", "kernels.h")
 _FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
-_LANES = 32  # inputs are padded to that many in a packed row
+MOST_INPUTS = 2**16  # of a dense product, whose threads keep some rows on their stacks
 _VECTOR, _MOST_DIM, _MOST_GROUP, _MOST_QUERIES = 16, 256, 64, 8192  # attention.c
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 _CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
@@ -37,7 +36,7 @@ _ROWS = {
     "zinfer_gate": [*[_POINTER] * 3, *[_SIZE] * 4, _THREADS],
 }
 _PRODUCTS = {
-    "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 3, _THREADS],
+    "zinfer_dense": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
     "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
 }
 STEPS = (  # of a tape, in the order of tape.c
@@ -210,18 +209,16 @@ class Kernels:
         return y_SHD
 
     def dense(self, x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x times the transposed weight, whose rows lie one after the other, plus bias: [T, O]."""
+        """x times the transposed weight, its rows one after the other, plus bias: [T, O].  I is at most MOST_INPUTS."""
         (num_rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
         x_TI = x_TI.contiguous()
         y_TO = x_TI.new_empty(num_rows, outputs)
-        packed = x_TI.new_empty(num_rows * round_up(inputs, _LANES))
         self._do(
             "zinfer_dense",
             x_TI.data_ptr(),
             weight_OI.data_ptr(),
             None if bias is None else bias.data_ptr(),
             y_TO.data_ptr(),
-            packed.data_ptr(),
             num_rows,
             outputs,
             inputs,

@@ -16,84 +16,125 @@ int zinfer_has_products(void) {
 #include <stdlib.h>
 
 #define LANES 32 /* bfloat16 in a register */
-#define TALL 4   /* rows of a tile of a dense product */
+#define TALL 6   /* most rows of a tile of a dense product */
 #define WIDE 4   /* and outputs */
 #define PIECE 32 /* outputs whose weights stay in the second cache while all rows meet them */
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 
 typedef struct {
-    const bf16 *x, *weight, *bias; /* x is packed: tiles of rows, of each 32 inputs in turn, zeros beyond the last */
+    const bf16 *x, *weight, *bias;
     bf16 *y;
-    size_t rows, outputs, inputs, padded;
+    size_t rows, tiles, outputs, inputs;
 } dense_t;
 
-static inline void put(const dense_t *job, size_t row, size_t output, __m512 sums) {
-    float value = _mm512_reduce_add_ps(sums);
-    if (job->bias) value += widen(job->bias[output]);
-    job->y[row * job->outputs + output] = narrow(value);
+/* Tiles are of about one height: a last row by itself would ask for all weights once more. */
+static inline size_t first_row(const dense_t *job, size_t tile) { return tile * job->rows / job->tiles; }
+
+/* Four registers' sums.  A sum adds halves, quarters, pairs and neighbours, wherever among the four it stands. */
+static inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0x4e));
+    all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0xb1));
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all));
 }
 
-/* Rows [row, row + M) times outputs [output, output + N), all sums in registers.  The weights that the next tile
- * wants are asked for meanwhile: a compute-bound loop looks too little ahead for the memory to keep up. */
+/* The same as narrow() of each. */
+static inline __m128i narrow_4(__m128 wide) {
+    const __m128i bits = _mm_castps_si128(wide), odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+    const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
+    const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(wide, wide));
+    return _mm_cvtepi32_epi16(_mm_blendv_epi8(rounded, _mm_set1_epi32(0x7fc0), is_nan));
+}
+
+/* The sums of four outputs from `output` on, or of one. */
+static inline void put(const dense_t *job, size_t row, size_t output, int count, __m128 sums) {
+    bf16 *y = job->y + row * job->outputs + output;
+    const bf16 *bias = job->bias ? job->bias + output : NULL;
+    if (count == WIDE) {
+        if (bias) {
+            const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)bias)), 16);
+            sums = _mm_add_ps(sums, _mm_castsi128_ps(wide));
+        }
+        _mm_storel_epi64((__m128i *)y, narrow_4(sums));
+    } else {
+        const float sum = _mm_cvtss_f32(sums);
+        *y = narrow(bias ? sum + widen(*bias) : sum);
+    }
+}
+
+/* The next 32 inputs of M rows times N outputs.  `ahead`: the weights that the next tile wants are asked for meanwhile;
+ * a compute-bound loop looks too little ahead for the memory to keep up. */
+#define STEP(M, N, LOAD, ahead)                                                                       \
+    do {                                                                                              \
+        __m512bh weights[N];                                                                          \
+        UNROLL for (int n = 0; n < N; n++) {                                                          \
+            if (ahead) _mm_prefetch((const char *)(w + (n + N) * inputs + i), _MM_HINT_T1);           \
+            weights[n] = (__m512bh)LOAD(w + n * inputs + i);                                          \
+        }                                                                                             \
+        UNROLL for (int m = 0; m < M; m++) {                                                          \
+            const __m512bh values = (__m512bh)_mm512_loadu_si512(x + i * M + m * LANES);              \
+            UNROLL for (int n = 0; n < N; n++) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], weights[n], values); \
+        }                                                                                             \
+    } while (0)
+#define LAST(from) _mm512_maskz_loadu_epi16(mask, from)
+
+/* Rows [row, row + M) times outputs [output, output + N), all sums in registers. */
 #define TILE(M, N)                                                                                              \
-    static void tile_##M##_##N(const dense_t *job, size_t row, size_t output) {                                 \
+    static void tile_##M##_##N(const dense_t *job, const bf16 *x, size_t row, size_t output) {                  \
         const size_t inputs = job->inputs, whole = inputs / LANES * LANES;                                      \
-        const bf16 *x = job->x + row * job->padded, *w = job->weight + output * inputs;                         \
+        const bf16 *w = job->weight + output * inputs;                                                          \
+        const __mmask32 mask = (__mmask32)((1u << (inputs - whole)) - 1);                                       \
         __m512 sums[M][N];                                                                                      \
         UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++) sums[m][n] = _mm512_setzero_ps(); \
-        for (size_t i = 0; i < inputs; i += LANES) {                                                            \
-            const __mmask32 mask = i < whole ? 0xffffffff : (__mmask32)((1u << (inputs - whole)) - 1);          \
-            __m512bh weights[N];                                                                                \
-            UNROLL for (int n = 0; n < N; n++) {                                                                \
-                if (N > 1 && !row) _mm_prefetch((const char *)(w + (n + N) * inputs + i), _MM_HINT_T1);         \
-                weights[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + n * inputs + i);                      \
-            }                                                                                                   \
-            UNROLL for (int m = 0; m < M; m++) {                                                                \
-                const __m512bh values = (__m512bh)_mm512_loadu_si512(x + i * M + m * LANES);                    \
-                UNROLL for (int n = 0; n < N; n++)                                                              \
-                    sums[m][n] = _mm512_dpbf16_ps(sums[m][n], weights[n], values);                              \
-            }                                                                                                   \
-        }                                                                                                       \
+        size_t i = 0;                                                                                           \
+        if (N > 1 && !row)                                                                                      \
+            for (; i < whole; i += LANES) STEP(M, N, _mm512_loadu_si512, 1);                                    \
+        for (; i < whole; i += LANES) STEP(M, N, _mm512_loadu_si512, 0);                                        \
+        if (i < inputs) STEP(M, N, LAST, 0);                                                                    \
         UNROLL for (int m = 0; m < M; m++)                                                                      \
-            UNROLL for (int n = 0; n < N; n++) put(job, row + m, output + n, sums[m][n]);                       \
+            put(job, row + m, output, N, sums_of(sums[m][0], sums[m][N / 4], sums[m][N / 2], sums[m][N - 1]));  \
     }
-TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(3, 4) TILE(4, 4)
+TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
 
-typedef void (*tile_t)(const dense_t *, size_t, size_t);
+typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t);
 /* One or two rows are as fast as their weights come by a single stream. */
-static const tile_t NARROW_TILES[TALL] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1};
-static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4};
+static const tile_t NARROW_TILES[TALL] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
+static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
+
+/* `tall` rows of x, 32 inputs of each in turn, zeros beyond the last: what a tile reads one after the other. */
+static void pack(const dense_t *job, bf16 *packed, size_t row, size_t tall) {
+    for (size_t m = 0; m < tall; m++) {
+        const bf16 *x = job->x + (row + m) * job->inputs;
+        bf16 *to = packed + m * LANES;
+        size_t i = 0;
+        for (; i + LANES <= job->inputs; i += LANES, to += tall * LANES)
+            _mm512_store_si512(to, _mm512_loadu_si512(x + i));
+        if (i < job->inputs)
+            _mm512_store_si512(to, _mm512_maskz_loadu_epi16((1u << (job->inputs - i)) - 1, x + i));
+    }
+}
 
 static void dense_piece(void *data, size_t piece) {
     const dense_t *job = data;
-    const size_t start = piece * PIECE, stop = start + PIECE < job->outputs ? start + PIECE : job->outputs;
-    for (size_t row = 0; row < job->rows; row += TALL) {
-        const size_t tall = (job->rows - row < TALL ? job->rows - row : TALL) - 1;
+    const size_t start = piece * PIECE, stop = end_of(piece, PIECE, job->outputs);
+    __m512i packed[TALL * (job->inputs / LANES + 1)];
+    for (size_t tile = 0; tile < job->tiles; tile++) {
+        const size_t row = first_row(job, tile), tall = first_row(job, tile + 1) - row;
+        pack(job, (bf16 *)packed, row, tall);
         size_t output = start;
-        for (; WIDE_TILES[tall] && output + WIDE <= stop; output += WIDE) WIDE_TILES[tall](job, row, output);
-        for (; output < stop; output++) NARROW_TILES[tall](job, row, output);
+        for (; WIDE_TILES[tall - 1] && output + WIDE <= stop; output += WIDE)
+            WIDE_TILES[tall - 1](job, (bf16 *)packed, row, output);
+        for (; output < stop; output++) NARROW_TILES[tall - 1](job, (bf16 *)packed, row, output);
     }
 }
 
-static void pack_rows(const bf16 *x, bf16 *packed, size_t rows, size_t inputs, size_t padded) {
-    for (size_t row = 0; row < rows; row++) {
-        const size_t first = row / TALL * TALL, tall = rows - first < TALL ? rows - first : TALL;
-        bf16 *tile = packed + first * padded + (row - first) * LANES;
-        for (size_t i = 0; i < padded; i += LANES) {
-            const size_t left = i + LANES <= inputs ? LANES : inputs - i;
-            memcpy(tile + i * tall, x + row * inputs + i, left * sizeof(bf16));
-            memset(tile + i * tall + left, 0, (LANES - left) * sizeof(bf16));
-        }
-    }
-}
-
-/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL.
- * scratch: rows * inputs rounded up to 32, aligned to 64 bytes. */
-void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, bf16 *scratch, size_t rows,
-                  size_t outputs, size_t inputs, unsigned num_threads) {
-    const size_t padded = (inputs + LANES - 1) / LANES * LANES;
-    dense_t job = {scratch, weight, bias, y, rows, outputs, inputs, padded};
-    pack_rows(x, scratch, rows, inputs, padded);
+/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL.  Every thread
+ * packs a few rows at a time on its stack: inputs are at most 65536. */
+void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
+                  size_t inputs, unsigned num_threads) {
+    dense_t job = {x, weight, bias, y, rows, (rows + TALL - 1) / TALL, outputs, inputs};
     share(dense_piece, &job, (outputs + PIECE - 1) / PIECE, num_threads);
 }
 
