@@ -99,14 +99,11 @@ def one_thread():
 @pytest.fixture
 def torch_kernels():
     """Torch does the work, also where kernels could be compiled."""
-    from zinfer.kernels import paged, quant
+    from zinfer.kernels import quant
 
-    asked = paged.paged_serves, quant.has_kernel
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patches itself
-        for module in ("paged", "products", "quant", "row_kernels"):
-            patch.setattr(f"zinfer.kernels.{module}.kernels", lambda: None)
-        for question in asked:
-            question.cache_clear()
+        for module in ("kernels.products", "kernels.quant", "kernels.row_kernels", "layers.tiles"):
+            patch.setattr(f"zinfer.{module}.kernels", lambda: None)
+        quant.has_kernel.cache_clear()
         yield
-    for question in asked:
-        question.cache_clear()
+    quant.has_kernel.cache_clear()

@@ -14,6 +14,7 @@ class DenseKv:
     """A KvView over plain lists: per layer and sequence the committed keys and values, whole."""
 
     device = torch.device("cpu")
+    is_resident = True
 
     def __init__(self, num_layers, num_sequences):
         self.committed = [[None] * num_sequences for _ in range(num_layers)]

@@ -178,7 +178,7 @@ def test_gradients_are_those_of_the_dense_form(exact):
     ("past", "rows", "heads", "kv_heads", "sequences"),
     [(0, 300, 4, 2, 1), (700, 1, 8, 2, 1), (300, 150, 4, 4, 1), (90, 1, 8, 2, 100), (20, 3, 4, 1, 40)],
 )
-def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, sequences, dtype, exact):
+def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, sequences, dtype, exact, torch_kernels):
     dim, ids = 32, list(range(sequences))
     total = past + rows
     agreeing_shapes(kv_heads, heads // kv_heads, dim, "cpu", torch.get_num_threads())  # a self-test, once
@@ -212,7 +212,7 @@ def test_workspace_stays_below_its_bound(past, rows, heads, kv_heads, sequences,
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("kv_word", ["BF16", "INT8"])
-def test_stacks_come_near_their_bound(kv_word, exact):
+def test_stacks_come_near_their_bound(kv_word, exact, torch_kernels):
     """Pieces of a few rows of many sequences fill a call; where not exact, what is gathered has its part of it."""
     past, rows, sequences, dim = 250, 3, 24, 64
     kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=dim, num_pages=17 * sequences, dtype=kv_word)
@@ -264,7 +264,7 @@ MANY = [100 + i % 9 for i in range(40)] + [3, 31, 32, 33, 255, 256, 257, 300, 51
 
 @pytest.mark.parametrize("window", [None, 50, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stacked_sequences_have_the_bits_of_the_twin(window, dtype):
+def test_stacked_sequences_have_the_bits_of_the_twin(window, dtype, torch_kernels):
     stacked, work = decoded(MANY, exact=True, window=window, dtype=dtype)
     twin, _ = decoded(MANY, exact=True, window=window, twin=True, dtype=dtype)
     assert torch.equal(stacked, twin)
@@ -280,7 +280,7 @@ def test_fused_stacks_agree_with_the_exact_form(window, torch_kernels):
     assert not work.blockwise
 
 
-def test_a_key_hidden_from_the_wrong_row_would_be_seen(monkeypatch):
+def test_a_key_hidden_from_the_wrong_row_would_be_seen(monkeypatch, torch_kernels):
     right, _ = decoded(MANY, exact=True)
     plain = stacks._block
 
@@ -294,7 +294,7 @@ def test_a_key_hidden_from_the_wrong_row_would_be_seen(monkeypatch):
     assert not torch.equal(wrong, right)
 
 
-def test_where_stacking_changes_bits_nothing_is_stacked(monkeypatch):
+def test_where_stacking_changes_bits_nothing_is_stacked(monkeypatch, torch_kernels):
     shapes = agreeing_shapes(2, 3, 32, "cpu", torch.get_num_threads())
     alone = replace(shapes, keys=(KV_BLOCK,), is_stackable=False)
     monkeypatch.setattr(attention, "agreeing_shapes", lambda *_: alone)
@@ -375,7 +375,9 @@ def prompts_of(lengths, monkeypatch=None, at_most=None, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_neighbours_of_one_length_attend_together_with_the_bits_of_each_alone(monkeypatch, dtype):
+def test_neighbours_of_one_length_attend_together_with_the_bits_of_each_alone(
+    monkeypatch, dtype, torch_kernels
+):
     lengths = [16] * 11 + [17, 17, 1, 1, 16, 130, 130]
     together, runs = prompts_of(lengths, dtype=dtype)
     assert runs == [8, 3, 2, 2, 1, 1, 1], "at most 128 rows, one length, neighbours"
@@ -384,7 +386,7 @@ def test_neighbours_of_one_length_attend_together_with_the_bits_of_each_alone(mo
     assert torch.equal(together, alone)
 
 
-def test_prompts_that_see_each_other_would_be_seen(monkeypatch):
+def test_prompts_that_see_each_other_would_be_seen(monkeypatch, torch_kernels):
     alone, _ = prompts_of([16] * 8, monkeypatch, at_most=0)
     monkeypatch.undo()
     plain = attention._fused

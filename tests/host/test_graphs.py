@@ -14,7 +14,7 @@ from tiny_models import CONFIGS, write_tiny
 from zinfer import LLM, SamplingParams
 from zinfer.errors import MachineError
 from zinfer.kvcache.cache import PagedKv
-from zinfer.layers.on_device import device_work, padded_length
+from zinfer.layers.on_device import device_work
 from zinfer.layers.packed import Packed, Span
 from zinfer.plan.profile import graph_bytes
 from zinfer.runtime.fixed import mapped, outline, tensors
@@ -282,8 +282,8 @@ def test_only_the_latest_kinds_are_remembered():
     assert graphs._note(5) == 1, "forgotten"
 
 
-def test_only_a_device_records():
-    assert graphs_for(None, torch.device("cpu"), exact=True, most_bytes=1) is None
+def test_what_is_neither_a_device_nor_a_host_records_nothing():
+    assert graphs_for(None, torch.device("meta"), exact=True, most_bytes=1) is None
     assert graph_bytes(64 * 2**30) == 64 * 2**20
     assert graph_bytes(64 * 2**20) == 2**20
     assert MOST_ROWS == 64
@@ -364,7 +364,6 @@ def test_page_tables_of_lengths_within_a_step_are_one_kind(monkeypatch):
         assert work.pages.lengths.tolist() == [past + 1]
         assert work.pages.longest >= past + 1
         outlines.append(outline(work))
-    assert len(set(outlines)) == 1, "a host's tables are padded to 1024 tokens"
-    assert len({padded_length(length, "cuda") for length in range(34, 71)}) == 2, "33 to 63 keys, and 64 on"
+    assert len(set(outlines)) == 2, "33 to 63 keys, and 64 on"
     exact = device_work(replace(batch, is_padded=False), kv.view([0], (0, 1), (69,)), like, 2, None)
     assert exact.pages.longest == 70

@@ -15,7 +15,6 @@ from tiny_models import write_tiny
 from zinfer import LLM, SamplingParams
 from zinfer.kernels import products, quant
 from zinfer.kernels.native import build, calls
-from zinfer.kernels.paged import paged_serves
 from zinfer.kernels.panels import QuantWeight, dequantise
 from zinfer.kernels.quantise import quantise
 from zinfer.kernels.row_kernels import row_kernels
@@ -158,11 +157,13 @@ def test_a_rows_attention_depends_on_no_batch_mate():
 @needs_kernels
 def test_which_heads_it_takes():
     for heads, kv_heads, dim in [(32, 4, 64), (71, 71, 64), (64, 1, 128), (8, 8, 256), (32, 32, 80)]:
-        assert paged_serves(BF16, heads, kv_heads, dim, False, "cpu")
+        assert calls.Kernels.attends(heads, kv_heads, dim)
     for heads, kv_heads, dim in [(71, 1, 64), (8, 8, 24), (8, 8, 512), (64, 1, 256)]:
-        assert not paged_serves(BF16, heads, kv_heads, dim, False, "cpu")
-    assert not paged_serves(BF16, 32, 4, 64, True, "cpu")
-    assert not paged_serves(torch.float32, 32, 4, 64, False, "cpu")
+        assert not calls.Kernels.attends(heads, kv_heads, dim)
+    for heads, kv_heads, dim in [(32, 4, 64), (64, 1, 128), (8, 8, 256)]:
+        rows, group = calls.Kernels.tile_rows(heads, kv_heads, dim), heads // kv_heads
+        assert rows * group <= 64 and rows * group * dim <= 8192
+        assert (rows + 1) * group > 64 or (rows + 1) * group * dim > 8192
 
 
 @needs_kernels
@@ -182,8 +183,8 @@ def test_a_whole_model_through_all_kernels(family, tmp_path, monkeypatch):
         monkeypatch.setattr(calls.kernels(), name, _seen(name, getattr(calls.kernels(), name), seen))
     found = two_tokens()
     assert seen == {"norm", "rotate", "gated", "attend"}
-    for module in ("row_kernels", "paged", "products", "quant"):
-        monkeypatch.setattr(f"zinfer.kernels.{module}.kernels", lambda: None)
+    for module in ("kernels.row_kernels", "kernels.products", "kernels.quant", "layers.tiles"):
+        monkeypatch.setattr(f"zinfer.{module}.kernels", lambda: None)
     seen.clear()
     alike = [pair for pair in zip(found, two_tokens(), strict=True) if pair[0][0] == pair[1][0]]
     assert not seen

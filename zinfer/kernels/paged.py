@@ -1,7 +1,7 @@
 """Attention of one new row per sequence over KV pages in place.  In: queries, pages, page tables.  Out: [S, H, D].
 
-Nothing is gathered: the kernel follows the page table.  On a device it is Triton's, and a row's bits depend on the
-number of splits and so on its batch mates; on the host it is compiled.  Exact mode has another driver.
+Nothing is gathered: the kernel follows the page table.  It is Triton's, for a device; a row's bits depend on the number
+of splits and so on its batch mates.  Exact mode has other drivers, and the host another kernel (`zinfer.layers.tiles`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.kernels import served
-from zinfer.kernels.native.calls import Kernels, kernels
 from zinfer.kernels.served import launching, num_cores, operand, power
 from zinfer.log import logger
 
@@ -65,10 +64,6 @@ def paged_decode(
     `planes` are one layer's [2, slots, K, D], and for int8 pages their fp32 scales [2, slots, K].  `cap` c puts
     c * tanh(score / c) in a score's place (0: off).  `splits` overrides the rule.
     """
-    if native := _native(q_SHD.device.type, q_SHD.dtype, len(planes) > 1):
-        k_nKD, v_nKD = planes[0].unbind()
-        where = pages.table, pages.lengths, pages.page_tokens
-        return native.attend(q_SHD, k_nKD, v_nKD, *where, scale=scale, window=window, cap=cap)
     splits = splits or num_splits(q_SHD, planes[0].shape[2], pages, window)
     total, weight, top = _launch(q_SHD, planes, pages, scale, window, cap, splits)
     if splits == 1:
@@ -134,8 +129,6 @@ def paged_serves(
 
     That also compiles it; a device may have too little of its shared memory for a shape.
     """
-    if native := _native(device, dtype, is_int8):
-        return native.attends(heads, kv_heads, head_dim)
     if not served.serves(device):
         return False
     draw = torch.Generator().manual_seed(0)
@@ -158,12 +151,6 @@ def paged_serves(
     if not is_right:
         logger.warning("attention over pages in place does not work for heads of %d (%s)", head_dim, reason)
     return is_right
-
-
-def _native(device: str, dtype: torch.dtype, is_int8: bool) -> Kernels | None:
-    """The compiled kernels, where they read such pages."""
-    is_theirs = device == "cpu" and dtype == torch.bfloat16 and not is_int8
-    return kernels() if is_theirs and not served.serves(device) else None
 
 
 def num_splits(q_SHD: Tensor, kv_heads: int, pages: PageRows, window: int | None) -> int:

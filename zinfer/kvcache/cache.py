@@ -307,17 +307,23 @@ class PagedView:
         return k, v
 
     def pages(self, sequences: Sequence[int]) -> PageRows | None:
-        """Page tables of the sequences, on the device; None where attention is computed elsewhere, or for branches,
-        whose tokens begin within a page."""
-        if self._road.attend != "resident" or any(self._forks[s] for s in sequences):
+        """Page tables of the sequences, where the pages are; of slots in place of pages where a branch is among them.
+        None where rows come up for every use."""
+        if self._road.attend == "device":
             return None
         ends = [self._starts[s] + self._counts[s] for s in sequences]
-        table = np.zeros((len(sequences), pages_for(max(ends))), np.int32)
+        has_branches = any(self._forks[s] for s in sequences)
+        tokens = 1 if has_branches else PAGE_TOKENS
+        table = np.zeros((len(sequences), -(-max(ends) // tokens)), np.int32)
         for row, sequence, end in zip(table, sequences, ends, strict=True):
-            firsts = self._tables[sequence].pages(pages_for(end))
-            row[: len(firsts)] = firsts
+            if has_branches:
+                row[:end] = np.concatenate(
+                    [np.arange(run.start, run.stop) for run in self._slots(sequence, 0, end)]
+                )
+            else:
+                row[: pages_for(end)] = self._tables[sequence].pages(pages_for(end))
         lengths = upload(torch.tensor(ends, dtype=torch.int32), self._device)
-        return PageRows(upload(torch.from_numpy(table), self._device), lengths, max(ends), PAGE_TOKENS)
+        return PageRows(upload(torch.from_numpy(table), self._device), lengths, max(ends), tokens)
 
     def planes(self, layer: int) -> list[Tensor]:
         """One layer of the pages: views."""

@@ -17,6 +17,7 @@ from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.partial import Partial, partial
 from zinfer.layers.shapes import Shapes, agreeing_shapes
 from zinfer.layers.stacks import Stack, Visibility, decode_stacks, exact_stacks, visibility
+from zinfer.layers.tiles import Tiles, attend_tiles, tiles_of
 from zinfer.spec.attention_cost import FP32, KV_BLOCK, PROMPT_ROWS, fused_sequences
 
 
@@ -44,6 +45,9 @@ def attend(
     if torch.is_grad_enabled() and (q_THD.requires_grad or k_TKD.requires_grad or v_TKD.requires_grad):
         return _one_by_one(q_THD, k_TKD, v_TKD, layer, batch, kv, shapes, scale, window, exact)
     work = _worked_out(batch, kv, shapes, window, exact, q_THD)
+    if work.tiles is not None:
+        near_THD = kv.bring(q_THD)
+        return kv.take_back(attend_tiles(near_THD, layer, kv, work.tiles, scale=scale, window=window))
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     for run in work.prompts:
         rows = slice(batch.bounds[run.start], batch.bounds[run.stop])
@@ -69,12 +73,13 @@ def attend(
 @dataclass(frozen=True, slots=True)
 class _Work:
     """How the sequences of a batch are attended: whole prompts, neighbours of one length together, single rows over
-    their past, what a device has kernels for, all else."""
+    their past, what a device has kernels for, all else; or all of them by the host's compiled code."""
 
     prompts: list[range]
     decodes: list[Stack]
     device: DeviceWork
     blockwise: list[Stack]
+    tiles: list[Tiles] | None = None
 
 
 def prepare(
@@ -99,6 +104,8 @@ def _worked_out(
 def _arrange(
     batch: Packed, kv: KvView, shapes: Shapes, window: int | None, exact: bool, like_THD: Tensor
 ) -> _Work:
+    if tiles := tiles_of(batch, kv, like_THD, shapes.kv_heads):
+        return _Work([], [], DeviceWork(), [], tiles)
     by_kind: dict[str | None, list[int]] = defaultdict(list)
     device = DeviceWork() if exact else device_work(batch, kv, like_THD, shapes.kv_heads, window)
     for s in range(batch.num_sequences):

@@ -19,9 +19,6 @@ from zinfer.layers.packed import KvView, Packed, Span
 from zinfer.layers.steps import step_up
 from zinfer.layers.varlen import Pack, varlen, varlen_serves
 from zinfer.memory.upload import indices
-from zinfer.units import round_up
-
-_HOST_STEP = 1024  # tokens: tables of lengths within a step have one shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class DeviceWork:
 
 
 def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window: int | None) -> DeviceWork:
-    """Share the batch out; on a CPU single rows alone are served, where kernels were compiled."""
+    """Share the batch out."""
     device = q_THD.device
     is_here = kv.device.type == device.type
     is_packing = varlen_serves(
@@ -66,10 +63,11 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
     singles = kinds["single"]
     is_int8 = bool(singles) and is_here and len(kv.planes(0)) > 1
     case = (q_THD.dtype, q_THD.shape[1], kv_heads, q_THD.shape[2], is_int8, device.type)
-    pages = kv.pages(singles) if singles and is_here and paged_serves(*case) else None
+    is_paged = is_here and kv.is_resident and bool(singles) and paged_serves(*case)
+    pages = kv.pages(singles) if is_paged else None
     singles = singles if pages is not None else []
     if pages is not None and batch.is_padded:
-        pages = pages.padded(padded_length(pages.longest, device.type))
+        pages = pages.padded(step_up(pages.longest))
     counts = [batch.bounds[s + 1] - batch.bounds[s] for s in prompts]
     return DeviceWork(
         prompts,
@@ -81,14 +79,6 @@ def device_work(batch: Packed, kv: KvView, q_THD: Tensor, kv_heads: int, window:
         pages,
         _rows(batch, singles, device),
     )
-
-
-def padded_length(longest: int, device: str) -> int:
-    """What the longest sequence counts as, so that passes of about as many tokens have one shape.
-
-    The host's kernel never looks at what a table has too many of: few shapes cost nothing there.
-    """
-    return round_up(longest, _HOST_STEP) if device == "cpu" else step_up(longest)
 
 
 def on_device(

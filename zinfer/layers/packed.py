@@ -82,10 +82,14 @@ class Span:
 class KvView(Protocol):
     """Keys and values of the batch's sequences, whatever memory holds them and in whatever format.
 
-    `device` is where `read` gives keys and `bring` brings queries.
+    `device` is where `read` gives keys and `bring` brings queries; `is_resident` says that nothing of an attention
+    crosses a link.
     """
 
     device: torch.device
+
+    @property
+    def is_resident(self) -> bool: ...
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer; they count only once committed."""
@@ -113,7 +117,8 @@ class KvView(Protocol):
     def pages(self, sequences: Sequence[int]) -> PageRows | None:
         """Where the tokens of these sequences, staged ones included, lie in `planes`: the same in every layer.
 
-        None where the pages are not in the memory of `device`, or are none.
+        Pages have one token each where a branch is among them, whose tokens begin within a page.  None where `read`
+        brings them from other memory than that of `device`, or there are no pages.
         """
         ...
 

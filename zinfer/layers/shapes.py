@@ -18,6 +18,7 @@ from zinfer.kernels.choice import agreeing_sizes
 from zinfer.kernels.paged import paged_serves
 from zinfer.kernels.remembered import remembered
 from zinfer.layers.partial import partial
+from zinfer.layers.tiles import serving
 from zinfer.layers.varlen import varlen_serves
 from zinfer.spec.attention_cost import KEY_COUNTS, KV_BLOCK, QUERY_ROWS, stacked_pieces
 from zinfer.spec.records import AttentionSizes, ModelSpec
@@ -68,10 +69,12 @@ def prepare_attention(
 
 
 def with_attention_sizes(spec: ModelSpec) -> ModelSpec:
-    """The spec with what attention's pieces may be cut to on this processor, for the plan to count."""
+    """The spec with how attention works on this processor, for the plan to count."""
     group = spec.num_heads // spec.num_kv_heads
     shapes = agreeing_shapes(spec.num_kv_heads, group, spec.head_dim, "cpu", torch.get_num_threads())
-    return replace(spec, attention_sizes=AttentionSizes(shapes.rows, shapes.keys))
+    found = serving("cpu", _DTYPES[spec.dtype])
+    in_place = found is not None and found.attends(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    return replace(spec, attention_sizes=AttentionSizes(shapes.rows, shapes.keys, in_place))
 
 
 @cache

@@ -49,9 +49,9 @@ class Choice:
     schedule: Schedule
     steady: PassRun
 
-    def reserve_with_recorded(self, spec: ModelSpec, budget: Budget, *, device: str, exact: bool) -> Reserve:
+    def reserve_with_recorded(self, spec: ModelSpec, budget: Budget, *, device: str) -> Reserve:
         """The reserve and room for passes that a host records, of what its budget has to spare: no weight makes way."""
-        if device != "cpu" or exact or not has_steps(spec):
+        if device != "cpu" or not has_steps(spec):
             return self.reserve
         (use,) = tier_uses(self.table, self.placement, budget, self.reserve)
         spare = min(_MOST_RECORDED_BYTES, budget.host // 64, budget.host - use.total)

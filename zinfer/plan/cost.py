@@ -93,7 +93,7 @@ class OpCosts:
         self._machine = machine
         cost = compute.step_cost(exact=exact)
         replayed_s = cost.replayed_op_s
-        self.is_replayed = all_stay and replayed_s is not None and not exact and is_recorded(spec, load)
+        self.is_replayed = all_stay and replayed_s is not None and is_recorded(spec, load)
         self.overhead_s = cost.op_overhead_s if replayed_s is None or not self.is_replayed else replayed_s
         self._per_byte = _rates(compute, spec, load.rows, exact=exact)
         self._per_head_byte = _rates(compute, spec, min(load.sequences, load.rows), exact=exact)

@@ -302,9 +302,7 @@ class _Maker:
             workload=candidate.workload,
             reserve=choice.reserve
             if self.resolved.settings.runtime.graphs == "off"
-            else choice.reserve_with_recorded(
-                self.spec, self.budget, device=self.resolved.device, exact=exact
-            ),
+            else choice.reserve_with_recorded(self.spec, self.budget, device=self.resolved.device),
             limit=choice.limit,
             placement=choice.placement,
             forecast=forecast_of(self.spec, candidate, self.machine, exact=exact),

@@ -102,7 +102,7 @@ def _plan_of(spec: ModelSpec, plan: Plan, candidate: Candidate, machine: Machine
     return replace(
         plan,
         workload=candidate.workload,
-        reserve=choice.reserve_with_recorded(spec, plan.budget, device=plan.device, exact=plan.exact),
+        reserve=choice.reserve_with_recorded(spec, plan.budget, device=plan.device),
         placement=choice.placement,
         schedule=choice.schedule,
         curve=candidate.curve,

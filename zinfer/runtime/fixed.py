@@ -77,6 +77,7 @@ class FixedView:
         self._view = view
         self._slots_T = slots_T
         self.device = view.device
+        self.is_resident = view.is_resident
 
     def stage(self, layer: int, k_TKD: Tensor, v_TKD: Tensor) -> None:
         """Write the pass's new rows of one layer."""

@@ -327,11 +327,10 @@ def without_attention(batch: Packed) -> Packed:
 
 
 def graphs_for(spec: ModelSpec, device: torch.device, *, exact: bool, most_bytes: int) -> Graphs | None:
-    """For a device that can record, and for a host with compiled kernels that know the model's ops, where rows need not
-    be exact; None for any other."""
+    """For a device that can record, and for a host with compiled kernels that know the model's ops; None for others."""
     if device.type == "cuda":
         return Graphs(spec, CudaRecorder(device), exact=exact, most_bytes=most_bytes)
-    found = kernels() if device.type == "cpu" and not exact and has_steps(spec) else None
+    found = kernels() if device.type == "cpu" and has_steps(spec) else None
     if found is None or not found.has_products:
         return None
     return Graphs(spec, TapeRecorder(found, most_bytes), exact=exact, most_bytes=most_bytes)

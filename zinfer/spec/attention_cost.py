@@ -116,13 +116,16 @@ def attention_workspace_bytes(
     The output [rows, heads, head_dim] is counted; queries, keys, values and `arranged_bytes` are not.  `dtype` is
     the word of ModelSpec.dtype.  Without `kv_heads` as many key-value heads as heads are assumed, without
     `sequences` one per row: the worst cases.  `kv_dtype` is the format of the pages: without it as `dtype`.
-    `sizes` as in ModelSpec.
+    `sizes` as in ModelSpec: with pages that are attended in place there are queries, results and their places, each of
+    which is a copy only where a batch holds branches.
     """
     kv_heads = heads if kv_heads is None else kv_heads
     sequences = rows if sequences is None else min(sequences, rows)
     group = heads // kv_heads
     width = DTYPE_BYTES[dtype]
     output = rows * heads * head_dim * width
+    if sizes is not None and sizes.in_place and kv_dtype in (None, dtype):
+        return 3 * output
     gathered = 1 + FP32 if kv_dtype == "INT8" else width  # bytes of an element as it comes from its pages
     cuts = _cuts(context, None if sizes is None else sizes.keys)
     pieces = _pieces(rows, min(rows, context), group, None if sizes is None else sizes.rows)

@@ -128,10 +128,14 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSizes:
-    """What pieces of attention may be cut to with the same bits: new rows, and keys of a last block; ascending."""
+    """What pieces of attention may be cut to with the same bits: new rows, and keys of a last block; ascending.
+
+    With `in_place` none of that is needed over pages of the model's dtype: they are read where they are.
+    """
 
     rows: tuple[int, ...]
     keys: tuple[int, ...]
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from zinfer.spec.quant import GROUP
 _SOURCES = ("attention.c", "products.c", "rows.c", "tape.c", "common.h", "kernels.h")
 _FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
 MOST_INPUTS = 2**16  # of a dense product, whose threads keep some rows on their stacks
-_VECTOR, _MOST_DIM, _MOST_GROUP, _MOST_QUERIES = 16, 256, 64, 8192  # attention.c
+_VECTOR, _MOST_DIM, _MOST_QUERIES, _MOST_ELEMENTS = 16, 256, 64, 8192  # attention.c
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 _CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
 _POINTER, _SIZE, _THREADS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
@@ -33,6 +33,7 @@ _ROWS = {
     "zinfer_norm": [*[_POINTER] * 3, ctypes.c_double, *[_SIZE] * 2, _THREADS],
     "zinfer_rotate": [*[_POINTER] * 4, *[_SIZE] * 6, _THREADS],
     "zinfer_attend": [*[_POINTER] * 6, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
+    "zinfer_attend_tiles": [*[_POINTER] * 8, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
     "zinfer_gate": [*[_POINTER] * 3, *[_SIZE] * 4, _THREADS],
 }
 _PRODUCTS = {
@@ -166,9 +167,13 @@ class Kernels:
     @staticmethod
     def attends(heads: int, kv_heads: int, dim: int) -> bool:
         """Whether `attend` takes heads of that kind."""
+        return dim % _VECTOR == 0 and dim <= _MOST_DIM and Kernels.tile_rows(heads, kv_heads, dim) > 0
+
+    @staticmethod
+    def tile_rows(heads: int, kv_heads: int, dim: int) -> int:
+        """The most rows of a tile of `attend`; 0 where not even one fits."""
         group = heads // kv_heads
-        is_small = dim <= _MOST_DIM and group <= _MOST_GROUP and group * dim <= _MOST_QUERIES
-        return dim % _VECTOR == 0 and is_small
+        return min(_MOST_QUERIES // group, _MOST_ELEMENTS // (group * dim))
 
     def attend(
         self,
@@ -182,30 +187,24 @@ class Kernels:
         scale: float,
         window: int | None,
         cap: float,
+        tiles: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Softmax over the keys that each row sees: token t of row s lies in slot t % page_tokens of page table[s, t //
-        page_tokens]; it sees lengths[s] tokens, or the last `window` of them.  [S, H, D]."""
+        page_tokens]; it sees lengths[s] tokens, or the last `window` of them.  [S, H, D].
+
+        With `tiles` (bounds [N + 1], lines [N], int32), rows bounds[i] to bounds[i + 1] - 1, at most `tile_rows`, are
+        of one sequence, whose pages stand in line lines[i] of the table.
+        """
         q_SHD, table, lengths = q_SHD.contiguous(), table.contiguous(), lengths.contiguous()
         y_SHD = torch.empty_like(q_SHD)
         num_rows, heads, dim = q_SHD.shape
-        self._do(
-            "zinfer_attend",
-            q_SHD.data_ptr(),
-            k_nKD.data_ptr(),
-            v_nKD.data_ptr(),
-            table.data_ptr(),
-            lengths.data_ptr(),
-            y_SHD.data_ptr(),
-            scale,
-            cap,
-            window or 0,
-            table.shape[1],
-            num_rows,
-            heads,
-            k_nKD.shape[1],
-            dim,
-            page_tokens,
-        )
+        where = [x.data_ptr() for x in (q_SHD, k_nKD, v_nKD, table, lengths)]
+        name, num_tiles = "zinfer_attend", num_rows
+        if tiles is not None:
+            name, num_tiles = "zinfer_attend_tiles", len(tiles[1])
+            where += [part.data_ptr() for part in tiles]
+        sizes = (table.shape[1], num_tiles, heads, k_nKD.shape[1], dim, page_tokens)
+        self._do(name, *where, y_SHD.data_ptr(), scale, cap, window or 0, *sizes)
         return y_SHD
 
     def dense(self, x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
