@@ -87,4 +87,5 @@ def streaming_bytes(folder, prompt, params, **options):
 
     with LLM(folder, **options, memory={"host": "1GiB"}) as llm:
         plan = llm.fit([prompt], params)
-        return plan.uses[0].total - sum(chunk.nbytes for chunk in plan.table.streamable) // 2
+        fixed = plan.uses[0].total - plan.reserve.recorded
+        return fixed - sum(chunk.nbytes for chunk in plan.table.streamable) // 2

@@ -109,7 +109,7 @@ def test_micro_batches_change_nothing(tiny, alone, monkeypatch):
 def test_parked_micro_batches_change_nothing(tiny, alone):
     """Hidden states of waiting micro-batches lie in host memory below a device that is short of it."""
     options = {"max_batch": 5, "max_rows": 24, "micro_rows": 5, "device": "sim", "park": "always"}
-    memory = {"device": "1000KiB", "host": "1GiB"}
+    memory = {"device": "600KiB", "host": "1GiB"}
     found, stats, plan = outputs_of(tiny, memory=memory, **options)
     assert found == alone
     assert plan.schedule.parks and plan.reserve.host_activations > 0

@@ -180,18 +180,18 @@ def test_gradients_keep_torchs_own_code(monkeypatch):
 
 
 def test_the_one_row_kernel_is_a_candidate_on_a_device_only(monkeypatch):
-    assert "triton" not in products._candidates(torch.bfloat16, "cpu", False)
+    assert "triton" not in products._candidates(torch.bfloat16, "cpu", 64, False)
     monkeypatch.setattr(served, "serves", lambda device_type: False)
-    assert products._candidates(torch.bfloat16, "cuda", False) == ["linear"]
+    assert products._candidates(torch.bfloat16, "cuda", 64, False) == ["linear"]
     monkeypatch.setattr(served, "serves", lambda device_type: True)
-    assert products._candidates(torch.bfloat16, "cuda", False) == ["linear", "triton"]
-    assert products._candidates(torch.bfloat16, "cuda", True) == ["linear"]
+    assert products._candidates(torch.bfloat16, "cuda", 64, False) == ["linear", "triton"]
+    assert products._candidates(torch.bfloat16, "cuda", 64, True) == ["linear"]
 
 
 @needs_interpreter
 def test_the_one_row_kernel_is_taken_where_it_was_the_fastest(monkeypatch):
     """Named once at load, then by the table; a transposed weight has torch's own product."""
-    monkeypatch.setattr(products, "_candidates", lambda dtype, device, transposed: ["linear", "triton"])
+    monkeypatch.setattr(products, "_candidates", lambda *case: ["linear", "triton"])
     monkeypatch.setattr(products, "device_name", lambda device: "a device of this test")
     monkeypatch.setattr(products, "fastest", lambda runs, clock: list(runs)[-1])
     case = (torch.float16, "cpu", 33, 70, False, True)
