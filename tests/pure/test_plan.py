@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from plan_of import MACHINE, SHAPES, plan_of, small_llama, source_of, spec_of
 
 from zinfer.chunks.pack import assemble, layer_sizes
+from zinfer.chunks.table import ALIGN, LOOSE_ALIGN
 from zinfer.config.machine import Compute, Link, Machine, ProductRate
 from zinfer.errors import BudgetError, UsageError
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.plan.cost import PassLoad, chunk_seconds, seconds_per_byte, visible_keys
 from zinfer.plan.explain import alternatives, explain, explained_dict
-from zinfer.plan.make import Plan
+from zinfer.plan.make import Plan, as_read
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
 from zinfer.plan.records import KvPlan, Tier, Workload
 from zinfer.spec.records import DTYPE_BYTES
@@ -99,7 +100,7 @@ def test_the_cache_and_activations_are_part_of_the_budget():
     (use,) = plan.uses
     assert use.kv == 3 * 144 * spec.kv_bytes_per_token == kv_bytes(spec, workload)
     assert plan.kv_tokens == 3 * 144
-    assert use.activations == plan.reserve.activations > 0
+    assert use.activations == plan.reserve.activations + plan.reserve.recorded > 0
     assert use.resident + use.slots + use.kv + use.activations == use.total <= use.budget == 200 * MIB
     assert use.total >= 0.85 * use.budget  # budgets are filled
     more = plan_of(spec, replace(workload, gen_len=600), device="cpu", memory__host="200MiB")
@@ -237,6 +238,31 @@ def test_a_saved_plan_comes_back(tmp_path, flags):
         Plan.load(tmp_path / "plan.json", source_of(spec))
 
 
+def test_weights_lie_where_they_land_where_no_library_sees_them(tmp_path):
+    """Exact results may not hang on an address: kernels of ours load from any, libraries choose by it."""
+    spec = small_llama()
+    kinds = {op.kind for op in spec.program if op.matrix}
+    ours = replace(spec, product_sizes=tuple((kind, ()) for kind in kinds))
+    one_is_a_librarys = replace(
+        ours, product_sizes=(*ours.product_sizes[:-1], (ours.product_sizes[-1][0], (32,)))
+    )
+    aligns = [
+        as_read(source_of(spec), case, device=device, exact=exact).align
+        for case in (spec, one_is_a_librarys, ours)
+        for device, exact in (("cpu", True), ("cpu", False), ("sim", True), ("cuda:0", False))
+    ]
+    tight = [ALIGN, LOOSE_ALIGN, ALIGN, ALIGN]
+    assert aligns == [*tight, *tight, LOOSE_ALIGN, LOOSE_ALIGN, ALIGN, ALIGN]
+    plan = plan_of(ours, device="cpu", memory__host="150MiB")
+    assert plan.align == LOOSE_ALIGN
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json", source_of(ours)) == plan
+    tree = json.loads((tmp_path / "plan.json").read_text()) | {"align": 3}
+    (tmp_path / "plan.json").write_text(json.dumps(tree))
+    with pytest.raises(UsageError, match="ZI-1010"):
+        Plan.load(tmp_path / "plan.json", source_of(ours))
+
+
 def test_a_plan_covers_what_its_cache_can_hold():
     plan = plan_of(small_llama(), Workload(batch=4, prompt_len=50, gen_len=50), device="cpu")
     assert plan.covers(Workload(batch=4, prompt_len=60, gen_len=52))
@@ -330,7 +356,8 @@ def test_a_pass_that_a_host_records_costs_what_replaying_does():
         PassLoad(rows=3, sequences=3, context=40, kv=KvPlan(dtype="INT8")),
     ):
         assert overhead_s(other) == one_by_one
-    assert overhead_s(decode, exact=True) == overhead_s(decode, all_stay=False) == one_by_one
+    assert overhead_s(decode, exact=True) == overhead_s(decode)
+    assert overhead_s(decode, all_stay=False) == one_by_one
     for change in ({"norm": "layer"}, {"activation": "gelu"}, {"dtype": "F32"}, {"gated_mlp": False}):
         assert overhead_s(decode, spec=replace(spec, **change)) == one_by_one
 

@@ -53,6 +53,7 @@ class Plan:
     workload: Workload
     reserve: Reserve
     limit: int
+    align: int
     placement: Placement
     forecast: Forecast
     curve: Curve
@@ -104,6 +105,7 @@ class Plan:
             "workload": asdict(self.workload) | {"lengths": list(self.workload.lengths)},
             "reserve": asdict(self.reserve),
             "chunk_limit": self.limit,
+            "align": self.align,
             "placement": placement,
             "tiers": [asdict(use) | {"total": use.total} for use in self.uses],
             "forecast": asdict(self.forecast),
@@ -131,8 +133,7 @@ class Plan:
                 | {"home": tuple(homes), "compute_tier": Tier(tree["placement"]["compute_tier"])}
             )
             model = tree["model"]
-            source = as_read(source, device=tree["device"], exact=tree["exact"])
-            table = assemble(source, tree["chunk_limit"])
+            table = assemble(_aligned(source, tree["align"]), tree["chunk_limit"])
             plan = cls(
                 architecture=model["architecture"],
                 num_parameters=model["num_parameters"],
@@ -146,6 +147,7 @@ class Plan:
                 ),
                 reserve=Reserve(**tree["reserve"]),
                 limit=tree["chunk_limit"],
+                align=tree["align"],
                 placement=placement,
                 forecast=Forecast(**tree["forecast"]),
                 curve=Curve.from_dict(tree["curve"]),
@@ -182,7 +184,7 @@ def make_plan(
     Raises BudgetError ZI-2001 with the smallest change that works, UsageError ZI-1012 for a context beyond the
     model's.
     """
-    source = as_read(source, device=resolved.device, exact=resolved.settings.exact)
+    source = as_read(source, spec, device=resolved.device, exact=resolved.settings.exact)
     maker = _Maker(spec, source, resolved, machine.using(resolved.devices))
     workload = workload or Workload()
     if batches:
@@ -192,13 +194,21 @@ def make_plan(
     return maker.plan(candidate, reasons)
 
 
-def as_read(source: Source, *, device: str, exact: bool) -> Source:
+def as_read(source: Source, spec: ModelSpec, *, device: str, exact: bool) -> Source:
     """The weights as a run of this kind wants them in memory.
 
     Published files seldom lie at multiples of ALIGN: moving what was read costs a core as much as reading it, every
-    pass.  A processor reads a weight as fast from any address, only its bits may then be other than a store's.
+    pass.  A processor reads a weight as fast from any address, only a library's bits may then be other than a store's.
     """
-    align = ALIGN if exact or device != "cpu" else LOOSE_ALIGN
+    sizes = dict(spec.product_sizes)
+    is_library_free = all(sizes.get(op.kind) == () for op in spec.program if op.matrix and not op.stored)
+    align = LOOSE_ALIGN if device == "cpu" and (is_library_free or not exact) else ALIGN
+    return _aligned(source, align)
+
+
+def _aligned(source: Source, align: int) -> Source:
+    if align not in (ALIGN, LOOSE_ALIGN):
+        raise ValueError(f"weights at multiples of {align} bytes")
     return source if source.align == align else replace(source, align=align)
 
 
@@ -304,6 +314,7 @@ class _Maker:
             if self.resolved.settings.runtime.graphs == "off"
             else choice.reserve_with_recorded(self.spec, self.budget, device=self.resolved.device),
             limit=choice.limit,
+            align=self.source.align,
             placement=choice.placement,
             forecast=forecast_of(self.spec, candidate, self.machine, exact=exact),
             curve=candidate.curve,

@@ -181,7 +181,7 @@ def open_model(folder: Path, settings: Settings) -> Model:
     if is_saved and resolved.device != "sim":
         machine = _as_it_is_now(machine, source.files, spec, resolved)
     spec = _with_sizes(computable(spec, resolved.device), resolved)
-    source = as_read(source, device=resolved.device, exact=settings.exact)
+    source = as_read(source, spec, device=resolved.device, exact=settings.exact)
     return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
 
 
