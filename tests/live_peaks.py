@@ -53,5 +53,8 @@ def peaks(folder, prompts, num_tokens, memory, *, device="cpu", **options):
             if use.tier is plan.placement.compute_tier:
                 live = max(peak for peak, _ in passes) + ROW_STAGING_BYTES
             seen = ledger.peak_bytes - ledger.reserved["activations"] + live
-            found[str(use.tier)] = Peak(use.total, ledger.peak_bytes, seen, use.activations, live)
+            planned = (
+                use.activations - plan.reserve.recorded
+            )  # what is recorded is no activation of a pass that is not
+            found[str(use.tier)] = Peak(use.total, ledger.peak_bytes, seen, planned, live)
         return found, max(rows for _, rows in passes), plan

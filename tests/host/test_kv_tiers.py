@@ -49,7 +49,7 @@ def run(folder, **options):
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
         passes = list(llm.stats.passes)
         plan = llm.plan
-        return tokens, llm.logits(PROMPTS[2]), plan, passes
+        return tokens, llm.logits(PROMPTS[0]), plan, passes
 
 
 @pytest.fixture

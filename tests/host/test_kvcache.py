@@ -5,7 +5,7 @@ import torch
 
 from zinfer.errors import BudgetError
 from zinfer.kvcache.cache import PagedKv
-from zinfer.kvcache.pages import kv_cache_bytes
+from zinfer.kvcache.pages import PAGE_TOKENS, Fork, kv_cache_bytes
 from zinfer.layers.packed import Span
 from zinfer.spec.attention_cost import KV_BLOCK
 
@@ -208,7 +208,18 @@ def test_page_tables_lead_to_the_rows_in_place():
     assert view.pages([1]).lengths.tolist() == [301]
 
 
-def test_pages_below_a_device_are_not_offered():
-    kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=4, dtype="F32", attend="host")
-    kv.open(0, 16)
-    assert kv.view([0], (0, 2)).pages([0]) is None
+@pytest.mark.parametrize("attend", ["resident", "host", "device"])
+def test_pages_are_offered_unless_their_rows_come_up(attend):
+    kv = PagedKv(num_layers=1, num_kv_heads=2, head_dim=4, num_pages=4, dtype="F32", attend=attend)
+    kv.open(0, 40)
+    view = kv.view([0, 0], (0, 2, 5), [20, 20], [None, Fork(20, 3)])
+    assert view.is_resident == (attend == "resident")
+    if attend == "device":
+        assert view.pages([0]) is None
+        return
+    pages = view.pages([0])
+    assert (pages.table.tolist(), pages.lengths.tolist(), pages.page_tokens) == ([[0, 1]], [22], PAGE_TOKENS)
+    both = view.pages([0, 1])
+    assert (both.lengths.tolist(), both.page_tokens) == ([22, 23], 1)
+    assert both.table[0, :22].tolist() == list(range(22))
+    assert both.table[1].tolist() == [*range(20), 23, 24, 25]

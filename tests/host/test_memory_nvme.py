@@ -7,7 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import chunk_files
 import pytest
@@ -212,7 +212,8 @@ def test_pages_are_found_before_the_read_and_nothing_around_it_changes(tmp_path,
     reader._pool.shutdown()
     reader._pool = ThreadPoolExecutor(1)
     fetch(reader, slab, table.chunks[0]).wait()
-    assert order == ["store", "read"] * len(list(nvme.joined(table.chunks[0].reads)))
+    found = [what for what, _ in groupby(order)]  # a read may reach into a second huge page
+    assert found == ["store", "read"] * len(list(nvme.joined(table.chunks[0].reads)))
 
 
 @pytest.mark.parametrize("most", [PAGE, PAGE + 512, 700])
