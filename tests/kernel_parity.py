@@ -11,14 +11,14 @@ from zinfer.kernels.quantise import quantise
 from zinfer.kvcache.planes import make_planes
 from zinfer.layers import mlp, norm, rotary
 from zinfer.layers.mlp import close_gate, open_gate
-from zinfer.layers.norm import rms_norm
+from zinfer.layers.norm import layer_norm, rms_norm
 from zinfer.layers.rotary import rotate
 
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 WRONG_ROWS = (  # kernel, the function's name, what reads one thing wrongly: each must be seen
     ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos, -sin)),
     ("rotate", "rotate", lambda run: lambda x, cos, sin: run(x, cos[:, :-1], sin[:, :-1])),
-    ("gate", "gated", lambda run: lambda gate, up: run(up, gate)),
+    ("gate", "gated", lambda run: lambda gate, up, *table: run(up, gate, *table)),
     ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight.flip(0), eps)),
 )
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -105,12 +105,19 @@ ROWS_CLOSE = {
     torch.float16: 2e-3,
 }  # the interpreter cuts bf16 off
 
+FUSED = {
+    mlp: ("device_kernels", "host_kernels"),
+    norm: ("row_kernels", "host_kernels"),
+    rotary: ("row_kernels",),
+}
+
 
 def twin(function, *args, **options):
     """What a layer computes where nothing is fused."""
     with pytest.MonkeyPatch.context() as patch:
-        for layer in (mlp, norm, rotary):
-            patch.setattr(layer, "row_kernels", lambda *tensors: None)
+        for layer, kinds in FUSED.items():
+            for kind in kinds:
+                patch.setattr(layer, kind, lambda *tensors: None)
         return function(*args, **options)
 
 
@@ -122,6 +129,10 @@ def rows_error(device, dtype, kernel, kernels=rows):
         case "norm":
             weight = torch.rand(290, generator=draw).to(device, dtype)
             found, want = kernels.norm(wide, weight, 1e-5), twin(rms_norm, wide, weight, 1e-5)
+        case "layer norm":
+            weight, bias = torch.rand(2, 290, generator=draw).to(device, dtype)
+            found = kernels.layer_norm(wide, weight, bias, 1e-5)
+            want = twin(layer_norm, wide, weight, bias, 1e-5)
         case "rotate":
             heads = wide[:, 1:-1].unflatten(1, (6, 48))[
                 :, 1:
@@ -132,7 +143,8 @@ def rows_error(device, dtype, kernel, kernels=rows):
         case "gate":
             gate, up = wide.chunk(2, -1)
             opened = twin(open_gate, gate, "silu", exact=False)
-            found, want = kernels.gated(gate, up), twin(close_gate, opened, up, "silu")
+            table = () if kernels is rows else (mlp.table("silu"),)
+            found, want = kernels.gated(gate, up, *table), twin(close_gate, opened, up, "silu")
         case "one row":
             weight = torch.randn(77, 290, generator=draw).to(device, dtype) * 0.06
             bias = torch.randn(77, generator=draw).to(device, dtype)

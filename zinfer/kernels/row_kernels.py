@@ -6,13 +6,14 @@ interface; where neither serves, layers have torch code, which is the twin of bo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from zinfer.kernels import rows, served
-from zinfer.kernels.native.calls import kernels
+from zinfer.kernels.native.calls import Kernels, kernels
 
 
 class RowKernels(Protocol):
@@ -24,17 +25,31 @@ class RowKernels(Protocol):
     def rotate(self, x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions, cos and sin [T, rotary_dim / 2]."""
 
+
+class DeviceKernels(RowKernels, Protocol):
+    """What a device's know besides."""
+
     def gated(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         """silu(gate) * up."""
 
 
 def row_kernels(*tensors: Tensor) -> RowKernels | None:
     """The kernels for these tensors; None where there are none, or a gradient is wanted."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    return device_kernels(*tensors) or host_kernels(*tensors)
+
+
+def device_kernels(*tensors: Tensor) -> DeviceKernels | None:
+    """Triton's; None as above."""
+    return rows if served.serves(tensors[0].device.type) and not _wants_gradient(tensors) else None
+
+
+def host_kernels(*tensors: Tensor | None) -> Kernels | None:
+    """The compiled ones, which know more: layer norms, and whatever activation a family has; None as above."""
+    given = [x for x in tensors if x is not None]
+    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in given) or _wants_gradient(given):
         return None
-    device = tensors[0].device.type
-    if served.serves(device):
-        return rows
-    if device == "cpu" and all(x.dtype == torch.bfloat16 for x in tensors):
-        return kernels()
-    return None
+    return kernels()
+
+
+def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

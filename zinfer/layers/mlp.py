@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from zinfer.kernels.row_kernels import RowKernels, row_kernels
+from zinfer.kernels.native.calls import NUMBERS
+from zinfer.kernels.row_kernels import device_kernels, host_kernels
 from zinfer.spec.cost import ACTIVATION_PIECE
 
 # On the CPU torch cuts elementwise work evenly among its threads, at least SHARE elements to each, and computes what
@@ -38,9 +41,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def activate(x: Tensor, kind: str, *, exact: bool) -> Tensor:
     """Apply the activation that ModelSpec names.
 
-    With `exact` an element's bits do not depend on where it lies among the others: the CPU gets pieces that are
-    cut into whole shares, so that every element is computed by the same code.
+    With `exact` an element's bits do not depend on where it lies among the others.  Where torch computes on a CPU,
+    it gets pieces that are cut into whole shares, so that every element is computed by the same code.
     """
+    if compiled := host_kernels(x):
+        return compiled.activated(x, table(kind))
     function = ACTIVATIONS[kind]
     if not exact or kind == "relu" or x.device.type != "cpu":
         return function(x)
@@ -59,17 +64,34 @@ def activate(x: Tensor, kind: str, *, exact: bool) -> Tensor:
 
 def open_gate(gate: Tensor, kind: str, *, exact: bool) -> Tensor:
     """What `close_gate` wants kept of a gate [T, F] until its rows `up` are there: activated, or as it is."""
-    return gate if _fused(gate, kind) else activate(gate, kind, exact=exact)
+    return gate if _fused(kind, gate) else activate(gate, kind, exact=exact)
 
 
 def close_gate(opened: Tensor, up: Tensor, kind: str) -> Tensor:
     """activation(gate) * up."""
-    fused = _fused(opened, kind)
-    return fused.gated(opened, up) if fused else opened * up
+    fused = _fused(kind, opened)
+    return fused(opened, up) if fused else opened * up
 
 
-def _fused(gate: Tensor, kind: str) -> RowKernels | None:
-    return row_kernels(gate) if kind == "silu" else None
+def _fused(kind: str, gate: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Both steps in one: compiled kernels know every gate, a device's know silu."""
+    if kind == "silu" and (fused := device_kernels(gate)):
+        return fused.gated
+    compiled = host_kernels(gate)
+    return partial(compiled.gated, table=table(kind)) if compiled else None
+
+
+@cache
+def table(kind: str) -> Tensor | None:
+    """What becomes of each bfloat16 number, by its bits, [65536]; None for ReLU, which is faster without.
+
+    Made by torch's code once per process, whoever watches or records what a pass does.
+    """
+    if kind == "relu":
+        return None
+    with _disable_current_modes(), torch.no_grad():
+        numbers = torch.arange(NUMBERS, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        return ACTIVATIONS[kind](numbers)
 
 
 def whole_pieces(count: int, num_threads: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zinfer.kernels.row_kernels import row_kernels
+from zinfer.kernels.row_kernels import host_kernels, row_kernels
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,4 +23,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean(x)) / std(x) * weight + bias over the last dimension (Ba et al. 2016, arXiv 1607.06450)."""
+    if compiled := host_kernels(x, weight, bias):
+        return compiled.layer_norm(x, weight, bias, eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

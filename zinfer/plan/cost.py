@@ -114,8 +114,7 @@ class OpCosts:
 
 def has_steps(spec: ModelSpec) -> bool:
     """Whether all ops of a model are steps that a host can record (zinfer.kernels.native.tape)."""
-    is_of_a_kind = spec.norm == "rms" and spec.gated_mlp and spec.activation == "silu"
-    return is_of_a_kind and spec.dtype == "BF16" and spec.encoder is None
+    return spec.dtype == "BF16" and spec.encoder is None and not spec.transposed
 
 
 def is_recorded(spec: ModelSpec, load: PassLoad) -> bool:

@@ -22,19 +22,22 @@ from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.log import logger
 from zinfer.spec.quant import GROUP
 
-_SOURCES = ("attention.c", "products.c", "rows.c", "tape.c", "common.h", "kernels.h")
+_SOURCES = ("attention.c", "activations.c", "products.c", "rows.c", "tape.c", "common.h", "kernels.h")
 _FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
 MOST_INPUTS = 2**16  # of a dense product, whose threads keep some rows on their stacks
 _VECTOR, _MOST_DIM, _MOST_QUERIES, _MOST_ELEMENTS = 16, 256, 64, 8192  # attention.c
 _OPENMP = ("libgomp", "libiomp5", "libomp")
+NUMBERS = 2**16  # of bfloat16
 _CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
 _POINTER, _SIZE, _THREADS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
 _ROWS = {
     "zinfer_norm": [*[_POINTER] * 3, ctypes.c_double, *[_SIZE] * 2, _THREADS],
+    "zinfer_layer_norm": [*[_POINTER] * 4, ctypes.c_double, *[_SIZE] * 2, _THREADS],
     "zinfer_rotate": [*[_POINTER] * 4, *[_SIZE] * 6, _THREADS],
     "zinfer_attend": [*[_POINTER] * 6, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
     "zinfer_attend_tiles": [*[_POINTER] * 8, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
-    "zinfer_gate": [*[_POINTER] * 3, *[_SIZE] * 4, _THREADS],
+    "zinfer_activate": [*[_POINTER] * 3, _SIZE, _THREADS],
+    "zinfer_gate": [*[_POINTER] * 4, *[_SIZE] * 4, _THREADS],
 }
 _PRODUCTS = {
     "zinfer_dense": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
@@ -42,8 +45,10 @@ _PRODUCTS = {
 }
 STEPS = (  # of a tape, in the order of tape.c
     "zinfer_norm",
+    "zinfer_layer_norm",
     "zinfer_rotate",
     "zinfer_attend",
+    "zinfer_activate",
     "zinfer_gate",
     "add",
     "widen",
@@ -131,6 +136,22 @@ class Kernels:
         )
         return y
 
+    def layer_norm(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        """Layer norm over the last dimension."""
+        x, width = x.contiguous(), x.shape[-1]
+        y = torch.empty_like(x)
+        parts = [None if part is None else part.contiguous() for part in (weight, bias)]
+        self._do(
+            "zinfer_layer_norm",
+            x.data_ptr(),
+            *(None if part is None else part.data_ptr() for part in parts),
+            y.data_ptr(),
+            eps,
+            x.numel() // width,
+            width,
+        )
+        return y
+
     def rotate(self, x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions, cos and sin [T, rotary_dim / 2]; heads and rows may be views with strides."""
         if x_THD.stride(2) != 1:
@@ -150,13 +171,27 @@ class Kernels:
         )
         return y_THD
 
-    def gated(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        """silu(gate) * up; both may be columns of a wider matrix."""
+    def activated(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """What `table` [65536] has for the bits of each element; None: ReLU, which needs none."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._do(
+            "zinfer_activate",
+            x.data_ptr(),
+            None if table is None else table.data_ptr(),
+            y.data_ptr(),
+            x.numel(),
+        )
+        return y
+
+    def gated(self, gate_TF: Tensor, up_TF: Tensor, table: Tensor | None) -> Tensor:
+        """`activated(gate)` * up; both may be columns of a wider matrix."""
         y_TF = torch.empty(gate_TF.shape, dtype=gate_TF.dtype)
         self._do(
             "zinfer_gate",
             gate_TF.data_ptr(),
             up_TF.data_ptr(),
+            None if table is None else table.data_ptr(),
             y_TF.data_ptr(),
             gate_TF.stride(0),
             up_TF.stride(0),
@@ -255,10 +290,16 @@ def _wrong(found: Kernels) -> str:
         return torch.randn(*shape, generator=draw).to(torch.bfloat16)
 
     x, weight, bias, octets = noise(5, 200), noise(37, 200), noise(37), noise(2, 3, 70)
+    table = noise(NUMBERS)
     wide = x.float()
     pairs = {
         "norm": (found.norm(x, weight[0], 1e-5), F.rms_norm(wide, (200,), weight[0].float(), 1e-5)),
-        "gate": (found.gated(x, weight[:5]), F.silu(wide) * weight[:5].float()),
+        "layer norm": (
+            found.layer_norm(x, weight[0], weight[1], 1e-5),
+            F.layer_norm(wide, (200,), weight[0].float(), weight[1].float(), 1e-5),
+        ),
+        "activation": (found.activated(x, table), _looked_up(table, x)),
+        "gate": (found.gated(x, weight[:5], table), _looked_up(table, x) * weight[:5].float()),
         "rotation": (
             found.rotate(octets, octets[:, 0, :35], octets[:, 1, :35]),
             _rotated(octets.float(), octets[:, 0, :35].float(), octets[:, 1, :35].float()),
@@ -279,6 +320,10 @@ def _wrong(found: Kernels) -> str:
             rows = x[:, : 2 * GROUP].contiguous()
             pairs[name] = (found.quant(rows, packed), rows.float() @ dequantise(packed).t())
     return next((name for name, (y, want) in pairs.items() if not _is_close(y, want)), "")
+
+
+def _looked_up(table: Tensor, x: Tensor) -> Tensor:
+    return table[x.view(torch.int16).long() % NUMBERS].float()
 
 
 def _attended(q_HD: Tensor, k_n1D: Tensor, v_n1D: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ static inline size_t end_of(size_t piece, size_t step, size_t count) {
     return stop < count ? stop : count;
 }
 
+static inline size_t rows_per_piece(size_t width) { return width >= SHARE ? 1 : SHARE / width; }
+
 /* The runtime that torch loaded: a second pool of threads would fight with it for the cores. */
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
 

@@ -6,6 +6,8 @@
 
 void zinfer_norm(const bf16 *x, const bf16 *weight, bf16 *y, double eps, size_t rows, size_t width,
                  unsigned num_threads);
+void zinfer_layer_norm(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, double eps, size_t rows,
+                       size_t width, unsigned num_threads);
 void zinfer_rotate(const bf16 *x, const bf16 *cosines, const bf16 *sines, bf16 *y, size_t row_stride,
                    size_t head_stride, size_t rows, size_t heads, size_t dim, size_t half, unsigned num_threads);
 void zinfer_attend(const bf16 *q, const bf16 *keys, const bf16 *values, const int32_t *table,
@@ -15,8 +17,9 @@ void zinfer_attend_tiles(const bf16 *q, const bf16 *keys, const bf16 *values, co
                          const int32_t *lengths, const int32_t *tiles, const int32_t *lines, bf16 *y,
                          double scale, double cap, size_t window, size_t table_stride, size_t num_tiles,
                          size_t heads, size_t kv_heads, size_t dim, size_t page, unsigned num_threads);
-void zinfer_gate(const bf16 *gate, const bf16 *up, bf16 *y, size_t gate_stride, size_t up_stride, size_t rows,
-                 size_t width, unsigned num_threads);
+void zinfer_activate(const bf16 *x, const bf16 *table, bf16 *y, size_t count, unsigned num_threads);
+void zinfer_gate(const bf16 *gate, const bf16 *up, const bf16 *table, bf16 *y, size_t gate_stride, size_t up_stride,
+                 size_t rows, size_t width, unsigned num_threads);
 int zinfer_has_products(void);
 #ifdef __AVX512BF16__
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,

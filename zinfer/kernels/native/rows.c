@@ -5,13 +5,10 @@
 #include "kernels.h"
 #include <math.h>
 
-#define BLOCK 256   /* elements of a row whose exponentials are kept: they stay in the nearest cache */
 #define WIDE 16     /* sums side by side: what a reduction needs to become vectors in a fixed order */
 
-static size_t rows_per_piece(size_t width) { return width >= SHARE ? 1 : SHARE / width; }
-
 typedef struct {
-    const bf16 *x, *weight;
+    const bf16 *x, *weight, *bias;
     bf16 *y;
     float eps;
     size_t rows, width, step;
@@ -37,8 +34,44 @@ static void norm_piece(void *data, size_t piece) {
 
 void zinfer_norm(const bf16 *x, const bf16 *weight, bf16 *y, double eps, size_t rows, size_t width,
                  unsigned num_threads) {
-    norm_t job = {x, weight, y, (float)eps, rows, width, rows_per_piece(width)};
+    norm_t job = {x, weight, NULL, y, (float)eps, rows, width, rows_per_piece(width)};
     share(norm_piece, &job, (rows + job.step - 1) / job.step, num_threads);
+}
+
+static void layer_norm_row(const norm_t *job, const bf16 *restrict x, bf16 *restrict y) {
+    const bf16 *restrict weight = job->weight, *restrict bias = job->bias;
+    const size_t width = job->width, whole = width / WIDE * WIDE;
+    float sums[WIDE] = {0}, squares[WIDE] = {0}, mean = 0, variance = 0;
+    for (size_t i = 0; i < whole; i += WIDE)
+        for (size_t lane = 0; lane < WIDE; lane++) sums[lane] += widen(x[i + lane]);
+    for (size_t i = whole; i < width; i++) mean += widen(x[i]);
+    for (size_t lane = 0; lane < WIDE; lane++) mean += sums[lane];
+    mean /= (float)width;
+    for (size_t i = 0; i < whole; i += WIDE)
+        for (size_t lane = 0; lane < WIDE; lane++) {
+            const float gap = widen(x[i + lane]) - mean;
+            squares[lane] += gap * gap;
+        }
+    for (size_t i = whole; i < width; i++) variance += (widen(x[i]) - mean) * (widen(x[i]) - mean);
+    for (size_t lane = 0; lane < WIDE; lane++) variance += squares[lane];
+    const float inverse = 1 / sqrtf(variance / (float)width + job->eps);
+    for (size_t i = 0; i < width; i++) {
+        const float scale = weight ? widen(weight[i]) : 1, shift = bias ? widen(bias[i]) : 0;
+        y[i] = narrow((widen(x[i]) - mean) * inverse * scale + shift);
+    }
+}
+
+static void layer_norm_piece(void *data, size_t piece) {
+    const norm_t *job = data;
+    for (size_t row = piece * job->step; row < end_of(piece, job->step, job->rows); row++)
+        layer_norm_row(job, job->x + row * job->width, job->y + row * job->width);
+}
+
+/* weight and bias: NULL where a norm has none. */
+void zinfer_layer_norm(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, double eps, size_t rows,
+                       size_t width, unsigned num_threads) {
+    norm_t job = {x, weight, bias, y, (float)eps, rows, width, rows_per_piece(width)};
+    share(layer_norm_piece, &job, (rows + job.step - 1) / job.step, num_threads);
 }
 
 typedef struct {
@@ -71,36 +104,4 @@ void zinfer_rotate(const bf16 *x, const bf16 *cosines, const bf16 *sines, bf16 *
                    size_t head_stride, size_t rows, size_t heads, size_t dim, size_t half, unsigned num_threads) {
     rotate_t job = {x, cosines, sines, y, row_stride, head_stride, rows, heads, dim, half, rows_per_piece(heads * dim)};
     share(rotate_piece, &job, (rows + job.step - 1) / job.step, num_threads);
-}
-
-typedef struct {
-    const bf16 *gate, *up;
-    bf16 *y;
-    size_t gate_stride, up_stride, rows, width, step;
-} gate_t;
-
-/* In two loops: in one, a compiler follows both ends of the exponential's range into the division and divides thrice. */
-static void gate_row(const bf16 *restrict gate, const bf16 *restrict up, bf16 *restrict y, size_t width) {
-    float powers[BLOCK];
-    for (size_t from = 0; from < width; from += BLOCK) {
-        size_t count = width - from < BLOCK ? width - from : BLOCK;
-        for (size_t i = 0; i < count; i++) powers[i] = exponential(-widen(gate[from + i]));
-        for (size_t i = 0; i < count; i++) {
-            float opened = widen(gate[from + i]) / (1 + powers[i]);
-            y[from + i] = narrow(widen(narrow(opened)) * widen(up[from + i]));
-        }
-    }
-}
-
-static void gate_piece(void *data, size_t piece) {
-    const gate_t *job = data;
-    for (size_t row = piece * job->step; row < end_of(piece, job->step, job->rows); row++)
-        gate_row(job->gate + row * job->gate_stride, job->up + row * job->up_stride, job->y + row * job->width,
-                 job->width);
-}
-
-void zinfer_gate(const bf16 *gate, const bf16 *up, bf16 *y, size_t gate_stride, size_t up_stride, size_t rows,
-                 size_t width, unsigned num_threads) {
-    gate_t job = {gate, up, y, gate_stride, up_stride, rows, width, rows_per_piece(width)};
-    share(gate_piece, &job, (rows + job.step - 1) / job.step, num_threads);
 }

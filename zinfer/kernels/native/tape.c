@@ -5,7 +5,7 @@
 #include "kernels.h"
 
 /* The order of zinfer.kernels.native.calls.STEPS. */
-enum { NORM, ROTATE, ATTEND, GATE, ADD, WIDEN, MOVE, DENSE, QUANT };
+enum { NORM, LAYER_NORM, ROTATE, ATTEND, ACTIVATE, GATE, ADD, WIDEN, MOVE, DENSE, QUANT };
 
 typedef struct {
     uint64_t kind, words[15]; /* arguments but the number of threads: addresses, sizes, doubles by their bits */
@@ -64,6 +64,7 @@ void zinfer_play(const void *tape, size_t count, unsigned threads) {
         const uint64_t *w = steps[i].words;
         switch (steps[i].kind) {
             case NORM: zinfer_norm(AT(0), AT(1), AT(2), number(w[3]), w[4], w[5], threads); break;
+            case LAYER_NORM: zinfer_layer_norm(AT(0), AT(1), AT(2), AT(3), number(w[4]), w[5], w[6], threads); break;
             case ROTATE:
                 zinfer_rotate(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7], w[8], w[9], threads);
                 break;
@@ -71,7 +72,8 @@ void zinfer_play(const void *tape, size_t count, unsigned threads) {
                 zinfer_attend(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), number(w[6]), number(w[7]), w[8], w[9],
                               w[10], w[11], w[12], w[13], w[14], threads);
                 break;
-            case GATE: zinfer_gate(AT(0), AT(1), AT(2), w[3], w[4], w[5], w[6], threads); break;
+            case ACTIVATE: zinfer_activate(AT(0), AT(1), AT(2), w[3], threads); break;
+            case GATE: zinfer_gate(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7], threads); break;
             case ADD: add(AT(0), AT(1), AT(2), w[3], threads); break;
             case WIDEN: widen_row(AT(0), AT(1), w[2], threads); break;
             case MOVE: move(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7]); break;

@@ -161,12 +161,22 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return y
 
     def _index_copy(self, y: Tensor, dim: int, rows_N: Tensor, x: Tensor) -> Tensor:
+        x = x if _has_whole_rows(x) else self._clone(x)
         self._move(y, x, dim, to_rows=rows_N)
         return y
 
     def _copy(self, y: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
         _ask(y.shape == x.shape, "a copy of as much as there is room for")
         self._move(y, x, 0)
+        return y
+
+    def _clone(self, x: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+        _ask(memory_format in (None, torch.preserve_format, torch.contiguous_format), "a copy of one piece")
+        y = self._pool.take(x.shape, x.dtype)
+        if not x.is_contiguous():
+            self._move(y.flatten(0, -2), _flat(x), 0)
+        else:
+            self._move(y.view(1, -1), x.view(1, -1), 0)
         return y
 
     def _move(
@@ -192,6 +202,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _HANDLERS: dict[Any, Callable[..., Tensor]] = {
+    _aten.clone.default: Tape._clone,
     _aten.empty.memory_format: Tape._empty,
     _aten.new_empty.default: Tape._new_empty,
     _aten.empty_like.default: Tape._empty_like,
@@ -253,6 +264,15 @@ def _word(argument: int | float | None) -> int:
 
 def _has_whole_rows(x: Tensor) -> bool:
     return x.shape[0] == 0 or x[0].is_contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    """All but the last dimension as one, where that is a view."""
+    widths = zip(x.stride()[:-2], x.shape[1:-1], x.stride()[1:-1], strict=True)
+    _ask(
+        all(outer == count * inner for outer, count, inner in widths), "rows at one distance from each other"
+    )
+    return x.flatten(0, -2)
 
 
 def _ask(is_so: bool, what: str) -> None:
