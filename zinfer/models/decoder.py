@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from zinfer.kernels.columns import column_linear
 from zinfer.kernels.panels import is_quantised, quant_weight
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import quant_linear
@@ -149,7 +150,8 @@ def _product(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor],
     elif is_quantised(weights):
         piece = quant_linear(x, quant_weight(weights, outputs), weights.get("bias"), exact=exact)
     else:
-        piece = linear(x, weights["matrix"], weights.get("bias"), exact=exact, transposed=op.transposed)
+        multiply = column_linear if op.transposed else linear
+        piece = multiply(x, weights["matrix"], weights.get("bias"), exact=exact)
     if op.kind == "head":
         piece = piece.float()
     if op.blocks == 1:

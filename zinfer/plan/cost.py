@@ -114,7 +114,7 @@ class OpCosts:
 
 def has_steps(spec: ModelSpec) -> bool:
     """Whether all ops of a model are steps that a host can record (zinfer.kernels.native.tape)."""
-    return spec.dtype == "BF16" and spec.encoder is None and not spec.transposed
+    return spec.dtype == "BF16" and spec.encoder is None
 
 
 def is_recorded(spec: ModelSpec, load: PassLoad) -> bool:

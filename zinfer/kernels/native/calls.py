@@ -22,7 +22,16 @@ from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.log import logger
 from zinfer.spec.quant import GROUP
 
-_SOURCES = ("attention.c", "activations.c", "products.c", "rows.c", "tape.c", "common.h", "kernels.h")
+_SOURCES = (
+    "attention.c",
+    "activations.c",
+    "columns.c",
+    "products.c",
+    "rows.c",
+    "tape.c",
+    "common.h",
+    "kernels.h",
+)
 _FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
 MOST_INPUTS = 2**16  # of a dense product, whose threads keep some rows on their stacks
 _VECTOR, _MOST_DIM, _MOST_QUERIES, _MOST_ELEMENTS = 16, 256, 64, 8192  # attention.c
@@ -41,6 +50,7 @@ _ROWS = {
 }
 _PRODUCTS = {
     "zinfer_dense": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
+    "zinfer_columns": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
     "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
 }
 STEPS = (  # of a tape, in the order of tape.c
@@ -54,6 +64,7 @@ STEPS = (  # of a tape, in the order of tape.c
     "widen",
     "move",
     "zinfer_dense",
+    "zinfer_columns",
     "zinfer_quant",
 )
 
@@ -259,6 +270,23 @@ class Kernels:
         )
         return y_TO
 
+    def columns(self, x_TI: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x times a weight that is published the other way round, plus bias: [T, O]."""
+        (num_rows, inputs), outputs = x_TI.shape, weight_IO.shape[1]
+        x_TI = x_TI.contiguous()
+        y_TO = x_TI.new_empty(num_rows, outputs)
+        self._do(
+            "zinfer_columns",
+            x_TI.data_ptr(),
+            weight_IO.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y_TO.data_ptr(),
+            num_rows,
+            outputs,
+            inputs,
+        )
+        return y_TO
+
     def quant(self, x_TI: Tensor, weight: QuantWeight) -> Tensor:
         """x times a quantised weight on its packed bytes: [T, O]."""
         num_rows, inputs = x_TI.shape
@@ -314,6 +342,8 @@ def _wrong(found: Kernels) -> str:
     if found.has_products:
         values = torch.randint(0, 16, (64, 2 * GROUP), generator=draw, dtype=torch.uint8)
         nibbles, scales = pack_nibbles(values, 64), noise(2, 64, 2)
+        turned = weight.t().contiguous()
+        pairs["product of columns"] = (found.columns(x, turned, bias), wide @ turned.float() + bias.float())
         pairs["product"] = (found.dense(x, weight, bias), wide @ weight.float().t() + bias.float())
         for name, low in (("int4", None), ("int8", nibbles.flip(1))):
             packed = QuantWeight(nibbles, scales, low, 60)

@@ -24,6 +24,8 @@ int zinfer_has_products(void);
 #ifdef __AVX512BF16__
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
                   size_t inputs, unsigned num_threads);
+void zinfer_columns(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
+                    size_t inputs, unsigned num_threads);
 void zinfer_quant(const bf16 *x, const uint8_t *nibbles, const uint8_t *low, const bf16 *scales, bf16 *y,
                   void *scratch, size_t rows, size_t outputs, size_t inputs, size_t half, size_t num_panels,
                   unsigned num_threads);

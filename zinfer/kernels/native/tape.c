@@ -5,7 +5,7 @@
 #include "kernels.h"
 
 /* The order of zinfer.kernels.native.calls.STEPS. */
-enum { NORM, LAYER_NORM, ROTATE, ATTEND, ACTIVATE, GATE, ADD, WIDEN, MOVE, DENSE, QUANT };
+enum { NORM, LAYER_NORM, ROTATE, ATTEND, ACTIVATE, GATE, ADD, WIDEN, MOVE, DENSE, COLUMNS, QUANT };
 
 typedef struct {
     uint64_t kind, words[15]; /* arguments but the number of threads: addresses, sizes, doubles by their bits */
@@ -79,6 +79,7 @@ void zinfer_play(const void *tape, size_t count, unsigned threads) {
             case MOVE: move(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7]); break;
 #ifdef __AVX512BF16__
             case DENSE: zinfer_dense(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], threads); break;
+            case COLUMNS: zinfer_columns(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], threads); break;
             case QUANT:
                 zinfer_quant(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), w[6], w[7], w[8], w[9], w[10], threads);
                 break;

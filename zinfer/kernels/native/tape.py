@@ -173,10 +173,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _clone(self, x: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
         _ask(memory_format in (None, torch.preserve_format, torch.contiguous_format), "a copy of one piece")
         y = self._pool.take(x.shape, x.dtype)
-        if not x.is_contiguous():
-            self._move(y.flatten(0, -2), _flat(x), 0)
+        if x.dim() and _has_whole_rows(x):
+            self._move(y, x, 0)
         else:
-            self._move(y.view(1, -1), x.view(1, -1), 0)
+            self._move(y.flatten(0, -2), _flat(x), 0)
         return y
 
     def _move(
@@ -268,10 +268,9 @@ def _has_whole_rows(x: Tensor) -> bool:
 
 def _flat(x: Tensor) -> Tensor:
     """All but the last dimension as one, where that is a view."""
-    widths = zip(x.stride()[:-2], x.shape[1:-1], x.stride()[1:-1], strict=True)
-    _ask(
-        all(outer == count * inner for outer, count, inner in widths), "rows at one distance from each other"
-    )
+    strides = zip(x.stride()[:-2], x.shape[1:-1], x.stride()[1:-1], strict=True)
+    is_even = x.dim() > 1 and all(outer == count * inner for outer, count, inner in strides)
+    _ask(is_even, "rows at one distance from each other")
     return x.flatten(0, -2)
 
 
