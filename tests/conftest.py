@@ -102,7 +102,13 @@ def torch_kernels():
     from zinfer.kernels import quant
 
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patches itself
-        for module in ("kernels.columns", "kernels.products", "kernels.quant", "kernels.row_kernels", "layers.tiles"):
+        for module in (
+            "kernels.columns",
+            "kernels.products",
+            "kernels.quant",
+            "kernels.row_kernels",
+            "layers.tiles",
+        ):
             patch.setattr(f"zinfer.{module}.kernels", lambda: None)
         quant.has_kernel.cache_clear()
         yield

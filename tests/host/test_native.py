@@ -156,7 +156,13 @@ def test_a_whole_model_through_all_kernels(family, tmp_path, monkeypatch):
         monkeypatch.setattr(calls.kernels(), name, _seen(name, getattr(calls.kernels(), name), seen))
     found = two_tokens()
     assert seen == {"norm", "rotate", "gated", "attend"}
-    for module in ("kernels.columns", "kernels.row_kernels", "kernels.products", "kernels.quant", "layers.tiles"):
+    for module in (
+        "kernels.columns",
+        "kernels.row_kernels",
+        "kernels.products",
+        "kernels.quant",
+        "layers.tiles",
+    ):
         monkeypatch.setattr(f"zinfer.{module}.kernels", lambda: None)
     seen.clear()
     alike = [pair for pair in zip(found, two_tokens(), strict=True) if pair[0][0] == pair[1][0]]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from zinfer.kernels import products
 from zinfer.kernels.choice import agreeing_sizes, cover, fastest
+from zinfer.kernels.native.calls import kernels
 from zinfer.kernels.products import linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -165,6 +166,10 @@ def test_choices_are_made_ahead_and_kept(monkeypatch):
     asked = []
     for name in ("row_sizes", "row_kernel"):
         monkeypatch.setattr(products, name, lambda *case, name=name: asked.append((name, *case[2:6])))
+    if kernels() is not None and kernels().has_products:
+        products.prepare(spec, "cpu", exact=True)
+        assert not asked, "compiled kernels have nothing to agree on"
+    monkeypatch.setattr(products, "kernels", lambda: None)
     products.prepare(spec, "cpu", exact=True)
     products.prepare(spec, "cpu", exact=False)
     assert asked == [

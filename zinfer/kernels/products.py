@@ -83,7 +83,7 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
             if not exact:
                 row_kernel(*case)
                 few_rows(*case)
-            elif compiled(*case[:2], inputs, op.transposed) is None:
+            elif compiled(*case[:2], inputs, False) is None:  # transposed ones are compiled too, as columns
                 row_sizes(*case, torch.get_num_threads())
 
 
@@ -96,7 +96,7 @@ def with_product_sizes(spec: ModelSpec, device: str) -> ModelSpec:
         if "matrix" in weights and not op.stored:
             outputs, inputs = weights["matrix"].shape[:: -1 if op.transposed else 1]
             case = (_DTYPES[spec.dtype], device, outputs, inputs, op.transposed, "bias" in weights)
-            is_free = compiled(*case[:2], inputs, op.transposed) is not None
+            is_free = compiled(*case[:2], inputs, False) is not None
             found = () if is_free else row_sizes(*case, torch.get_num_threads())
             # Blocks of one matrix may differ: what pads more counts.
             sizes[op.kind] = min(found, sizes.get(op.kind, found), key=len)

@@ -87,10 +87,10 @@ static void columns_piece(void *data, size_t piece) {
 /* x [rows, inputs] times the weight [inputs, outputs], plus bias [outputs] unless it is NULL. */
 void zinfer_columns(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
                     size_t inputs, unsigned num_threads) {
-    const size_t most = SUMS / (rows < TALL ? rows : TALL), shared = 2 * (size_t)num_threads;
+    const size_t most = SUMS / (rows < TALL ? rows : TALL) / LANES * LANES, shared = 2 * (size_t)num_threads;
     const size_t num_pieces = (outputs + most * num_threads - 1) / (most * num_threads) * num_threads;
     const size_t each = outputs / (num_pieces < shared ? shared : num_pieces) + 1;
-    const size_t width = (each + LANES - 1) / LANES * LANES < most ? (each + LANES - 1) / LANES * LANES : most;
+    const size_t wide = (each + LANES - 1) / LANES * LANES, width = wide < most ? wide : most;
     columns_t job = {x, weight, bias, y, rows, outputs, inputs, width};
     share(columns_piece, &job, (outputs + width - 1) / width, num_threads);
 }
