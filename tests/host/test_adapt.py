@@ -95,9 +95,9 @@ def test_what_stays_is_not_read_again(tiny, monkeypatch):
 
 
 def spy(begin, seen):
-    def noted(chunk, tier):
+    def noted(chunk, tier, **kind):
         seen.append(chunk)
-        begin(chunk, tier)
+        begin(chunk, tier, **kind)
 
     return noted
 

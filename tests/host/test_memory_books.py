@@ -164,19 +164,23 @@ class PlacesMachine(RuleBasedStateMachine):
         self.memory = TierMemory(Ledger(Tier.HOST, 9 * PAGE), HostSlab(10 * PAGE), self.homes, 3, 2 * PAGE)
         self.generations = {}
 
-    @rule(chunk=st.integers(0, 6))
-    def take_or_give_back(self, chunk):
+    @rule(chunk=st.integers(0, 6), as_guest=st.booleans())
+    def take_or_give_back(self, chunk, as_guest):
         if chunk in self.memory.places:
             place = self.memory.places[chunk]
             self.generations[place.offset] = place.generation
             self.memory.give_back(chunk)
             return
-        free_slots = 3 - sum(other not in self.homes for other in self.memory.places)
-        fits = self.homes.get(chunk, 2 * PAGE) <= self.memory.ledger.free_bytes
-        assert self.memory.has_room(chunk) == (fits and (chunk in self.homes or free_slots > 0))
-        if self.memory.has_room(chunk):
-            place = self.memory.take(chunk)
-            assert len(self.memory.bytes_of(chunk)) == place.nbytes == self.homes.get(chunk, 2 * PAGE)
+        free_slots = 3 - sum(not self.memory.is_home(other) for other in self.memory.places)
+        has_home = chunk in self.homes and not as_guest
+        need = self.homes[chunk] if has_home else 2 * PAGE
+        has_room = need <= self.memory.ledger.free_bytes and (has_home or free_slots > 0)
+        assert self.memory.has_room(chunk, as_guest=as_guest) == has_room
+        assert self.memory.needs_slot(chunk, as_guest=as_guest) == (not has_home and not free_slots)
+        if has_room:
+            place = self.memory.take(chunk, as_guest=as_guest)
+            assert self.memory.is_home(chunk) == has_home
+            assert len(self.memory.bytes_of(chunk)) == place.nbytes == need
             assert place.generation > self.generations.get(place.offset, -1)
 
     @precondition(lambda self: self.memory.places)

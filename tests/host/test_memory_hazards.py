@@ -101,8 +101,8 @@ def share_a_slot(monkeypatch):
     """Places that hand the same slot out twice."""
     take = TierMemory.take
 
-    def greedy(self, chunk):
-        place = take(self, chunk)
+    def greedy(self, chunk, **kind):
+        place = take(self, chunk, **kind)
         if not self.has_home(chunk) and place.offset not in self._free:
             self._free.append(place.offset)
         return place

@@ -416,13 +416,13 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager = OPEN[self.device](self.table, policy=Belady(range(len(PAGES))))
         self.leases = []
 
-    @rule(chunk=chunks)
-    def prefetch(self, chunk):
+    @rule(chunk=chunks, as_guest=st.booleans())
+    def prefetch(self, chunk, as_guest):
         try:
-            self.manager.prefetch(chunk)
+            self.manager.prefetch(chunk, as_guest=as_guest)
         except InternalError as error:  # every slot is leased or on its way
             assert error.code == "ZI-5401"
-            assert not self.manager.placement.resident(chunk)
+            assert as_guest or not self.manager.placement.resident(chunk)
 
     @precondition(lambda self: len({lease.chunk for lease in self.leases}) < 2)
     @rule(chunk=chunks)

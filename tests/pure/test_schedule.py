@@ -1,5 +1,7 @@
 """Schedules, replayed: slots are never overdrawn, nothing computes before its fetch, the pass wraps around."""
 
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,22 +20,25 @@ LOOKAHEADS = st.integers(0, 3)
 def replay(table, placement, steps, held):
     """Walk the steps from the chunks `held`; returns what is held at the end and how many chunks were fetched."""
     order = [chunk.id for chunk in table.streamable]
-    computed, fetches, held = [], 0, set(held)
+    computed, fetches, held, guests = [], 0, set(held), set()
     for step in steps:
         match step:
-            case Fetch(chunk):
+            case Fetch(chunk, as_guest):
                 assert chunk not in held, "fetched twice"
                 held.add(chunk)
+                guests |= {chunk} if as_guest else set()
                 fetches += bool(table.chunks[chunk].ops)
                 streamed = [c for c in held if table.chunks[c].ops and not placement.resident(c)]
-                assert len(streamed) <= placement.slots, "more chunks than slots"
+                assert len({*streamed, *guests}) <= placement.slots, "more chunks than slots"
             case Compute(chunk):
                 assert chunk in held, "computed before its fetch"
                 computed.append(chunk)
             case Evict(chunk):
-                assert not placement.resident(chunk), "a resident chunk was dropped"
+                assert not placement.resident(chunk) or chunk in guests, "a resident chunk was dropped"
                 held.remove(chunk)
+                guests.discard(chunk)
     assert computed == order
+    assert not guests, "a guest was left in its slot"
     return held, fetches
 
 
@@ -110,3 +115,56 @@ def test_a_model_that_fits_is_fetched_once():
     schedule = build_schedule(table, placement)
     assert [step.chunk for step in schedule.first if isinstance(step, Fetch)] == [0, 1, 2, 3, 4]
     assert schedule.steady == tuple(Compute(i) for i in range(5))
+
+
+@given(pages=page_counts, lookahead=st.integers(1, 3), extra=st.integers(0, 300), data=st.data())
+def test_guests_pass_through_slots_first_and_come_to_stay_with_the_second_pass(pages, lookahead, extra, data):
+    table, placement = placed(pages, lookahead, extra)
+    fitting = [
+        chunk.id
+        for chunk in table.streamable
+        if placement.slots and placement.resident(chunk.id) and chunk.nbytes <= placement.slot_bytes
+    ]
+    guests = data.draw(st.lists(st.sampled_from(fitting), unique=True)) if fitting else []
+    plain = build_schedule(table, placement)
+    schedule = build_schedule(table, replace(placement, guests=tuple(guests)))
+    assert schedule.steady == plain.steady
+    assert bool(schedule.second) is bool(guests)
+    if not guests:
+        assert schedule == plain
+        return
+    held, fetches = replay(table, placement, schedule.first, set())
+    assert fetches == len(table.streamable) + min(
+        placement.slots, sum(not placement.resident(chunk.id) for chunk in table.streamable)
+    )
+    assert not held & set(guests)
+    held, fetches = replay(table, placement, schedule.second, held)
+    assert held >= set(guests), "they have come to stay"
+    assert fetches == len(guests) + sum(not placement.resident(chunk.id) for chunk in table.streamable)
+    coming = Counter(step.chunk for step in schedule.second if isinstance(step, Fetch))
+    assert all(coming[guest] == 1 for guest in guests)
+    assert not any(step.as_guest for step in schedule.second if isinstance(step, Fetch))
+    before = held
+    assert replay(table, placement, schedule.steady, held)[0] == before
+
+
+def test_a_guest_that_is_never_evicted_is_seen():
+    table = table_of([4] * 8)
+    placement = place(table, Budget(host=20 * PAGE), compute_tier=Tier.HOST, reserve=Reserve())
+    stay = next(i for i in range(8) if placement.resident(i))
+    schedule = build_schedule(table, replace(placement, guests=(stay,)))
+    replay(table, placement, schedule.first, set())
+    kept = [step for step in schedule.first if step != Evict(stay)]
+    with pytest.raises(AssertionError, match=r"slots|left in its slot"):
+        replay(table, placement, kept, set())
+
+
+def test_guests_come_as_far_ahead_of_their_turn_as_anything_that_loads():
+    """A second pass begins with the fetches of its window; it does not fetch one guest at a time."""
+    table = table_of([4] * 12)
+    placement = place(table, Budget(host=32 * PAGE), compute_tier=Tier.HOST, reserve=Reserve())
+    guests = tuple(i for i in range(12) if placement.resident(i))
+    second = build_schedule(table, replace(placement, guests=guests)).second
+    before = [step.chunk for step in second[: second.index(Compute(0))] if isinstance(step, Fetch)]
+    assert len(guests) > 2
+    assert before == list(guests)

@@ -1,5 +1,7 @@
 """The virtual clock: pipelines reach the slower of their stages, the serial twin their sum, more memory never hurts."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from zinfer.errors import InternalError
 from zinfer.plan.place import Reserve, place, smallest_budget
 from zinfer.plan.records import Budget, Compute, Schedule, Tier
 from zinfer.plan.schedule import build_schedule, serial_schedule
-from zinfer.plan.simulate import Simulator, simulate
+from zinfer.plan.simulate import Simulator, simulate, simulate_passes
 
 
 def two_tiers(count, resident, lookahead, compute_s, disk=1.0):
@@ -169,6 +171,32 @@ def test_the_first_pass_finds_pages_for_what_stays(resident, compute_s):
     assert slow_first.busy_s["compute"] == pytest.approx(first.busy_s["compute"] + added_s)
     if compute_s > 1:
         assert slow_first.seconds == pytest.approx(first.seconds + added_s)
+
+
+def test_memory_of_guests_is_found_beside_the_second_pass():
+    count, rate = 16, 0.5 * PAGE  # two seconds a chunk
+    table = table_of([1] * count)
+    placement = place(table, Budget(host=11 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=2)
+    stay = tuple(filter(placement.resident, range(count)))
+    machine = machine_with(1.0).model_copy(update={"fresh_bytes_per_s": rate})
+
+    def passes(guests):
+        invited = replace(placement, guests=guests)
+        schedule = build_schedule(table, invited)
+        work = [[0.25] * count, [0.125] * count]
+        return simulate_passes(table, invited, schedule, machine, work, rows_s=[0.0], num_steady=2)
+
+    first, *_, steady = passes(())
+    assert first.busy_s["compute"] == count * 0.25 + 2.0 * len(stay) == 4.0 + 16.0
+    guest_first, guest_second, *_, same_steady = passes(stay[:5])
+    assert guest_first.busy_s["compute"] == 4.0 + 2.0 * 3
+    assert guest_second.busy_s["compute"] == 2.0 + 2.0 * 5
+    assert guest_second.bytes["disk"] == steady.bytes["disk"] + 5 * PAGE
+    assert guest_first.bytes == first.bytes
+    assert same_steady.bytes == steady.bytes
+    assert same_steady.busy_s == steady.busy_s
+    assert guest_first.seconds < first.seconds
+    assert max(run.peak_bytes[Tier.HOST] for run in (guest_first, guest_second)) <= 11 * PAGE
 
 
 def test_below_a_device_pages_are_found_by_pinning():

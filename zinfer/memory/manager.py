@@ -69,20 +69,20 @@ class ChunkManager:
         self._to_host = HostTransfer(memory.reader)
         self._rows = RowSource(table, memory.rows, self._gather, memory.transfer)
 
-    def prefetch(self, chunk: ChunkId) -> Ticket:
+    def prefetch(self, chunk: ChunkId, *, as_guest: bool = False) -> Ticket:
         """Begin to bring a chunk to where it computes (a row table: into host memory); never blocks.
 
-        A chunk that is there or on its way answers with its ticket.  Raises InternalError ZI-5401 when no place is
-        free and the policy names no victim: the schedule is wrong.
+        A guest comes into a slot.  A chunk that is there or on its way answers with its ticket.  Raises InternalError
+        ZI-5401 when no place is free and the policy names no victim: the schedule is wrong.
         """
         self._settle()
         tier = self._goal(chunk)
         self._strays.discard(chunk)
         self._failed.pop(chunk, None)
         if self._residency.state(chunk, tier) is State.ABSENT:
-            if not self._make_room(chunk, tier, self._choose):
+            if not self._make_room(chunk, tier, self._choose, as_guest=as_guest):
                 self._no_room(chunk, tier)
-            self._begin(chunk, tier)
+            self._begin(chunk, tier, as_guest=as_guest)
         return self._tickets[chunk, tier]
 
     def lease(self, chunk: ChunkId) -> Lease:
@@ -129,13 +129,13 @@ class ChunkManager:
             self._drop(chunk, tier)
 
     def drop_streamed(self) -> None:
-        """After an error: every chunk without a home in the compute tier goes, also those on their way.
+        """After an error: every chunk that is not at home in the compute tier goes, also those on their way.
 
         A lease that an interruption left behind ends here.
         """
         tier = self.placement.compute_tier
         memory = self._memory.tiers[tier]
-        streamed = [chunk for chunk in memory.places if not memory.has_home(chunk)]
+        streamed = [chunk for chunk in memory.places if not memory.is_home(chunk)]
         for chunk in streamed:
             self._tickets[chunk, tier].cancel()
         for chunk in streamed:
@@ -159,8 +159,8 @@ class ChunkManager:
         while memory.ledger.free_bytes < extra:
             victim = self._choose(list(self._residency.chunks(tier, State.RESIDENT)))
             if victim is not None:
+                self._pushed_out += [ChunkId(victim)] if memory.is_home(ChunkId(victim)) else []
                 self._drop(ChunkId(victim), tier)
-                self._pushed_out += [ChunkId(victim)] if memory.has_home(ChunkId(victim)) else []
             elif not self._await_one(tier):
                 break
         memory.ledger.reserve(_MOMENT, need)
@@ -269,7 +269,7 @@ class ChunkManager:
             return home
         return self.placement.compute_tier
 
-    def _begin(self, chunk: ChunkId, tier: Tier) -> None:
+    def _begin(self, chunk: ChunkId, tier: Tier, *, as_guest: bool = False) -> None:
         memory, host = self._memory.tiers[tier], self._memory.tiers[Tier.HOST]
         home_N, is_filled = None, False
         if host is not memory and host.has_home(chunk):
@@ -279,7 +279,7 @@ class ChunkManager:
             # The copy reads the home: leased, or not yet readable by anyone else, until the ticket is booked.
             self._residency.move(chunk, Tier.HOST, Event.LEASE if is_filled else Event.FETCH)
             home_N = host.bytes_of(chunk)
-        place = memory.take(chunk)
+        place = memory.take(chunk, as_guest=as_guest)
         self._pushed_out = [other for other in self._pushed_out if other != chunk]
         self._residency.move(chunk, tier, Event.FETCH)
         after = memory.fences.pop(place.offset, None)
@@ -326,13 +326,13 @@ class ChunkManager:
         self._tickets.pop((chunk, tier), None)  # a home below the device came with the device's ticket
         self._strays.discard(chunk)
 
-    def _make_room(self, chunk: ChunkId, tier: Tier, choose: Choose) -> bool:
+    def _make_room(self, chunk: ChunkId, tier: Tier, choose: Choose, *, as_guest: bool = False) -> bool:
         """Evict until the chunk has a place; False when `choose` names nobody before that."""
         memory = self._memory.tiers[tier]
-        while not memory.has_room(chunk):
+        while not memory.has_room(chunk, as_guest=as_guest):
             there = list(self._residency.chunks(tier, State.RESIDENT))
-            if memory.needs_slot(chunk):
-                there = [other for other in there if not memory.has_home(other)]
+            if memory.needs_slot(chunk, as_guest=as_guest):
+                there = [other for other in there if not memory.is_home(other)]
             victim = choose(there)
             if victim is None:
                 return False

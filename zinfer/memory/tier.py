@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,8 @@ class TierMemory:
     """Slots for chunks that pass through, and for each chunk that stays a home of its exact size.
 
     Offsets are fixed when a chunk gets its home, so addresses repeat and nothing fragments.  A place costs its bytes
-    in the ledger from take() to give_back().  `fences` keeps the mark of each place's last reader.
+    in the ledger from take() to give_back().  A guest is in a slot and leaves its home empty.  `fences` keeps the mark
+    of each place's last reader.
     """
 
     def __init__(
@@ -71,14 +72,23 @@ class TierMemory:
         """Whether the chunk has bytes of its own here."""
         return chunk in self._homes
 
-    def has_room(self, chunk: ChunkId) -> bool:
-        """Whether take() would succeed."""
-        need = self._homes[chunk][1] if chunk in self._homes else self.slot_bytes
-        return need <= self.ledger.free_bytes and (chunk in self._homes or bool(self._free))
+    def is_home(self, chunk: ChunkId) -> bool:
+        """Whether the chunk is in its home: not away, nor a guest in a slot."""
+        return (
+            chunk in self._homes
+            and chunk in self.places
+            and self._homes[chunk][0] == self.places[chunk].offset
+        )
 
-    def needs_slot(self, chunk: ChunkId) -> bool:
+    def has_room(self, chunk: ChunkId, *, as_guest: bool = False) -> bool:
+        """Whether take() would succeed."""
+        has_home = chunk in self._homes and not as_guest
+        need = self._homes[chunk][1] if has_home else self.slot_bytes
+        return need <= self.ledger.free_bytes and (has_home or bool(self._free))
+
+    def needs_slot(self, chunk: ChunkId, *, as_guest: bool = False) -> bool:
         """Whether a free slot is what the chunk lacks."""
-        return chunk not in self._homes and not self._free
+        return (as_guest or chunk not in self._homes) and not self._free
 
     @property
     def empty_bytes(self) -> int:
@@ -139,29 +149,35 @@ class TierMemory:
         cuts = [offset for offset, _ in blocks] + [sum(block) for block in blocks[-1:]]
         return self.slab.pin(cuts, runtime, near=near, enter=enter)
 
-    def find_ahead(self, num_streamed: int) -> None:
-        """Begin to find the memory of homes, and of as many slots as chunks stream, in the background."""
+    def find_ahead(self, num_streamed: int, guests: Iterable[ChunkId] = ()) -> None:
+        """Begin to find the memory of homes, and of as many slots as chunks stream, in the background.
+
+        The homes of `guests` can wait.
+        """
         if isinstance(self.slab, HostSlab):
             idle = len(self._free) - min(num_streamed, len(self._free))
             end = max((offset + nbytes for offset, nbytes in self._arena.blocks()), default=0)
-            self.slab.find_ahead(end, [(offset, self.slot_bytes) for offset in self._free[:idle]])
+            unused = [(offset, self.slot_bytes) for offset in self._free[:idle]]
+            self.slab.find_ahead(end, unused + [self._homes[chunk] for chunk in guests])
 
-    def take(self, chunk: ChunkId) -> Place:
-        """A place for the chunk.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
-        offset, nbytes = self._homes.get(chunk) or (self._free[-1], self.slot_bytes)
+    def take(self, chunk: ChunkId, *, as_guest: bool = False) -> Place:
+        """A place for the chunk, a slot for a guest.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
+        home = None if as_guest else self._homes.get(chunk)
+        offset, nbytes = home or (self._free[-1], self.slot_bytes)
         self.ledger.take(chunk, nbytes)
         self.slab.claim(offset, nbytes)
-        if chunk not in self._homes:
+        if home is None:
             self._free.pop()
         self.places[chunk] = Place(offset, nbytes, self._generations[offset])
         return self.places[chunk]
 
     def give_back(self, chunk: ChunkId) -> None:
         """Empty the chunk's place."""
+        was_home = self.is_home(chunk)
         place = self.places.pop(chunk)
         self.ledger.give_back(chunk)
         self._generations[place.offset] += 1
-        if chunk not in self._homes:
+        if not was_home:
             self._free.append(place.offset)
 
     def bytes_of(self, chunk: ChunkId) -> Tensor:
@@ -174,7 +190,7 @@ class TierMemory:
         for offset in self._free:
             self.slab.discard(offset, self.slot_bytes)
         for chunk, (offset, nbytes) in self._homes.items():
-            if chunk not in self.places:
+            if not self.is_home(chunk):
                 self.slab.discard(offset, nbytes)
 
     def check(self) -> None:

@@ -63,6 +63,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         *_tier_lines(plan),
         f"chunks     {_map(plan)}",
         "           in order of use: " + " · ".join(_legend(plan)),
+        *_guest_lines(plan),
         "",
         *_link_lines(plan),
         f"pass       {seconds_text(forecast.pass_s)} per {kind} pass, bound by {forecast.binding}: "
@@ -81,6 +82,13 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
 def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, Any]:
     """`Plan.to_dict` and the alternatives, for --json."""
     return plan.to_dict() | {"alternatives": [asdict(other) for other in others]}
+
+
+def _guest_lines(plan: Plan) -> list[str]:
+    guests = plan.placement.guests
+    nbytes = Bytes(sum(plan.table.chunks[guest].nbytes for guest in guests))
+    why = "memory comes slower than bytes from the disk"
+    return [f"           {nbytes} of what stays comes with the second pass: {why}"] if guests else []
 
 
 def _fuller(forecast: Forecast) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 from zinfer.chunks.table import ChunkTable
@@ -9,7 +10,7 @@ from zinfer.config.machine import Compute, Machine
 from zinfer.plan.cost import ChunkSeconds, PassLoad, chunk_seconds
 from zinfer.plan.records import Forecast, Placement, Schedule, Tier, Workload
 from zinfer.plan.shares import COMPUTE, ROWS
-from zinfer.plan.simulate import PassRun, simulate
+from zinfer.plan.simulate import PassRun, simulate, simulate_passes
 from zinfer.spec.records import ModelSpec
 
 _ROW_READS_IN_FLIGHT = 4
@@ -29,21 +30,26 @@ def forecast(
     full_rows: int,
     exact: bool,
 ) -> Forecast:
-    """Simulate the first pass, which loads and prefills, and a later prefill.
+    """Simulate the first passes, which load and prefill, and a later prefill.
 
     `steady` is a decode pass, simulated; `queue_s` what all requests take once everything is loaded, in passes of
     about `full_rows` rows.  Uses the machine's rates only, no timing of a run.
     """
-    rows = min(workload.batch * workload.prompt_len, full_rows)
-    prefill = PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len, workload.kv)
+    prefill = prefill_load(workload, full_rows)
     first, later = simulate_load(spec, table, placement, schedule, machine, prefill, exact=exact)
+    more_s = 0.0  # that the second pass takes for its guests
+    if schedule.second:
+        then, usual_s = second_load(workload, prefill, steady.seconds, later.seconds)
+        loading = simulate_loading(spec, table, placement, schedule, machine, [prefill, then], exact=exact)
+        more_s = max(loading[1].seconds - usual_s, 0.0)
+    num_feeds = ceil(workload.prompt_len / prefill.rows)
     decode = pass_costs(spec, table, placement, machine, decode_load(workload), exact=exact)
     return Forecast(
-        first_token_s=first.seconds + (ceil(workload.prompt_len / rows) - 1) * later.seconds,
+        first_token_s=first.seconds + (num_feeds - 1) * later.seconds + (more_s if num_feeds > 1 else 0.0),
         pass_s=steady.seconds,
         prefill_s=later.seconds,
         tokens_per_s=decode_load(workload).sequences / steady.seconds,
-        job_s=max(first.seconds - later.seconds, 0.0) + queue_s,
+        job_s=max(first.seconds - later.seconds, 0.0) + more_s + queue_s,
         token_rows=token_rows,
         full_rows=full_rows,
         binding=_binding(steady, decode),
@@ -62,6 +68,21 @@ def decode_load(workload: Workload) -> PassLoad:
     )
 
 
+def prefill_load(workload: Workload, full_rows: int) -> PassLoad:
+    """The first pass: as many of the prompts' tokens as it may carry."""
+    rows = min(workload.batch * workload.prompt_len, full_rows)
+    return PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len, workload.kv)
+
+
+def second_load(
+    workload: Workload, prefill: PassLoad, decode_s: float, prefill_s: float
+) -> tuple[PassLoad, float]:
+    """What the second pass carries, and what it would take with everything loaded: more prompts, or one token each."""
+    if workload.batch * workload.prompt_len > prefill.rows:
+        return prefill, prefill_s
+    return decode_load(workload), decode_s
+
+
 def simulate_load(
     spec: ModelSpec,
     table: ChunkTable,
@@ -76,6 +97,28 @@ def simulate_load(
     costs = pass_costs(spec, table, placement, machine, load, exact=exact)
     rows_s = row_seconds(table, placement, machine, load.rows)
     return simulate(table, placement, schedule, machine, [cost.total for cost in costs], rows_s=rows_s)
+
+
+def simulate_loading(
+    spec: ModelSpec,
+    table: ChunkTable,
+    placement: Placement,
+    schedule: Schedule,
+    machine: Machine,
+    loads: Sequence[PassLoad],
+    *,
+    exact: bool,
+) -> list[PassRun]:
+    """The passes that load, under one load each."""
+    costs = [pass_costs(spec, table, placement, machine, load, exact=exact) for load in loads]
+    return simulate_passes(
+        table,
+        placement,
+        schedule,
+        machine,
+        [[cost.total for cost in each] for each in costs],
+        rows_s=[row_seconds(table, placement, machine, load.rows) for load in loads],
+    )
 
 
 def pass_costs(

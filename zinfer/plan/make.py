@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,22 @@ from zinfer.chunks.source import Source
 from zinfer.chunks.table import ALIGN, LOOSE_ALIGN, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.config.resolve import Resolved
-from zinfer.errors import BudgetError, UsageError
-from zinfer.plan.choose import choose
-from zinfer.plan.curve import Curve, compute_curve
-from zinfer.plan.forecast import engine_of
-from zinfer.plan.kv import kv_plans, kv_reasons
-from zinfer.plan.optimise import Candidate, Cheapest, cost_of, forecast_of, judge, least_cost
+from zinfer.errors import UsageError
+from zinfer.plan.candidates import Candidates
+from zinfer.plan.curve import Curve
+from zinfer.plan.guests import with_guests
+from zinfer.plan.kv import kv_reasons
+from zinfer.plan.optimise import Candidate, forecast_of
 from zinfer.plan.place import Reserve, tier_uses
-from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, graph_bytes, reserve_for, turns_of
+from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
-from zinfer.plan.settle import asked_workload, shrunk_workload
 from zinfer.plan.shares import link_seconds
-from zinfer.spec.quant import op_bytes
-from zinfer.spec.records import ModelSpec, Op
+from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
 from zinfer.whole import written_whole
 
 _FORMAT = 1
-_WAITING_SHARE = 0.02  # of a device: less than that is not worth the links' time
-_SPARE_ROWS = 2  # rows of a pass are planned for twice T*: the first passes may show that it lies higher
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,7 @@ class Plan:
         placement["home"] = [
             {"tier": str(tier), "chunks": len(list(run))} for tier, run in groupby(self.placement.home)
         ]
+        placement["guests"] = list(self.placement.guests)
         return {
             "format": _FORMAT,
             "model": {
@@ -130,7 +127,11 @@ class Plan:
             homes = [Tier(run["tier"]) for run in tree["placement"]["home"] for _ in range(run["chunks"])]
             placement = Placement(
                 **tree["placement"]
-                | {"home": tuple(homes), "compute_tier": Tier(tree["placement"]["compute_tier"])}
+                | {
+                    "home": tuple(homes),
+                    "compute_tier": Tier(tree["placement"]["compute_tier"]),
+                    "guests": tuple(tree["placement"].get("guests", ())),
+                }
             )
             model = tree["model"]
             table = assemble(_aligned(source, tree["align"]), tree["chunk_limit"])
@@ -185,13 +186,39 @@ def make_plan(
     model's.
     """
     source = as_read(source, spec, device=resolved.device, exact=resolved.settings.exact)
-    maker = _Maker(spec, source, resolved, machine.using(resolved.devices))
-    workload = workload or Workload()
-    if batches:
-        candidate, reasons = maker.cheapest(workload, batches)
-    else:
-        candidate, reasons = maker.fitting(workload)
-    return maker.plan(candidate, reasons)
+    candidates = Candidates(spec, source, resolved, machine.using(resolved.devices))
+    candidate, reasons = candidates.best(workload or Workload(), batches)
+    return _plan_of(candidates, candidate, reasons)
+
+
+def _plan_of(candidates: Candidates, candidate: Candidate, reasons: dict[str, str]) -> Plan:
+    """Predict the run of what was chosen."""
+    spec, resolved, machine = candidates.spec, candidates.resolved, candidates.machine
+    exact, budget = resolved.settings.exact, candidates.budget
+    candidate = with_guests(spec, candidate, machine, exact=exact)
+    choice, reserve = candidate.choice, candidate.choice.reserve
+    if resolved.settings.runtime.lookahead == "auto":
+        reasons["runtime.lookahead"] = f"auto: {choice.placement.lookahead}, the fastest on the virtual clock"
+    if resolved.settings.runtime.graphs != "off":
+        reserve = choice.reserve_with_recorded(spec, budget, device=resolved.device)
+    return Plan(
+        architecture=spec.architecture,
+        num_parameters=spec.num_parameters,
+        device=resolved.device,
+        exact=exact,
+        machine=machine,
+        budget=budget,
+        workload=candidate.workload,
+        reserve=reserve,
+        limit=choice.limit,
+        align=candidates.source.align,
+        placement=choice.placement,
+        forecast=forecast_of(spec, candidate, machine, exact=exact),
+        curve=candidate.curve,
+        table=choice.table,
+        schedule=choice.schedule,
+        reasons=resolved.reasons | reasons | kv_reasons(resolved, candidate.workload.kv),
+    )
 
 
 def as_read(source: Source, spec: ModelSpec, *, device: str, exact: bool) -> Source:
@@ -210,198 +237,3 @@ def _aligned(source: Source, align: int) -> Source:
     if align not in (ALIGN, LOOSE_ALIGN):
         raise ValueError(f"weights at multiples of {align} bytes")
     return source if source.align == align else replace(source, align=align)
-
-
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    """What stays the same while batch sizes are tried."""
-
-    spec: ModelSpec
-    source: Source
-    resolved: Resolved
-    machine: Machine
-
-    @property
-    def tier(self) -> Tier:
-        return Tier.HOST if self.resolved.device == "cpu" else Tier.DEVICE
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(host=self.resolved.host_bytes, device=self.resolved.device_bytes)
-
-    def cheapest(self, workload: Workload, batches: Sequence[int]) -> tuple[Candidate, dict[str, str]]:
-        """The batch size that the objective likes best."""
-        objective = self.resolved.settings.runtime.objective
-        reasons: dict[int, dict[str, str]] = {}
-
-        def sized(batch: int) -> Workload:
-            return replace(workload, batch=batch)
-
-        def planned(batch: int) -> Candidate:
-            settled, reasons[batch] = self._asked(sized(batch))
-            return self._judged(settled)
-
-        def bound(batch: int) -> float:
-            settled, _ = self._asked(sized(batch))
-            kv, *others = kv_plans(self.spec, self.resolved, self.machine, settled)
-            settled = replace(settled, kv=replace(kv, attend="resident"))
-            reserve = self._reserve(settled, turns=())
-            if others or kv.attend != "resident":  # the cache need not lie where the weights do
-                reserve = replace(reserve, kv=0)
-            weight_bytes = sum(op_bytes(self.spec, op) for op in self.spec.program)
-            return least_cost(
-                settled,
-                reserve,
-                self._curve(settled),
-                self.budget,
-                self.machine,
-                weight_bytes,
-                self.tier,
-                objective,
-            )
-
-        search = Cheapest(planned, lambda candidate: cost_of(candidate, objective), bound)
-        try:
-            best = search.find(batches)
-        except BudgetError:
-            return self.fitting(replace(workload, batch=max(batches)))
-        chosen = (
-            f"auto: {best.workload.batch} sequences at once, best for {objective} of {len(batches)} sizes"
-        )
-        return best, reasons[best.workload.batch] | {"runtime.max_batch": chosen}
-
-    def fitting(self, workload: Workload) -> tuple[Candidate, dict[str, str]]:
-        """The workload as it was asked for, or the largest part of it that fits."""
-        workload = replace(workload, num_requests=workload.num_requests or workload.batch)
-        settled, reasons = self._asked(workload)
-        try:
-            return self._judged(settled), reasons
-        except BudgetError:
-            return self._shrunk(settled, reasons)
-
-    def _shrunk(self, settled: Workload, reasons: dict[str, str]) -> tuple[Candidate, dict[str, str]]:
-        """The largest part of a workload that fits, wherever the cache has to go for that."""
-        least, refused = assemble(self.source, 1), None
-        for kv in kv_plans(self.spec, self.resolved, self.machine, settled):
-            try:
-                smaller, cuts = shrunk_workload(
-                    self.spec, self.resolved, replace(settled, kv=kv), least, self.budget, self.tier
-                )
-            except BudgetError as error:
-                refused = refused or error
-                continue
-            return self._judged(smaller), reasons | cuts
-        assert refused is not None, "there is at least one place for a cache"
-        raise refused
-
-    def plan(self, candidate: Candidate, reasons: dict[str, str]) -> Plan:
-        """Predict the run of what was chosen."""
-        choice, exact = candidate.choice, self.resolved.settings.exact
-        if self.resolved.settings.runtime.lookahead == "auto":
-            reasons["runtime.lookahead"] = (
-                f"auto: {choice.placement.lookahead}, the fastest on the virtual clock"
-            )
-        reasons |= kv_reasons(self.resolved, candidate.workload.kv)
-        return Plan(
-            architecture=self.spec.architecture,
-            num_parameters=self.spec.num_parameters,
-            device=self.resolved.device,
-            exact=exact,
-            machine=self.machine,
-            budget=self.budget,
-            workload=candidate.workload,
-            reserve=choice.reserve
-            if self.resolved.settings.runtime.graphs == "off"
-            else choice.reserve_with_recorded(self.spec, self.budget, device=self.resolved.device),
-            limit=choice.limit,
-            align=self.source.align,
-            placement=choice.placement,
-            forecast=forecast_of(self.spec, candidate, self.machine, exact=exact),
-            curve=candidate.curve,
-            table=choice.table,
-            schedule=choice.schedule,
-            reasons=self.resolved.reasons | reasons,
-        )
-
-    def _asked(self, workload: Workload) -> tuple[Workload, dict[str, str]]:
-        compute_bytes = self.budget.host if self.tier is Tier.HOST else self.budget.device
-        return asked_workload(self.spec, self.resolved, workload, compute_bytes)
-
-    def _reserve(self, settled: Workload, *, turns: Sequence[Op] | None = None) -> Reserve:
-        device, settings = self.resolved.device, self.resolved.settings
-        reserve = reserve_for(self.spec, settled, exact=settings.exact, device=device, turns=turns)
-        if not device.startswith("cuda") or settings.runtime.graphs == "off":
-            return reserve
-        return replace(reserve, activations=reserve.activations + graph_bytes(self.budget.device))
-
-    def _curve(self, settled: Workload) -> Curve:
-        engine = engine_of(self.machine, self.tier)
-        return compute_curve(
-            self.spec, engine, settled, exact=self.resolved.settings.exact, machine=self.machine
-        )
-
-    def _judged(self, settled: Workload) -> Candidate:
-        """The best of the places where the cache may live; the next one is only tried while weights have to stream."""
-        objective = self.resolved.settings.runtime.objective
-        found: list[Candidate] = []
-        refused: BudgetError | None = None
-        for kv, parks in product(
-            kv_plans(self.spec, self.resolved, self.machine, settled), self._parks(settled)
-        ):
-            try:
-                found.append(self._with_rows(replace(settled, kv=kv, parks=parks)))
-            except BudgetError as error:
-                refused = refused or error
-            if found and not found[-1].choice.placement.slots:
-                break
-        if not found:
-            assert refused is not None, "there is at least one place for a cache"
-            raise refused
-        return min(found, key=lambda candidate: cost_of(candidate, objective))
-
-    def _parks(self, settled: Workload) -> Sequence[bool]:
-        """Whether waiting micro-batches may go below the device: no, and also yes where they take much of it."""
-        park = self.resolved.settings.runtime.park
-        if self.tier is Tier.HOST or settled.num_micros == 1 or park == "never":
-            return (False,)
-        if park == "always":
-            return (True,)
-        waiting = self._reserve(settled).activations - self._reserve(replace(settled, parks=True)).activations
-        return (False, True) if waiting > self.budget.device * _WAITING_SHARE else (False,)
-
-    def _with_rows(self, settled: Workload) -> Candidate:
-        """Plan the workload; where fewer rows suit it than were asked for, the weights get their memory."""
-        asked, runtime = self._placed(settled), self.resolved.settings.runtime
-        if runtime.max_rows != "auto":
-            return asked
-        wanted = sorted(
-            {max(_SPARE_ROWS * rows, settled.batch) for rows in (asked.token_rows, asked.full_rows)}
-        )
-        fewer = [
-            self._placed(replace(settled, prefill_rows=rows))
-            for rows in wanted
-            if rows < settled.prefill_rows
-        ]
-        found = [*fewer, asked] if len(fewer) < len(wanted) else fewer
-        return min(found, key=lambda candidate: cost_of(candidate, runtime.objective))
-
-    def _placed(self, settled: Workload) -> Candidate:
-        lookahead = self.resolved.settings.runtime.lookahead
-
-        def reserve_of(table: ChunkTable | None) -> Reserve:
-            return self._reserve(settled, turns=None if table is None else turns_of(self.spec, table))
-
-        choice = choose(
-            self.spec,
-            self.source,
-            self.budget,
-            self.machine,
-            settled,
-            compute_tier=self.tier,
-            reserve_of=reserve_of,
-            exact=self.resolved.settings.exact,
-            lookahead=None if lookahead == "auto" else lookahead,
-        )
-        objective = self.resolved.settings.runtime.objective
-        curve = self._curve(settled)
-        return judge(settled, choice, curve, machine=self.machine, objective=objective)

@@ -19,9 +19,13 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Begin moving a chunk into the compute tier; never blocks.  Needs a free slot (streamed) or its home bytes."""
+    """Begin moving a chunk into the compute tier; never blocks.  Needs a free slot (streamed) or its home bytes.
+
+    A guest takes a slot although it has a home: whoever has computed with it evicts it.
+    """
 
     chunk: ChunkId
+    as_guest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Drop a streamed chunk from the compute tier; its slot is free."""
+    """Drop a streamed chunk, or a guest, from the compute tier; its slot is free."""
 
     chunk: ChunkId
 
@@ -50,14 +54,20 @@ Step = Fetch | Compute | Evict | FetchRows
 class Schedule:
     """Steps of the first pass (which also loads what stays) and of every later one.
 
-    The steady pass assumes that the leading streamed chunks are already on their way: look-ahead wraps around.
-    With `parks` a micro-batch comes up from host memory for each computation and goes down again behind it, where
-    there are several.
+    Where the placement has guests there is a `second` pass between, which loads them.  The steady pass assumes that the
+    leading streamed chunks are already on their way: look-ahead wraps around.  With `parks` a micro-batch comes up from
+    host memory for each computation and goes down again behind it, where there are several.
     """
 
     first: tuple[Step, ...]
     steady: tuple[Step, ...]
     parks: bool = False
+    second: tuple[Step, ...] = ()
+
+    @property
+    def loading(self) -> tuple[tuple[Step, ...], ...]:
+        """The passes before the steady ones."""
+        return (self.first, self.second) if self.second else (self.first,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,8 @@ class Placement:
     `home[i]` is the tier of chunk i's lasting copy (the file always holds one more).  Chunks whose home is the
     compute tier are resident; the others stream through `slots` slots of `slot_bytes` in the compute tier.
     Chunks with home DISK on a machine with a device pass through `staging` host slots of the same size.
+    `guests` are resident chunks that the first pass streams all the same: their memory is found beside the second,
+    which waits for the disk anyway.
     """
 
     compute_tier: Tier
@@ -75,9 +87,10 @@ class Placement:
     slot_bytes: int
     staging: int
     lookahead: int
+    guests: tuple[ChunkId, ...] = ()
 
     def resident(self, chunk: int) -> bool:
-        """Whether the chunk stays in the compute tier after its first use."""
+        """Whether the chunk stays in the compute tier after its first use; a guest after its second."""
         return self.home[chunk] is self.compute_tier
 
 

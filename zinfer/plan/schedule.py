@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from zinfer.chunks.table import PIECE_BYTES, ChunkId, ChunkTable
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step
@@ -28,7 +30,12 @@ def build_schedule(table: ChunkTable, placement: Placement, *, parks: bool = Fal
         steady.append(Compute(chunk))
         if chunk in successor:
             steady += [Evict(chunk), Fetch(successor[chunk])]
-    return Schedule(tuple(_first(table, placement)), tuple(steady), parks)
+    second: list[Step] = []
+    if placement.guests:
+        there = {*order, *streamed[:slots]} - {*streamed[slots:], *placement.guests}
+        second = [*_loading(table, placement, there=there)]
+    first = [*_loading(table, placement, {*placement.guests}), *_tables(table, placement)]
+    return Schedule(tuple(first), tuple(steady), parks, tuple(second))
 
 
 def serial_schedule(table: ChunkTable, placement: Placement) -> Schedule:
@@ -45,39 +52,51 @@ def serial_schedule(table: ChunkTable, placement: Placement) -> Schedule:
     return Schedule(tuple(first + _tables(table, placement)), tuple(steady))
 
 
-def _first(table: ChunkTable, placement: Placement) -> list[Step]:
-    """The pass that also loads.  Fetches run ahead of the computation by a window of bytes, in order of use; a
-    streamed chunk that finds no free slot waits for one while resident ones pass it, so the disk never idles."""
+def _loading(
+    table: ChunkTable,
+    placement: Placement,
+    guests: Collection[ChunkId] = (),
+    there: Collection[ChunkId] = (),
+) -> Iterator[Step]:
+    """A pass that also loads: all but `guests`, which stream, and what is `there` or on its way at the beginning.
+
+    Fetches run ahead of the computation by a window of bytes, in order of use; a chunk that finds no free slot waits
+    for one while others pass it, so the disk never idles.
+    """
     order, streamed = _orders(table, placement)
-    is_streamed = set(streamed)
-    free = slots = min(placement.slots, len(streamed))
+    through = {*streamed, *guests}
+    slots = min(placement.slots, len(through))
+    free = slots - sum(chunk in through for chunk in there)
     window = max(_AHEAD_BYTES, (slots + 2) * table.slot_bytes)
-    steps = _rows(table)
     waiting: deque[ChunkId] = deque()
     next_pass = iter(streamed[:slots])
     fetched = ahead = 0
+    yield from _rows(table)
     for chunk in order:
         while fetched < len(order) and (ahead < window or order[fetched] == chunk):
-            ahead += table.chunks[order[fetched]].nbytes
-            if order[fetched] not in is_streamed:
-                steps.append(Fetch(order[fetched]))
-            elif free:
-                free -= 1
-                steps.append(Fetch(order[fetched]))
-            else:
-                waiting.append(order[fetched])
+            coming = order[fetched]
             fetched += 1
-        steps.append(Compute(chunk))
-        ahead -= table.chunks[chunk].nbytes
-        if chunk in is_streamed:
-            steps.append(Evict(chunk))
-            if waiting:
-                steps.append(Fetch(waiting.popleft()))
-            elif fetched == len(order):
-                steps.append(Fetch(next(next_pass)))
+            ahead += table.chunks[coming].nbytes
+            if coming in there:
+                continue
+            if coming not in through or free:
+                free -= coming in through
+                yield Fetch(coming, coming in guests)
             else:
-                free += 1
-    return [*steps, *(Fetch(chunk) for chunk in next_pass), *_tables(table, placement)]
+                waiting.append(coming)
+        yield Compute(chunk)
+        ahead -= table.chunks[chunk].nbytes
+        if chunk in through:
+            yield Evict(chunk)
+            free += 1
+            if waiting:
+                free -= 1
+                yield Fetch(waiting[0], waiting.popleft() in guests)
+            elif fetched == len(order):
+                for following in islice(next_pass, free):
+                    free -= 1
+                    yield Fetch(following)
+    yield from map(Fetch, next_pass)
 
 
 def _orders(table: ChunkTable, placement: Placement) -> tuple[list[ChunkId], list[ChunkId]]:

@@ -97,8 +97,8 @@ class Simulator:
         peak_bytes = dict(self._held)
         for step in steps:
             match step:
-                case Fetch(chunk):
-                    timeline += self._fetch(chunk)
+                case Fetch(chunk, as_guest):
+                    timeline += self._fetch(chunk, as_guest)
                     peak_bytes = {tier: max(peak_bytes[tier], held) for tier, held in self._held.items()}
                 case Compute(chunk):
                     if chunk not in self._ready_s:
@@ -126,7 +126,7 @@ class Simulator:
             seconds, bubble_s, busy_s, dict(moved), peak_bytes, tuple(timeline), self._disk_slowdown
         )
 
-    def _fetch(self, chunk: int) -> list[Stretch]:
+    def _fetch(self, chunk: int, as_guest: bool) -> list[Stretch]:
         home, tier = self.placement.home[chunk], self.placement.compute_tier
         stays_s = self._host_s.get(chunk)
         if tier is Tier.HOST or not self._chunks[chunk].ops:
@@ -143,7 +143,8 @@ class Simulator:
             self._staging_s.append(max(move.end_s for move in moves if not is_peer(move.lane)))
         self._ready_s[chunk] = max(move.end_s for move in moves)
         where = tier if self._chunks[chunk].ops else Tier.HOST
-        self._held[where] += self._chunks[chunk].nbytes if home is where else self.placement.slot_bytes
+        is_home = home is where and not as_guest
+        self._held[where] += self._chunks[chunk].nbytes if is_home else self.placement.slot_bytes
         return moves
 
     def _rise(self, chunk: int, ready_s: float) -> list[Stretch]:
@@ -184,25 +185,51 @@ def simulate(
     rows_s: float = 0.0,
 ) -> tuple[PassRun, PassRun]:
     """The first pass, which also loads, and a steady one."""
+    runs = simulate_passes(
+        table, placement, schedule, machine, [compute_s], rows_s=[rows_s], num_steady=_STEADY_PASSES
+    )
+    return runs[0], runs[-1]
+
+
+def simulate_passes(
+    table: ChunkTable,
+    placement: Placement,
+    schedule: Schedule,
+    machine: Machine,
+    compute_s: Sequence[Sequence[float]],
+    *,
+    rows_s: Sequence[float],
+    num_steady: int = 0,
+) -> list[PassRun]:
+    """The passes that load, and so many steady ones behind them.
+
+    `compute_s` and `rows_s` hold what the first pass takes, the second and so on; the last ones go for all others.
+    """
     simulator = Simulator(table, placement, machine)
 
-    def run(steps: Sequence[Step], work_s: Sequence[float]) -> PassRun:
+    runs = []
+    for at, steps in enumerate((*schedule.loading, *[schedule.steady] * num_steady)):
+        work_s = compute_s[min(at, len(compute_s) - 1)]
+        if at < len(schedule.loading):
+            work_s = fresh_seconds(table, placement, machine, work_s, steps)
         slowed_s = simulator.side_by_side(steps, work_s)
-        return simulator.run(steps, slowed_s, rows_s)
-
-    first = run(schedule.first, fresh_seconds(table, placement, machine, compute_s))
-    steady = [run(schedule.steady, compute_s) for _ in range(_STEADY_PASSES)]
-    return first, steady[-1]
+        runs.append(simulator.run(steps, slowed_s, rows_s[min(at, len(rows_s) - 1)]))
+    return runs
 
 
 def fresh_seconds(
-    table: ChunkTable, placement: Placement, machine: Machine, compute_s: Sequence[float]
+    table: ChunkTable,
+    placement: Placement,
+    machine: Machine,
+    compute_s: Sequence[float],
+    steps: Iterable[Step],
 ) -> Sequence[float]:
-    """Computation of the first pass, which shares the processor with finding pages for what stays."""
+    """Computation of a pass that loads, which shares the processor with finding pages for what comes to stay."""
     rate = machine.fresh_bytes_per_s
     if rate is None or placement.compute_tier is not Tier.HOST:
         return compute_s
+    new = {step.chunk for step in steps if isinstance(step, Fetch) and not step.as_guest}
     return [
-        seconds + (chunk.nbytes / rate if placement.resident(chunk.id) else 0.0)
+        seconds + (chunk.nbytes / rate if chunk.id in new and placement.resident(chunk.id) else 0.0)
         for seconds, chunk in zip(compute_s, table.chunks, strict=True)
     ]

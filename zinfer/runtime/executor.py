@@ -47,7 +47,7 @@ class Micro:
 class Executor:
     """Interprets the schedule over the chunk manager: the only place where weights meet activations.
 
-    The first pass follows `schedule.first`, which also loads what stays; later ones `schedule.steady`.  After an
+    The first passes follow `schedule.loading`, which also loads what stays; later ones `schedule.steady`.  After an
     error every streamed chunk is dropped and the next pass starts from the first schedule again.  A `shortcut` may
     carry a later pass out in a way of its own, or decline; nothing that it needs is streamed.
     """
@@ -80,7 +80,7 @@ class Executor:
         self._stays = Stays(manager)
         self._joined = self._stays.joined(schedule.steady)
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
-        self._is_warm = False
+        self._num_loaded = 0  # passes of `schedule.loading` that have been carried out
         self._clock = manager.transfer.clock
         self._begin_s = 0.0
         self._replays_before = 0
@@ -109,7 +109,7 @@ class Executor:
             with torch.no_grad(), self.moments.of_pass(sum(micro.batch.num_rows for micro in micros)):
                 self._interpret(micros)
         except BaseException as error:
-            self._is_warm = False
+            self._num_loaded = 0
             self.let_go()
             typed = explained(error, "in a pass")
             with suppress(Exception) if typed else nullcontext():  # a lost device refuses this too
@@ -129,7 +129,7 @@ class Executor:
                 group_s={},
             )
         )
-        self._is_warm = True
+        self._num_loaded += not self._is_warm
 
     def results_are_here(self) -> None:
         """Whoever ran the last pass has its results on the host: only now has a device done it.
@@ -146,13 +146,18 @@ class Executor:
         """Another schedule from the next pass on, which also loads what is to stay."""
         self.let_go()
         self.schedule, self._joined = schedule, self._stays.joined(schedule.steady)
-        self._is_warm = False
+        self._num_loaded = 0
 
     def let_go(self) -> None:
         """End the leases that outlast a pass, and forget what was recorded: places may change now."""
         self._stays.let_go()
         if self.graphs is not None:
             self.graphs.clear()
+
+    @property
+    def _is_warm(self) -> bool:
+        """Whether all that stays is there or on its way."""
+        return self._num_loaded == len(self.schedule.loading)
 
     def _num_replays(self) -> int:
         return 0 if self.graphs is None else self.graphs.num_replays
@@ -165,10 +170,10 @@ class Executor:
         kind: Kind | None = None
         repeats = self._repeats(micros)
         steady = self._joined if repeats else self.schedule.steady
-        for step in steady if self._is_warm else self.schedule.first:
+        for step in steady if self._is_warm else self.schedule.loading[self._num_loaded]:
             match step:
-                case Fetch(chunk):
-                    self.manager.prefetch(chunk)
+                case Fetch(chunk, as_guest):
+                    self.manager.prefetch(chunk, as_guest=as_guest)
                 case Compute(chunk):
                     end_op = self.table.chunks[chunk].ops[-1] + 1
                     with self.moments.moment(chunk):

@@ -20,7 +20,7 @@ class PassRecord:
     wait_s: float  # of it, what computation waited for chunks
     rows: int
     sequences: int
-    is_first: bool  # it also loaded what stays
+    is_first: bool  # it also loaded what stays, or guests that come to stay
     is_decode: bool  # no prompt rows
     num_bytes: Mapping[str, int]
     group_s: Mapping[str, float]  # compute seconds by group of ops, as the engine that computes saw them
