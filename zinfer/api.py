@@ -38,9 +38,10 @@ class LLM:
 
     `model` is a Hugging Face folder or a zinfer store (None: the bundled model), `device` "auto", "cpu", "cuda:0"
     or "sim", `memory` {"device": "20GiB", "host": 64 * 2**30, "disk": "/nvme"}.  Further keywords are settings of
-    `runtime` (max_rows, max_batch, context, lookahead, ...).  The plan is made here, no weight is read before the
-    first request; a request that needs more cache than was planned makes a new plan.  `watch(done, total, what)`
-    follows each pass, in bytes of weights.  Threads may call at once: their passes take turns.
+    `runtime` (max_rows, max_batch, context, lookahead, ...).  A budget that is too small is refused here; the plan is
+    made for the first request, and no weight is read before it.  A request that needs more cache than was planned makes
+    a new plan.  `watch(done, total, what)` follows each pass, in bytes of weights.  Threads may call at once: their
+    passes take turns.
     Raises a ZinferError: UsageError, CheckpointError, BudgetError, MachineError.
     """
 

@@ -44,10 +44,15 @@ NO_FILE = DiskRates(Link(bytes_per_s=1e9, latency_s=1e-4), 2e-4)  # a cautious g
 
 
 class ReadLoad:
-    """The engine's own readers at work on the files, into huge pages that have been touched."""
+    """The engine's own readers at work on the files, into huge pages that have been touched.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    Each read in flight has a place of its own, or (fewer `num_places`) shares one: nobody looks at what was read, and
+    fresh memory may take longer than the reads.
+    """
+
+    def __init__(self, paths: Sequence[Path], num_places: int = IN_FLIGHT) -> None:
         self._paths = paths
+        self._num_places = num_places
         self._closing = ExitStack()
 
     def __enter__(self) -> ReadLoad:
@@ -56,7 +61,7 @@ class ReadLoad:
         self._reader, self._rows = Reader(files, LinkLog()), RowReader(files, LinkLog())
         self._closing.callback(self._reader.close)
         self._closing.callback(self._rows.close)
-        slab = HostSlab(IN_FLIGHT * PIECE_BYTES)
+        slab = HostSlab(self._num_places * PIECE_BYTES)
         self._closing.callback(slab.close)
         slab.bytes_N[::HUGE_PAGE].fill_(0)  # the first touch of memory is not the disk's time
         self._places_N = slab.bytes_N.numpy()
@@ -66,7 +71,7 @@ class ReadLoad:
         self._closing.close()
 
     def round_seconds(self, reads: Sequence[Read], seconds: float) -> list[float]:
-        """What each IN_FLIGHT reads in turn took, as many of them under way all the time, each into a place of its own.
+        """What each IN_FLIGHT reads in turn took, as many of them under way all the time.
 
         The first ones are not counted: they open files and find the disk idle.  One round at least.
         """
@@ -81,7 +86,7 @@ class ReadLoad:
                     break
             chunk = Chunk(ChunkId(0), (0,), (), (read,), (), read.nbytes, read.nbytes)
             tickets.append(Ticket(chunk))
-            place_N = self._places_N[count % IN_FLIGHT * PIECE_BYTES :][: read.nbytes]
+            place_N = self._places_N[count % self._num_places * PIECE_BYTES :][: read.nbytes]
             self._reader.begin(tickets[-1], place_N, tickets[-1].land)
         for ticket in tickets[len(landed_s) :]:
             ticket.wait()
@@ -129,7 +134,7 @@ def link_now(paths: Sequence[Path], known: Link, seconds: float) -> Link:
     if not reads:
         return known
     seen = known.bytes_per_s
-    with ReadLoad(paths) as load:
+    with ReadLoad(paths, num_places=1) as load:
         for _ in range(2):
             piece_s = typical(load.round_seconds(reads, seconds)) / IN_FLIGHT
             seen = _mean_bytes(reads) / max(piece_s - known.latency_s, piece_s / 2)

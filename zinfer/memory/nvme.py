@@ -82,7 +82,7 @@ class _SwitchInterval:
                 sys.setswitchinterval(self._before_s)
 
 
-_SWITCH_INTERVAL = _SwitchInterval(5e-4)
+SWITCH_INTERVAL = _SwitchInterval(5e-4)
 
 
 class Files:
@@ -98,7 +98,7 @@ class Files:
         self._lock = threading.RLock()
         self._is_announced = False
         self._closing = ExitStack()
-        for holdable in (_SWITCH_INTERVAL, CROWD):
+        for holdable in (SWITCH_INTERVAL, CROWD):
             self._closing.callback(holdable.let_go)
             holdable.hold()
 

@@ -14,10 +14,11 @@ from zinfer.config.resolve import Resolved
 from zinfer.errors import BudgetError
 from zinfer.plan.choose import choose
 from zinfer.plan.curve import Curve, compute_curve
-from zinfer.plan.forecast import engine_of
+from zinfer.plan.forecast import decode_load, engine_of, simulate_load
+from zinfer.plan.guests import with_guests
 from zinfer.plan.kv import kv_plans
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
-from zinfer.plan.place import Reserve
+from zinfer.plan.place import Reserve, smallest_budget
 from zinfer.plan.profile import graph_bytes, reserve_for, turns_of
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.settle import asked_workload, shrunk_workload
@@ -49,7 +50,46 @@ class Candidates:
 
     def best(self, workload: Workload, batches: Sequence[int]) -> Chosen:
         """The best of `batches`, or (none) the workload's own."""
-        return self.cheapest(workload, batches) if batches else self.fitting(workload)
+        candidate, reasons = self.cheapest(workload, batches) if batches else self.fitting(workload)
+        return self._with_guests(candidate), reasons
+
+    def again(self, candidate: Candidate) -> Candidate:
+        """The same choice under this machine, which differs from the other one in its disk's rate."""
+        choice, settled = candidate.choice, candidate.workload
+        _, steady = simulate_load(
+            self.spec,
+            choice.table,
+            choice.placement,
+            choice.schedule,
+            self.machine,
+            decode_load(settled),
+            exact=self.resolved.settings.exact,
+        )
+        choice = replace(choice, steady=steady)
+        objective = self.resolved.settings.runtime.objective
+        return judge(settled, choice, candidate.curve, machine=self.machine, objective=objective)
+
+    def check(self, workload: Workload) -> None:
+        """Raises BudgetError as `best` would: where single ops fit beside the least look-ahead it finds something."""
+        settled, _ = self._asked(replace(workload, num_requests=workload.num_requests or workload.batch))
+        least, lookahead = assemble(self.source, 1), self.resolved.settings.runtime.lookahead
+        turns = turns_of(self.spec, least)
+        for kv, parks in product(
+            kv_plans(self.spec, self.resolved, self.machine, settled), self._parks(settled)
+        ):
+            reserve = self._reserve(replace(settled, kv=kv, parks=parks), turns=turns)
+            need = smallest_budget(
+                least,
+                compute_tier=self.tier,
+                reserve=reserve,
+                lookahead=1 if lookahead == "auto" else lookahead,
+            )
+            if need.host <= self.budget.host and need.device <= self.budget.device:
+                return
+        self.fitting(workload)
+
+    def _with_guests(self, candidate: Candidate) -> Candidate:
+        return with_guests(self.spec, candidate, self.machine, exact=self.resolved.settings.exact)
 
     def cheapest(self, workload: Workload, batches: Sequence[int]) -> Chosen:
         """The batch size that the objective likes best."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from zinfer.config.resolve import Resolved
 from zinfer.errors import UsageError
 from zinfer.plan.candidates import Candidates
 from zinfer.plan.curve import Curve
-from zinfer.plan.guests import with_guests
 from zinfer.plan.kv import kv_reasons
 from zinfer.plan.optimise import Candidate, forecast_of
 from zinfer.plan.place import Reserve, tier_uses
@@ -30,6 +30,7 @@ from zinfer.units import round_up
 from zinfer.whole import written_whole
 
 _FORMAT = 1
+_OTHER_DISK = 0.2  # a rate that is off by more than about a fifth may make another choice the better one
 
 
 @dataclass(frozen=True)
@@ -177,25 +178,40 @@ def make_plan(
     workload: Workload | None = None,
     *,
     batches: Sequence[int] = (),
+    now: Callable[[], Machine] | None = None,
 ) -> Plan:
     """Settle batch, rows per pass, chunk size, placement and lookahead, and predict the run.
 
     `batches` are batch sizes to choose from by the objective; none: the workload's own.  What the settings leave to
-    "auto" shrinks until the plan fits: first the rows of a pass, then the batch.
+    "auto" shrinks until the plan fits: first the rows of a pass, then the batch.  `now` may take a while to answer: all
+    is chosen by `machine` meanwhile and foretold by what it says; a disk that is quite another one is chosen for again.
     Raises BudgetError ZI-2001 with the smallest change that works, UsageError ZI-1012 for a context beyond the
     model's.
     """
     source = as_read(source, spec, device=resolved.device, exact=resolved.settings.exact)
     candidates = Candidates(spec, source, resolved, machine.using(resolved.devices))
     candidate, reasons = candidates.best(workload or Workload(), batches)
+    if now is not None:
+        known, candidates = candidates.machine, replace(candidates, machine=now().using(resolved.devices))
+        if abs(log(candidates.machine.disk_read.bytes_per_s / known.disk_read.bytes_per_s)) > _OTHER_DISK:
+            candidate, reasons = candidates.best(workload or Workload(), batches)
+        else:
+            candidate = candidates.again(candidate)
     return _plan_of(candidates, candidate, reasons)
+
+
+def check_budget(
+    spec: ModelSpec, source: Source, resolved: Resolved, machine: Machine, workload: Workload
+) -> None:
+    """Raises what `make_plan` would, and simulates nothing where it would not."""
+    source = as_read(source, spec, device=resolved.device, exact=resolved.settings.exact)
+    Candidates(spec, source, resolved, machine.using(resolved.devices)).check(workload)
 
 
 def _plan_of(candidates: Candidates, candidate: Candidate, reasons: dict[str, str]) -> Plan:
     """Predict the run of what was chosen."""
     spec, resolved, machine = candidates.spec, candidates.resolved, candidates.machine
     exact, budget = resolved.settings.exact, candidates.budget
-    candidate = with_guests(spec, candidate, machine, exact=exact)
     choice, reserve = candidate.choice, candidate.choice.reserve
     if resolved.settings.runtime.lookahead == "auto":
         reasons["runtime.lookahead"] = f"auto: {choice.placement.lookahead}, the fastest on the virtual clock"

@@ -20,22 +20,25 @@ from zinfer.config.machine import Machine
 from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
 from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings, parse_settings
-from zinfer.errors import CheckpointError, UsageError
+from zinfer.errors import BudgetError, CheckpointError, UsageError
+from zinfer.kernels.native.calls import kernels
 from zinfer.kernels.precision import computable
 from zinfer.kernels.products import with_product_sizes
 from zinfer.layers.shapes import with_attention_sizes
 from zinfer.log import logger
 from zinfer.memory.devices import free_bytes, visible_devices
-from zinfer.plan.make import Plan, as_read, make_plan
+from zinfer.plan.make import Plan, as_read, check_budget, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import profile
 from zinfer.plan.records import Workload
+from zinfer.runtime.look import Look
 from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
 from zinfer.tokenizer import Tokenizer, load_tokenizer
 
 TEXT_BATCH = 64  # texts of an encoder in one pass
+_SMALL = Workload(batch=1, prompt_len=16, gen_len=16)  # where nothing has been asked yet
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Model:
     spec: ModelSpec
     source: Source
     tokenizer: Tokenizer | None
-    machine: Machine
+    machine: Machine  # as it was measured
     resolved: Resolved
+    look: Look | None = None  # at the disk, as it is now
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.  Raises CheckpointError ZI-4601 when the folder has none."""
@@ -146,7 +150,7 @@ class Model:
         if self.spec.encoder is not None:
             longest = self.max_text_tokens
             workload = Workload(batch=TEXT_BATCH, prompt_len=longest, max_len=longest)
-        workload = workload or Workload(batch=1, prompt_len=16, gen_len=16)
+        workload = workload or _SMALL
         batches: list[int] = []
         if (
             self.resolved.settings.runtime.max_batch == "auto"
@@ -154,7 +158,33 @@ class Model:
             and not self.spec.encoder
         ):
             batches = batch_sizes(workload.num_requests)
-        return make_plan(self.spec, self.source, self.resolved, self.machine, workload, batches=batches)
+        now = None if self.look is None else self._now
+        return make_plan(
+            self.spec, self.source, self.resolved, self.machine, workload, batches=batches, now=now
+        )
+
+    def _now(self) -> Machine:
+        """The machine of this moment.  While the disk is still looked at the kernels are loaded and tried."""
+        assert self.look is not None, "there was no need to look"
+        if self.resolved.device == "cpu":
+            kernels()
+        return self.look.machine()
+
+    def check_budget(self) -> None:
+        """Raises BudgetError where `plan` would, for one small request; waits for no look at the disk."""
+        try:
+            if self.spec.encoder is not None:
+                self.plan()
+            else:
+                check_budget(self.spec, self.source, self.resolved, self.machine, _SMALL)
+        except BudgetError:
+            self.end_look()
+            raise
+
+    def end_look(self) -> None:
+        """Wait for the look at the disk, if there is one: no thread is left then."""
+        if self.look is not None:
+            self.look.end()
 
 
 def open_model(folder: Path, settings: Settings) -> Model:
@@ -178,11 +208,13 @@ def open_model(folder: Path, settings: Settings) -> Model:
         source = checkpoint_source(spec.program, spec.lookups, index)
     machine, is_saved = machine_for(settings, source.files, spec)
     resolved = _resolved(settings, machine)
-    if is_saved and resolved.device != "sim":
-        machine = _as_it_is_now(machine, source.files, spec, resolved)
     spec = _with_sizes(computable(spec, resolved.device), resolved)
     source = as_read(source, spec, device=resolved.device, exact=settings.exact)
-    return Model(folder, spec, source, load_tokenizer(index), machine, resolved)
+    tokenizer = load_tokenizer(index)
+    look = None
+    if is_saved and resolved.device != "sim":
+        machine, look = _as_it_is_now(machine, source.files, spec, resolved)
+    return Model(folder, spec, source, tokenizer, machine, resolved, look)
 
 
 def _with_sizes(spec: ModelSpec, resolved: Resolved) -> ModelSpec:
@@ -215,16 +247,17 @@ def _resolved(
     return resolve(settings, machine, limits=limits, num_gpus=devices.count, free_device_bytes=free)
 
 
-def _as_it_is_now(machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved) -> Machine:
-    """A saved profile with the disk's rate of this moment where passes will wait for it, or another disk."""
+def _as_it_is_now(
+    machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved
+) -> tuple[Machine, Look | None]:
+    """A saved profile, with a look at the disk where passes will wait for it; another disk is measured at once."""
     from zinfer.memory.measure import for_files
     from zinfer.memory.measure_disk import device_of
 
-    memory = resolved.host_bytes + resolved.device_bytes
-    will_stream = profile(spec).pass_bytes > memory
-    if will_stream or (files and machine.disk_device != device_of(files)):
-        return for_files(machine, files)
-    return machine
+    if files and machine.disk_device != device_of(files):
+        return for_files(machine, files), None
+    will_stream = profile(spec).pass_bytes > resolved.host_bytes + resolved.device_bytes
+    return machine, Look(lambda: for_files(machine, files)) if will_stream else None
 
 
 def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> tuple[Machine, bool]:

@@ -46,15 +46,30 @@ class Session:
     """
 
     def __init__(self, model: Model, *, trace: Path | None = None, watch: Watch = unwatched) -> None:
+        model.check_budget()
         self.model = model
-        self.plan: Plan = model.plan()
-        self.stats = Stats(self.plan.forecast)
+        self._plan_now: Plan | None = None
+        self._stats: Stats | None = None
         self._lock = Turns()
         self._engine: Engine | None = None
         self._is_fitted = False
         self._num_callers = 0
         self._trace = trace
         self._watch = watch
+
+    @property
+    def plan(self) -> Plan:
+        """The one that is followed, or that a small request would follow."""
+        with self._lock:
+            return self._plan_now or self._follow(self.model.plan())
+
+    @property
+    def stats(self) -> Stats:
+        """Of the engine of that plan."""
+        with self._lock:
+            forecast = self.plan.forecast
+            self._stats = self._stats or Stats(forecast)
+            return self._stats
 
     def fit(self, requests: Sequence[Request], *, is_open: bool = False) -> Plan:
         """The plan that these requests (`is_open`: and more like them) will follow; nothing is read yet."""
@@ -114,13 +129,13 @@ class Session:
         with self._lock:
             model = self.model.with_memory(memory, *self._held())
             if self._engine is None:
-                self.plan = model.plan(self.plan.workload)
+                self._follow(model.plan(self.plan.workload))
             elif self._engine.can_adopt:
                 resolved = model.resolved
                 budget = Budget(host=resolved.host_bytes, device=resolved.device_bytes)
                 plan = rebudget(model.spec, self._engine.plan, budget)
                 self._engine.adopt(plan)
-                self.plan = plan
+                self._plan_now = plan
             elif self._num_callers:
                 raise UsageError(
                     "ZI-1108",
@@ -128,9 +143,8 @@ class Session:
                     remedy="let it end first",
                 )
             else:
-                self.plan = model.plan(self.plan.workload)
+                self._follow(model.plan(self.plan.workload))
                 self.close()
-                self.stats = Stats(self.plan.forecast)
             self.model = model
             return self.plan
 
@@ -146,6 +160,7 @@ class Session:
         """Give memory, files and threads back.  The next request opens the engine again."""
         with self._lock:
             self._is_fitted = False
+            self.model.end_look()
             if self._engine is not None:
                 device, engine, self._engine = self._engine.plan.device, self._engine, None
                 engine.close()
@@ -212,7 +227,7 @@ class Session:
                     self.close()  # every caller is told the same; the next request looks whether it can be opened
                 raise
             if adapt(engine):
-                self.plan = engine.plan
+                self._plan_now = engine.plan
             for event in events:
                 if event.is_finished:
                     engine.drop(running.pop(event.request.id))
@@ -230,9 +245,13 @@ class Session:
                 "a request needs a larger plan while another generation is running",
                 remedy="let it end first, or set runtime.context and runtime.max_batch for both",
             )
-        self.plan = self._plan(workload)
+        self._follow(self._plan(workload))
         self.close()
-        self.stats = Stats(self.plan.forecast)
+
+    def _follow(self, plan: Plan) -> Plan:
+        """Another plan from now on, and nothing done under it yet."""
+        self._plan_now, self._stats = plan, Stats(plan.forecast)
+        return plan
 
     def _plan(self, workload: Workload) -> Plan:
         """A plan that also serves what the engine served before, where that fits: whoever asks by turns for long and
