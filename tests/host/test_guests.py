@@ -9,12 +9,14 @@ import torch
 from tiny_models import streaming_bytes, write_tiny
 
 from zinfer import LLM, SamplingParams
-from zinfer.chunks.table import HUGE_PAGE
+from zinfer.chunks.table import HUGE_PAGE, PAGE
 from zinfer.config.profiles import load_machine
 from zinfer.errors import InternalError, MachineError
 from zinfer.memory import nvme
 from zinfer.memory.assemble import open_manager
+from zinfer.memory.ledger import Ledger
 from zinfer.memory.slab import HostSlab
+from zinfer.memory.tier import TierMemory
 from zinfer.plan.records import Budget, Fetch, Tier
 
 PROMPT = [5, 9, 200, 31, 7, 44]
@@ -182,12 +184,62 @@ def test_the_finder_of_pages_leaves_the_homes_of_guests_alone(tmp_path, monkeypa
     placement = replace(chunk_files.cpu_placement(table, (0, 4), 2), guests=(4,))
     budget = Budget(host=chunk_files.needed_bytes(table, placement, Tier.HOST))
     left = []
-    monkeypatch.setattr(HostSlab, "find_ahead", lambda slab, nbytes, unused: left.extend(unused))
+    monkeypatch.setattr(HostSlab, "find_ahead", lambda slab, nbytes, unused: left.append(unused))
     manager = open_manager(table, placement, budget)
-    homes = manager._memory.tiers[Tier.HOST]._homes
+    memory = manager._memory.tiers[Tier.HOST]
+    homes, blocks = memory._homes, memory._arena.blocks()
+    assert left == [[homes[4]]]
+    manager.prefetch(0)
+    manager.prefetch(4, as_guest=True)
+    manager.evict(4)
+    assert len(left) == 1
+    manager.prefetch(4)  # comes home: from now on its home is found, and nothing else is touched
+    assert left[1:] == [[block for block in blocks if block != homes[4]]]
+    manager.evict(4)
+    manager.prefetch(4)
+    assert len(left) == 2
     manager.close()
-    assert left == [homes[4]]
-    assert all(nbytes <= HUGE_PAGE for _, nbytes in left)
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_finding_the_homes_of_guests_stores_into_nothing_that_holds_a_chunk(already):
+    """With real pages, and chunks that begin in the middle of one."""
+    homes = {0: 3 * HUGE_PAGE, 1: 2 * HUGE_PAGE + PAGE, 2: HUGE_PAGE, 3: 2 * HUGE_PAGE}
+    slab = HostSlab(sum(homes.values()) + 2 * HUGE_PAGE)
+    memory = TierMemory(Ledger(Tier.HOST, len(slab.bytes_N)), slab, homes, 1, 2 * HUGE_PAGE)
+
+    def put(chunk, **kind):
+        memory.take(chunk, **kind)
+        memory.bytes_of(chunk).fill_(chunk + 1)
+
+    memory.find_ahead(1, guests=(1, 2, 3))
+    put(0)
+    put(2, as_guest=True)
+    memory.give_back(2)
+    if already:  # as after an error in the second pass
+        put(3)
+    put(1)
+    put(4)  # in the slot
+    assert slab._ahead is not None
+    slab._ahead._thread.join()
+    if not already:
+        put(3)
+    put(2)
+    for chunk in range(5):
+        assert memory.bytes_of(chunk).eq(chunk + 1).all()
+    memory.check()
+    memory.close()
+
+
+def test_a_finder_that_knows_no_chunks_would_be_seen():
+    slab = HostSlab(4 * HUGE_PAGE)
+    memory = TierMemory(Ledger(Tier.HOST, 4 * HUGE_PAGE), slab, {0: 2 * HUGE_PAGE, 1: 2 * HUGE_PAGE}, 0, 0)
+    memory.take(0)
+    memory.bytes_of(0).fill_(1)
+    memory._find_all_but(())
+    slab._ahead._thread.join()
+    assert not memory.bytes_of(0).eq(1).all()
+    memory.close()
 
 
 def test_a_schedule_with_guests_names_each_of_them_as_one(folder, tmp_path):

@@ -174,7 +174,7 @@ def options(folder, tmp_path):
         update={"disk_device": device_of([folder / "model.safetensors"])}
     )
     path.write_text(machine.model_dump_json())
-    fixed = {"device": "cpu", "threads": 1, "machine": str(path), "lookahead": 1}
+    fixed = {"device": "cpu", "threads": 1, "machine": str(path), "lookahead": 1, "graphs": "off"}
     return fixed | {"memory": {"host": streaming_bytes(folder, PROMPT, PARAMS, **fixed)}}
 
 

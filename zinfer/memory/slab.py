@@ -91,7 +91,12 @@ class HostSlab:
         return self._pin
 
     def find_ahead(self, nbytes: int, unused: Sequence[tuple[int, int]] = ()) -> None:
-        """Begin to find the pages of the first `nbytes`, ranges of `unused` aside; whoever writes claims first."""
+        """Begin to find the pages of the first `nbytes`, ranges of `unused` aside; whoever writes claims first.
+
+        What was being found before is left.
+        """
+        if self._ahead is not None:
+            self._ahead.close()
         if nbytes >= HUGE_PAGE:
             self._ahead = Ahead(self.bytes_N, min(nbytes, self._nbytes), unused)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ class TierMemory:
         self._arena = Arena(len(slab.bytes_N))
         self._num_slots = 0
         self._free: list[int] = []
+        self._waiting: frozenset[ChunkId] = frozenset()  # guests whose homes nobody has found yet
         self._cut_slots(slots)
         self._homes = {chunk: (self._cut(nbytes), nbytes) for chunk, nbytes in homes.items()}
         self._generations: Counter[int] = Counter()
@@ -115,7 +116,7 @@ class TierMemory:
 
         Chunks that had a home before stay where they are.  Memory that holds nothing any more goes back.
         """
-        homes = split.homes
+        homes, self._waiting = split.homes, frozenset()
         gone = [chunk for chunk in self._homes if chunk not in homes]
         for offset, nbytes in [(offset, self.slot_bytes) for offset in self._free] + [
             self._homes.pop(chunk) for chunk in gone
@@ -152,19 +153,32 @@ class TierMemory:
     def find_ahead(self, num_streamed: int, guests: Iterable[ChunkId] = ()) -> None:
         """Begin to find the memory of homes, and of as many slots as chunks stream, in the background.
 
-        The homes of `guests` can wait.
+        The homes of `guests` can wait until the first of them comes home.
         """
+        self._waiting = frozenset(guests)
+        idle = self._free[: max(len(self._free) - num_streamed, 0)]
+        self._find_all_but({*idle, *(self._homes[chunk][0] for chunk in self._waiting)})
+
+    def _find_all_but(self, offsets: Collection[int]) -> None:
+        """In the background, the memory of every place that does not begin at one of these."""
         if isinstance(self.slab, HostSlab):
-            idle = len(self._free) - min(num_streamed, len(self._free))
-            end = max((offset + nbytes for offset, nbytes in self._arena.blocks()), default=0)
-            unused = [(offset, self.slot_bytes) for offset in self._free[:idle]]
-            self.slab.find_ahead(end, unused + [self._homes[chunk] for chunk in guests])
+            blocks = self._arena.blocks()
+            end = max((offset + nbytes for offset, nbytes in blocks), default=0)
+            self.slab.find_ahead(end, [block for block in blocks if block[0] in offsets])
+
+    def _find_homes(self) -> None:
+        """The homes of the guests that have waited; whatever else there is may hold a chunk."""
+        empty = {self._homes[chunk][0] for chunk in self._waiting if not self.is_home(chunk)}
+        self._waiting = frozenset()
+        self._find_all_but({offset for offset, _ in self._arena.blocks()} - empty)
 
     def take(self, chunk: ChunkId, *, as_guest: bool = False) -> Place:
         """A place for the chunk, a slot for a guest.  Raises BudgetError ZI-2401 when the ledger has not the bytes."""
         home = None if as_guest else self._homes.get(chunk)
         offset, nbytes = home or (self._free[-1], self.slot_bytes)
         self.ledger.take(chunk, nbytes)
+        if home is not None and chunk in self._waiting:
+            self._find_homes()
         self.slab.claim(offset, nbytes)
         if home is None:
             self._free.pop()
