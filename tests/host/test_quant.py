@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_of import spec_of
 
 from zinfer.chunks.encode import Misfit
 from zinfer.kernels import quant
@@ -193,3 +194,9 @@ def test_a_misfit_adds_up():
     whole = Misfit(1.0, 100.0, 0.2) + Misfit(3.0, 300.0, 0.1)
     assert (whole.rms, whole.worst) == (0.1, 0.2)
     assert Misfit(0.0, 0.0, 0.0).rms == 0
+
+
+def test_a_model_without_quantised_weights_asks_for_no_kernel(monkeypatch):
+    """Its self-test is worth some milliseconds of a first token, and nobody needs the answer."""
+    monkeypatch.setattr(quant, "has_kernel", lambda *_: pytest.fail("a kernel is tried that nobody needs"))
+    quant.prepare(spec_of("llama-3.2-1b", num_hidden_layers=2), "cpu", exact=False)

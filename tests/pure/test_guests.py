@@ -56,7 +56,7 @@ def test_where_memory_is_slower_than_the_disk_some_of_what_stays_comes_with_the_
     )
     first_s, second_s = seconds(plan, slow)
     assert first_s < seconds(plain, slow)[0]
-    assert first_s + second_s <= 1.06 * (seconds(plain, slow)[0] + plan.forecast.pass_s)
+    assert first_s + second_s <= 1.11 * (seconds(plain, slow)[0] + plan.forecast.pass_s)
     # All else of the plan is what it is without them.
     again = plan_of(SPEC, WORK, machine(None), **STREAMED)
     assert again == replace(plain, forecast=again.forecast, machine=again.machine, curve=again.curve)

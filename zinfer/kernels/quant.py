@@ -92,6 +92,8 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
 def _unread_layout(spec: ModelSpec, device: str) -> str:
     """What to say where this processor has a kernel, but for another layout than the store's."""
     halves = {part.shape[2] for op in spec.program for part in op.stored if part.role == "nibbles"}
+    if not halves:
+        return ""
     native = native_layout()
     if device != "cpu" or not has_kernel(PANELS[native], device) or halves <= {PANELS[native] // 2}:
         return ""

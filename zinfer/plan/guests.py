@@ -22,7 +22,7 @@ from zinfer.spec.records import ModelSpec
 
 _PARTS = 4  # what may wait does so in quarters
 _WORTH = 0.98  # of the first pass: less is not worth reading anything twice
-_BOTH = 1.05  # of the first two passes: what the second may take longer than the first is spared
+_BOTH = 1.1  # of the first two passes: what the second may take longer than the first is spared
 
 
 def with_guests(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exact: bool) -> Candidate:

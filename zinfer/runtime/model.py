@@ -208,25 +208,32 @@ def open_model(folder: Path, settings: Settings) -> Model:
         source = checkpoint_source(spec.program, spec.lookups, index)
     machine, is_saved = machine_for(settings, source.files, spec)
     resolved = _resolved(settings, machine)
-    spec = _with_sizes(computable(spec, resolved.device), resolved)
-    source = as_read(source, spec, device=resolved.device, exact=settings.exact)
+    spec = computable(spec, resolved.device)
     tokenizer = load_tokenizer(index)
+    if _has_sizes(spec, resolved):
+        torch.set_num_threads(resolved.threads)  # before anything asks how many there are
     look = None
     if is_saved and resolved.device != "sim":
         machine, look = _as_it_is_now(machine, source.files, spec, resolved)
+    spec = _with_sizes(spec, resolved)
+    source = as_read(source, spec, device=resolved.device, exact=settings.exact)
     return Model(folder, spec, source, tokenizer, machine, resolved, look)
 
 
 def _with_sizes(spec: ModelSpec, resolved: Resolved) -> ModelSpec:
     """The spec with what kernels want of rows and keys here, so that a plan need neither guess nor expect the worst.
 
-    Decoders on a processor alone: a GPU is not looked at before its engine opens.  Fixes the number of threads.
+    They depend on torch's number of threads.
     """
-    if spec.encoder is not None or resolved.device not in ("cpu", "sim"):
+    if not _has_sizes(spec, resolved):
         return spec
-    torch.set_num_threads(resolved.threads)
     spec = with_attention_sizes(spec)
     return with_product_sizes(spec, "cpu") if resolved.settings.exact else spec
+
+
+def _has_sizes(spec: ModelSpec, resolved: Resolved) -> bool:
+    """Decoders on a processor alone: a GPU is not looked at before its engine opens."""
+    return spec.encoder is None and resolved.device in ("cpu", "sim")
 
 
 def _resolved(
