@@ -24,7 +24,7 @@ int zinfer_has_products(void) {
 typedef struct {
     const bf16 *x, *weight, *bias;
     bf16 *y;
-    size_t rows, tiles, outputs, inputs;
+    size_t rows, tiles, outputs, inputs, num_threads;
 } dense_t;
 
 /* Tiles are of about one height: a last row by itself would ask for all weights once more. */
@@ -64,41 +64,45 @@ static inline void put(const dense_t *job, size_t row, size_t output, int count,
     }
 }
 
-/* The next 32 inputs of M rows times N outputs.  `ahead`: the weights that the next tile wants are asked for meanwhile;
- * a compute-bound loop looks too little ahead for the memory to keep up. */
-#define STEP(M, N, LOAD, ahead)                                                                       \
-    do {                                                                                              \
-        __m512bh weights[N];                                                                          \
-        UNROLL for (int n = 0; n < N; n++) {                                                          \
-            if (ahead) _mm_prefetch((const char *)(w + (n + N) * inputs + i), _MM_HINT_T1);           \
-            weights[n] = (__m512bh)LOAD(w + n * inputs + i);                                          \
-        }                                                                                             \
-        UNROLL for (int m = 0; m < M; m++) {                                                          \
-            const __m512bh values = (__m512bh)_mm512_loadu_si512(x + i * M + m * LANES);              \
+/* The next 32 inputs of M rows times N outputs; those of `count` outputs are asked for that come later. */
+#define STEP(M, N, LOAD, count)                                                                               \
+    do {                                                                                                      \
+        __m512bh weights[N];                                                                                  \
+        UNROLL for (int n = 0; n < (count); n++)                                                              \
+            _mm_prefetch((const char *)(ahead + n * inputs + i), _MM_HINT_T1);                                \
+        UNROLL for (int n = 0; n < N; n++) weights[n] = (__m512bh)LOAD(w + n * inputs + i);                   \
+        UNROLL for (int m = 0; m < M; m++) {                                                                  \
+            const __m512bh values = (__m512bh)_mm512_loadu_si512(x + i * M + m * LANES);                      \
             UNROLL for (int n = 0; n < N; n++) sums[m][n] = _mm512_dpbf16_ps(sums[m][n], weights[n], values); \
-        }                                                                                             \
+        }                                                                                                     \
     } while (0)
+#define STEPS(M, N, count) \
+    for (; i < whole; i += LANES) STEP(M, N, _mm512_loadu_si512, count)
 #define LAST(from) _mm512_maskz_loadu_epi16(mask, from)
 
 /* Rows [row, row + M) times outputs [output, output + N), all sums in registers. */
 #define TILE(M, N)                                                                                              \
-    static void tile_##M##_##N(const dense_t *job, const bf16 *x, size_t row, size_t output) {                  \
+    static void tile_##M##_##N(const dense_t *job, const bf16 *x, size_t row, size_t output, const bf16 *ahead, \
+                               size_t count) {                                                                  \
         const size_t inputs = job->inputs, whole = inputs / LANES * LANES;                                      \
         const bf16 *w = job->weight + output * inputs;                                                          \
         const __mmask32 mask = (__mmask32)((1u << (inputs - whole)) - 1);                                       \
         __m512 sums[M][N];                                                                                      \
         UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++) sums[m][n] = _mm512_setzero_ps(); \
         size_t i = 0;                                                                                           \
-        if (N > 1 && !row)                                                                                      \
-            for (; i < whole; i += LANES) STEP(M, N, _mm512_loadu_si512, 1);                                    \
-        for (; i < whole; i += LANES) STEP(M, N, _mm512_loadu_si512, 0);                                        \
+        switch (count) {                                                                                        \
+            case 0: STEPS(M, N, 0); break;                                                                      \
+            case 1: STEPS(M, N, 1); break;                                                                      \
+            case 2: STEPS(M, N, 2); break;                                                                      \
+            default: STEPS(M, N, WIDE);                                                                         \
+        }                                                                                                       \
         if (i < inputs) STEP(M, N, LAST, 0);                                                                    \
         UNROLL for (int m = 0; m < M; m++)                                                                      \
             put(job, row + m, output, N, sums_of(sums[m][0], sums[m][N / 4], sums[m][N / 2], sums[m][N - 1]));  \
     }
 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
 
-typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t);
+typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t, const bf16 *, size_t);
 /* One or two rows are as fast as their weights come by a single stream. */
 static const tile_t NARROW_TILES[TALL] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
 static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
@@ -116,17 +120,29 @@ static void pack(const dense_t *job, bf16 *packed, size_t row, size_t tall) {
     }
 }
 
+/* A compute-bound loop looks too little ahead for the memory to keep up.  So while all tiles meet a piece, the weights of
+ * the piece that this thread will probably take next are asked for, in equal parts; a lone tile, which waits for memory
+ * anyway, asks for its own next outputs. */
 static void dense_piece(void *data, size_t piece) {
     const dense_t *job = data;
     const size_t start = piece * PIECE, stop = end_of(piece, PIECE, job->outputs);
+    const size_t next = (piece + job->num_threads) * PIECE, steps = job->tiles * (PIECE / WIDE);
+    size_t step = 0;
     __m512i packed[TALL * (job->inputs / LANES + 1)];
     for (size_t tile = 0; tile < job->tiles; tile++) {
         const size_t row = first_row(job, tile), tall = first_row(job, tile + 1) - row;
         pack(job, (bf16 *)packed, row, tall);
         size_t output = start;
-        for (; WIDE_TILES[tall - 1] && output + WIDE <= stop; output += WIDE)
-            WIDE_TILES[tall - 1](job, (bf16 *)packed, row, output);
-        for (; output < stop; output++) NARROW_TILES[tall - 1](job, (bf16 *)packed, row, output);
+        for (; WIDE_TILES[tall - 1] && output + WIDE <= stop; output += WIDE, step++) {
+            size_t ahead = output + WIDE, count = WIDE;
+            if (job->tiles > 1) {
+                ahead = next + step * PIECE / steps;
+                count = next + (step + 1) * PIECE / steps - ahead;
+            }
+            WIDE_TILES[tall - 1](job, (bf16 *)packed, row, output, job->weight + ahead * job->inputs,
+                                 ahead + count <= job->outputs ? count : 0);
+        }
+        for (; output < stop; output++) NARROW_TILES[tall - 1](job, (bf16 *)packed, row, output, NULL, 0);
     }
 }
 
@@ -134,7 +150,7 @@ static void dense_piece(void *data, size_t piece) {
  * packs a few rows at a time on its stack: inputs are at most 65536. */
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
                   size_t inputs, unsigned num_threads) {
-    dense_t job = {x, weight, bias, y, rows, (rows + TALL - 1) / TALL, outputs, inputs};
+    dense_t job = {x, weight, bias, y, rows, (rows + TALL - 1) / TALL, outputs, inputs, num_threads};
     share(dense_piece, &job, (outputs + PIECE - 1) / PIECE, num_threads);
 }
 
