@@ -270,11 +270,11 @@ assert "torch._dynamo" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def run(folder, *, records, prompts=PROMPTS, params=PARAMS, memory="64MiB", **options):
+def run(folder, *, records, prompts=PROMPTS, params=PARAMS, memory="64MiB", exact=False, **options):
     """Tokens, log probabilities and stats; `records` as runtime.graphs says."""
     config = {"graphs": "auto" if records else "off"}
     options = {"machine": "sim-default", "threads": 1, "max_batch": 3, "max_rows": 24} | options
-    with LLM(folder, device="cpu", exact=False, memory={"host": memory}, **config, **options) as llm:
+    with LLM(folder, device="cpu", exact=exact, memory={"host": memory}, **config, **options) as llm:
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
         graphs = llm._session._engine.loop.executor.graphs
         kinds = [] if graphs is None else list(graphs._kinds.values())
@@ -312,10 +312,15 @@ def native_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["three", "one"])
-def test_recorded_passes_give_what_ops_one_by_one_give(models, family, prompts, native_rows):
-    want = run(models[family], records=False, prompts=prompts)
-    found = run(models[family], records=True, prompts=prompts)
+@pytest.mark.parametrize(
+    ("prompts", "exact"),
+    [(PROMPTS, False), (PROMPTS[:1], False), (PROMPTS, True)],
+    ids=["three", "one", "exact"],
+)
+def test_recorded_passes_give_what_ops_one_by_one_give(models, family, prompts, exact, native_rows):
+    want, found = (
+        run(models[family], records=records, prompts=prompts, exact=exact) for records in (False, True)
+    )
     assert want[2].graph_replays == 0
     assert found[2].graph_replays >= PARAMS.max_tokens - 4, "most decode passes were replayed"
     whole = [kind for kind in found[3] if kind._is_whole and kind._recorded]
