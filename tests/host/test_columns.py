@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
+from zinfer.chunks.table import LOOSE_ALIGN
 from zinfer.kernels import columns, products
 from zinfer.kernels.columns import FEW, column_linear, few_columns
 from zinfer.kernels.native import calls
@@ -136,6 +137,26 @@ CONFIG = {
     "vocab_size": 100,
     "torch_dtype": "bfloat16",
 }
+
+
+def test_a_plan_is_told_that_nothing_is_padded(tmp_path):
+    """And that a weight may lie at any address: no library multiplies with it."""
+    folder = write_tiny("gpt2", tmp_path)
+    with LLM(folder, device="cpu", machine="sim-default", threads=1, exact=True) as llm:
+        sizes = dict(llm.model.spec.product_sizes)
+        assert llm.plan.align == LOOSE_ALIGN
+    assert sizes["qkv"] == sizes["down"] == ()
+
+
+def test_weights_at_any_address_give_the_same_bits():
+    x, buffer = noise(5, 70), torch.zeros(70 * 48 + 40, dtype=BF16)
+    weight, found = noise(70, 48, seed=1), calls.kernels()
+    want, normed = found.columns(x, weight), found.layer_norm(x, x[0], x[1], 1e-5)
+    for start in range(0, 36, 5):
+        moved = buffer[start : start + weight.numel()].view(weight.shape).copy_(weight)
+        assert torch.equal(found.columns(x, moved), want)
+        scale = buffer[start : start + 70].copy_(x[0])
+        assert torch.equal(found.layer_norm(x, scale, x[1], 1e-5), normed)
 
 
 def test_a_whole_model_in_exact_mode_is_as_close_to_torch_as_a_rounding(tmp_path, asked, request):
