@@ -173,6 +173,19 @@ def test_the_first_pass_finds_pages_for_what_stays(resident, compute_s):
         assert slow_first.seconds == pytest.approx(first.seconds + added_s)
 
 
+def test_pages_of_a_large_chunk_at_the_end_are_found_before_it_is_needed():
+    """The head of a model: its memory is found while the disk still brings what comes before it."""
+    table = table_of([1] * 12 + [8])
+    placement = place(table, Budget(host=11 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=2)
+    assert list(filter(placement.resident, range(13))) == [12]
+    machine = machine_with(1.0).model_copy(update={"fresh_bytes_per_s": PAGE})  # as fast as the disk
+    schedule = build_schedule(table, placement)
+    first, _ = simulate(table, placement, schedule, machine, [0.01] * 13)
+    known, _ = simulate(table, placement, schedule, machine_with(1.0), [0.01] * 13)
+    assert first.busy_s["compute"] == pytest.approx(known.busy_s["compute"] + 8.0)
+    assert first.seconds < known.seconds + 8.0 - 3.0, "most of it beside the reads"
+
+
 def test_memory_of_guests_is_found_beside_the_second_pass():
     count, rate = 16, 0.5 * PAGE  # two seconds a chunk
     table = table_of([1] * count)

@@ -224,12 +224,21 @@ def fresh_seconds(
     compute_s: Sequence[float],
     steps: Iterable[Step],
 ) -> Sequence[float]:
-    """Computation of a pass that loads, which shares the processor with finding pages for what comes to stay."""
+    """Computation of a pass that loads, which shares the processor with finding pages for what comes to stay.
+
+    They are found ahead of their reads, all through the pass: a large chunk at its end keeps nobody waiting there.
+    """
     rate = machine.fresh_bytes_per_s
     if rate is None or placement.compute_tier is not Tier.HOST:
         return compute_s
     new = {step.chunk for step in steps if isinstance(step, Fetch) and not step.as_guest}
+    fresh = sum(
+        chunk.nbytes for chunk in table.streamable if chunk.id in new and placement.resident(chunk.id)
+    )
+    share_s = (
+        fresh / rate / sum(chunk.nbytes for chunk in table.streamable)
+    )  # of each byte that is computed with
     return [
-        seconds + (chunk.nbytes / rate if chunk.id in new and placement.resident(chunk.id) else 0.0)
+        seconds + (chunk.nbytes * share_s if chunk.ops else 0.0)
         for seconds, chunk in zip(compute_s, table.chunks, strict=True)
     ]
