@@ -265,7 +265,7 @@ def test_close_and_a_refusal_leave_no_look_behind(folder, options, monkeypatch):
 
     monkeypatch.setattr(measure, "for_files", for_files)
     llm = LLM(folder, **options)
-    assert looks[0].is_alive()
+    assert llm.model.look._thread.is_alive()
     go.set()
     llm.close()
     assert not looks[0].is_alive()
