@@ -66,7 +66,7 @@ def test_students_in_compiled_code_answer_as_their_twin(family, activation):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
 @pytest.mark.parametrize(
-    "width", [Width(1, 16, 32), Width(3, 5, 40), Width(2, 16, 168), Width(4, 8, 7)], ids=str
+    "width", [Width(1, 3, 64), Width(1, 16, 32), Width(3, 5, 40), Width(2, 16, 168), Width(4, 8, 7)], ids=str
 )
 def test_so_do_narrow_students_whose_heads_fill_no_vector(family, width):
     """Heads and neurons are filled up with zeros, which change nothing."""
