@@ -67,7 +67,7 @@ class SmallPasses(Protocol):
         """One pass of `rows` new rows that ends at `context` tokens; blocks until it is done."""
         ...
 
-    def replay(self, context: int) -> Callable[[], None] | None:
+    def replay(self, context: int, *, exact: bool) -> Callable[[], None] | None:
         """A recorded pass of one row that ends at `context` tokens, to be carried out; None where none is recorded."""
         ...
 
@@ -379,7 +379,7 @@ def _step_cost(small: SmallPasses, exact: bool, clock: Clock, name: str) -> Step
         return small.attention_flops(rows, context) / max(added_s, 0.05 * plain_s)
 
     prefill_guess = _GUESS.prefill_attention_flops_per_s
-    replay = None if exact else small.replay(_FEW_TOKENS)
+    replay = small.replay(_FEW_TOKENS, exact=exact)
     return StepCost(
         replayed_op_s=None if replay is None else typical_seconds(replay, share_s / 8) / small.num_ops,
         op_overhead_s=plain_s / small.num_ops,

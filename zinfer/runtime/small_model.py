@@ -72,20 +72,20 @@ class SmallModel:
         visible = context - (rows - 1) // 2
         return float(attention_flops(self._spec, rows, visible) * self._spec.num_layers)
 
-    def replay(self, context: int) -> Callable[[], None] | None:
+    def replay(self, context: int, *, exact: bool) -> Callable[[], None] | None:
         """A pass of one row, recorded, to be carried out again and again; None where the host records none."""
-        graphs = graphs_for(self._spec, self._device, exact=False, most_bytes=_MOST_BYTES)
+        graphs = graphs_for(self._spec, self._device, exact=exact, most_bytes=_MOST_BYTES)
         if graphs is None or self._device.type != "cpu":
             return None
         batch, view, flow = self._pass(1, context)
-        prepare(self._spec, flow, batch, view, exact=False)
+        prepare(self._spec, flow, batch, view, exact=exact)
         read = (
             batch,
             view,
             dict(flow.rows),
             flow.rotary,
         )  # what is recorded reads their memory, and the weights
-        replay = graphs.record(lambda: self._run_ops(batch, view, flow, exact=False))
+        replay = graphs.record(lambda: self._run_ops(batch, view, flow, exact=exact))
         return None if replay is None else partial(self._carry_out, replay, read)
 
     def _carry_out(self, replay: Callable[[], None], _read: object) -> None:
