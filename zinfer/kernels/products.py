@@ -80,10 +80,11 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
         if "matrix" in weights and not op.stored:
             outputs, inputs = weights["matrix"].shape[:: -1 if op.transposed else 1]
             case = (_DTYPES[spec.dtype], device, outputs, inputs, op.transposed, "bias" in weights)
-            if not exact:
+            is_compiled = compiled(*case[:2], inputs, False) is not None  # transposed ones too, as columns
+            if not exact and not (op.transposed and is_compiled):
                 row_kernel(*case)
                 few_rows(*case)
-            elif compiled(*case[:2], inputs, False) is None:  # transposed ones are compiled too, as columns
+            elif exact and not is_compiled:
                 row_sizes(*case, torch.get_num_threads())
 
 
