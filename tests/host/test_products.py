@@ -207,11 +207,12 @@ def test_a_bulk_is_cut_into_the_largest_size():
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradients_reach_input_weight_and_bias(exact):
-    x, weight, bias = (part.requires_grad_() for part in problem(5, 12, 7, torch.float32))
-    grads = torch.autograd.grad(linear(x, weight, bias, exact=exact).sum(), (x, weight, bias))
-    want = torch.autograd.grad((x @ weight.t() + bias).sum(), (x, weight, bias))
-    for got, wanted in zip(grads, want, strict=True):
-        torch.testing.assert_close(got, wanted)
+    for dtype, rows in ((torch.float32, 5), (torch.bfloat16, 1), (torch.bfloat16, 5)):
+        x, weight, bias = (part.requires_grad_() for part in problem(rows, 12, 7, dtype))
+        grads = torch.autograd.grad(linear(x, weight, bias, exact=exact).sum(), (x, weight, bias))
+        want = torch.autograd.grad((x @ weight.t() + bias).sum(), (x, weight, bias))
+        for got, wanted in zip(grads, want, strict=True):
+            torch.testing.assert_close(got, wanted)
 
 
 def test_kernels_are_timed_on_weights_that_no_cache_holds(monkeypatch):

@@ -16,6 +16,7 @@ from zinfer.kernels import served
 from zinfer.kernels.choice import agreeing_sizes, cover, device_clock, fastest, one_thread, pad_rows
 from zinfer.kernels.native.calls import MOST_INPUTS, Kernels, is_noting, kernels
 from zinfer.kernels.remembered import remembered
+from zinfer.kernels.row_kernels import wants_gradient
 from zinfer.kernels.rows import one_row
 from zinfer.kernels.served import device_name
 from zinfer.spec.cost import EXACT_SIZES, MOST_ROWS
@@ -39,15 +40,17 @@ def linear(
 
     With `exact` a row of the result depends on nothing but that row of x, whatever T is: the compiled kernel is so by
     itself, and libraries are at row counts that agree (`row_sizes`).  Without, a lone row goes through the kernel that
-    was fastest for it (`row_kernel`), and so do a few (`few_rows`).
+    was fastest for it (`row_kernel`), and so do a few (`few_rows`).  Gradients flow through libraries alone.
     """
     weight_OI = weight.t() if transposed else weight
     outputs, inputs = weight_OI.shape
     case = (weight.dtype, weight.device.type, outputs, inputs, transposed, bias is not None)
     num_rows = x_TI.shape[0]
-    if exact and (found := compiled(*case[:2], inputs, transposed or not weight.is_contiguous())):
+    is_trained = wants_gradient((x_TI, weight, bias))
+    found = compiled(*case[:2], inputs, transposed or not weight.is_contiguous())
+    if exact and found is not None and not is_trained:
         return found.dense(x_TI, weight_OI, bias)
-    if not exact and num_rows <= MOST_ROWS:
+    if not exact and num_rows <= MOST_ROWS and not is_trained:
         return _few(num_rows, case)(x_TI, weight_OI, bias)
     sizes = row_sizes(*case, torch.get_num_threads()) if exact else (MOST_ROWS,)
     y_TO: Tensor | None = None

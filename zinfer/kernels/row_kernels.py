@@ -40,16 +40,17 @@ def row_kernels(*tensors: Tensor) -> RowKernels | None:
 
 def device_kernels(*tensors: Tensor) -> DeviceKernels | None:
     """Triton's; None as above."""
-    return rows if served.serves(tensors[0].device.type) and not _wants_gradient(tensors) else None
+    return rows if served.serves(tensors[0].device.type) and not wants_gradient(tensors) else None
 
 
 def host_kernels(*tensors: Tensor | None) -> Kernels | None:
     """The compiled ones, which know more: layer norms, and whatever activation a family has; None as above."""
     given = [x for x in tensors if x is not None]
-    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in given) or _wants_gradient(given):
+    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in given) or wants_gradient(given):
         return None
     return kernels()
 
 
-def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether torch must see what is done with these: no kernel of ours has a way back."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -255,36 +255,19 @@ class Kernels:
 
     def dense(self, x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times the transposed weight, its rows one after the other, plus bias: [T, O].  I is at most MOST_INPUTS."""
-        (num_rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
-        x_TI = x_TI.contiguous()
-        y_TO = x_TI.new_empty(num_rows, outputs)
-        self._do(
-            "zinfer_dense",
-            x_TI.data_ptr(),
-            weight_OI.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y_TO.data_ptr(),
-            num_rows,
-            outputs,
-            inputs,
-        )
-        return y_TO
+        return self._multiply("zinfer_dense", x_TI, weight_OI, weight_OI.shape[0], bias)
 
     def columns(self, x_TI: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a weight that is published the other way round, plus bias: [T, O]."""
-        (num_rows, inputs), outputs = x_TI.shape, weight_IO.shape[1]
+        return self._multiply("zinfer_columns", x_TI, weight_IO, weight_IO.shape[1], bias)
+
+    def _multiply(self, name: str, x_TI: Tensor, weight: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+        num_rows, inputs = x_TI.shape
         x_TI = x_TI.contiguous()
         y_TO = x_TI.new_empty(num_rows, outputs)
-        self._do(
-            "zinfer_columns",
-            x_TI.data_ptr(),
-            weight_IO.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y_TO.data_ptr(),
-            num_rows,
-            outputs,
-            inputs,
-        )
+        parts = (x_TI, weight, bias, y_TO)
+        where = [None if part is None else part.data_ptr() for part in parts]
+        self._do(name, *where, num_rows, outputs, inputs)
         return y_TO
 
     def quant(self, x_TI: Tensor, weight: QuantWeight) -> Tensor:
