@@ -17,6 +17,7 @@ from calls import Bench, Call, limit_s, num_wrong, parser, run, start
 from harness import Record, summary
 
 PROMPT, OUTPUT = 16, 8
+WARM_UP = 3  # passes: the first two load what stays
 WITHIN, CHOSEN_AT_LEAST = 0.15, 0.85
 MOST_MEASURED = 1024  # rows; beyond in proportion
 DRIFT_ROWS = 64
@@ -62,7 +63,7 @@ def point(bench: Bench, products: Products, waiting: int, batch: int | None) -> 
     """
     name = "chosen" if batch is None else str(batch)
     call = Call(bench.known.prompts(waiting, PROMPT, PROMPT), OUTPUT)
-    warm_up = Call(call.prompts[:1], 1)
+    warm_up = Call(call.prompts[:1], WARM_UP)
     seen = run(bench, f"roofline-{name}", [warm_up, call], {"max_batch": batch} if batch else {})
     row: dict[str, Any] = {"batch": name, "error": seen.error, "why": seen.why}
     if seen.result is None:

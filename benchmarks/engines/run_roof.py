@@ -21,8 +21,6 @@ from torch import Tensor
 
 from zinfer.kernels.native.calls import kernels
 
-MOST_COMPILED = 64  # rows; beyond, oneDNN's products are faster everywhere
-
 
 def matrices(model: Path) -> dict[str, Tensor]:
     """Copies of all matrices but the input embedding, in memory of our own."""
@@ -85,7 +83,7 @@ def by_rows(named: dict[str, Tensor], counts: list[int]) -> dict[str, dict[int, 
     with torch.inference_mode():
         for count in counts:
             products = [F.linear, without_onednn] if count <= 4 else [F.linear]  # from there on oneDNN wins
-            if "zinfer's" in PRODUCTS and count <= MOST_COMPILED:
+            if "zinfer's" in PRODUCTS:
                 products.append(PRODUCTS["zinfer's"])
             for part, weights in parts.items():
                 seconds = [

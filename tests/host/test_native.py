@@ -212,6 +212,28 @@ def test_a_products_bits_depend_on_the_row_alone(threads):
 
 
 @needs_products
+@pytest.mark.parametrize("rows", [255, 256, 257, 600])
+def test_many_rows_are_multiplied_in_blocks(rows):
+    """Each row by itself is the slow twin; 600 are three blocks, and no tile reaches from one into the next."""
+    x, weight, bias = noise(rows, 100), noise(75, 100, seed=1), noise(75, seed=2)
+    found = calls.kernels()
+    alone = torch.cat([found.dense(x[row : row + 1], weight, bias) for row in range(rows)])
+    assert torch.equal(found.dense(x, weight, bias), alone)
+    x[-1] = x[-2]  # the mutation, in the last row of the last block
+    assert not torch.equal(found.dense(x, weight, bias), alone)
+
+
+@needs_products
+def test_rows_may_be_packed_by_every_piece():
+    """Without scratch memory the same bits: the packed rows are read in one order."""
+    x, weight, y = noise(23, 100), noise(75, 100, seed=1), torch.empty(23, 75, dtype=BF16)
+    calls.kernels()._do(
+        "zinfer_dense", *(t.data_ptr() for t in (x, weight)), None, y.data_ptr(), None, 23, 75, 100
+    )
+    assert torch.equal(y, calls.kernels().dense(x, weight))
+
+
+@needs_products
 @pytest.mark.parametrize("panel", [32, 64])
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 19])

@@ -185,7 +185,11 @@ def few_rows(
         return best
 
     case = (dtype, outputs, inputs, has_bias)
-    return int(remembered(f"few rows, cold, of up to {FEW[-1]} {case}", lambda rows: rows in (1, *FEW), find))
+    return int(
+        remembered(
+            f"few rows, packed once, cold, of up to {FEW[-1]} {case}", lambda rows: rows in (1, *FEW), find
+        )
+    )
 
 
 def _cold(

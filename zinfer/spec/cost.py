@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from zinfer.spec.attention_cost import FP32, attention_workspace_bytes
 from zinfer.spec.cover import cover
 from zinfer.spec.program import matrix_shape
 from zinfer.spec.quant import GROUP
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
+from zinfer.units import round_up
 
 EXACT_ROWS = 256  # most rows of one exact product; more go piece by piece
 EXACT_SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)  # what they may be padded to, where a machine lets them
 MOST_ROWS = 1024  # the same without exact: libraries keep buffers of their own for the rows of a call
+FEW_ROWS = 6  # of a product: more are packed first, for the compiled kernel to read in its order
 ACTIVATION_PIECE = 2**20  # elements; exact activations of more go piece by piece
 KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product reads the same rows
 
@@ -36,6 +39,11 @@ def quantised_product_bytes(rows: int, op: Op) -> int:
         return 0
     outputs, inputs = op.matrix.shape[:: -1 if op.transposed else 1]
     return DTYPE_BYTES["BF16"] * rows * (2 * inputs + inputs // GROUP + outputs)
+
+
+def packed_rows(rows: int, inputs: int) -> tuple[int, int]:
+    """The shape in which the compiled kernel packs the rows of a product: 256 at a time, inputs in registers of 32."""
+    return (min(rows, EXACT_ROWS), round_up(inputs, 32)) if rows > FEW_ROWS else (0, 0)
 
 
 def converted_bytes(spec: ModelSpec) -> int:
@@ -214,11 +222,13 @@ class _FlowBytes:
         """A product of `block` outputs: the result, and a piece, with what is padded, before it is in its place."""
         row, whole = block * DTYPE_BYTES[self.spec.dtype], block * self._size(1)
         most = EXACT_ROWS if self.exact else MOST_ROWS
+        inputs = matrix_shape(self.spec, op.kind)[1]
+        packed = prod(packed_rows(self.rows, inputs)) * DTYPE_BYTES["BF16"]
         if not self.exact or op.stored:
-            return whole + (row * most if self.rows > most else 0)
-        inputs = matrix_shape(self.spec, op.kind)[1] * DTYPE_BYTES[self.spec.dtype]
-        largest = whole
+            return whole + (row * most if self.rows > most else packed)
         sizes = self.product_sizes.get(op.kind, EXACT_SIZES)
+        largest = whole if sizes else whole + packed
+        inputs *= DTYPE_BYTES[self.spec.dtype]
         for start, stop, size in cover(self.rows, sizes) if sizes else ():
             padded = size * inputs if size > stop - start else 0
             largest = max(largest, size * row + padded + (whole if size != self.rows else 0))

@@ -20,6 +20,7 @@ from torch import Tensor
 from zinfer.kernels.native.build import library
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.log import logger
+from zinfer.spec.cost import packed_rows
 from zinfer.spec.quant import GROUP
 
 _SOURCES = (
@@ -49,7 +50,7 @@ _ROWS = {
     "zinfer_gate": [*[_POINTER] * 4, *[_SIZE] * 4, _THREADS],
 }
 _PRODUCTS = {
-    "zinfer_dense": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
+    "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 3, _THREADS],
     "zinfer_columns": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
     "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
 }
@@ -255,17 +256,21 @@ class Kernels:
 
     def dense(self, x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times the transposed weight, its rows one after the other, plus bias: [T, O].  I is at most MOST_INPUTS."""
-        return self._multiply("zinfer_dense", x_TI, weight_OI, weight_OI.shape[0], bias)
+        packed = packed_rows(*x_TI.shape)
+        scratch = x_TI.new_empty(packed) if any(packed) else None
+        return self._multiply("zinfer_dense", x_TI, weight_OI, weight_OI.shape[0], bias, scratch)
 
     def columns(self, x_TI: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a weight that is published the other way round, plus bias: [T, O]."""
         return self._multiply("zinfer_columns", x_TI, weight_IO, weight_IO.shape[1], bias)
 
-    def _multiply(self, name: str, x_TI: Tensor, weight: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    def _multiply(
+        self, name: str, x_TI: Tensor, weight: Tensor, outputs: int, bias: Tensor | None, *more: Tensor | None
+    ) -> Tensor:
         num_rows, inputs = x_TI.shape
         x_TI = x_TI.contiguous()
         y_TO = x_TI.new_empty(num_rows, outputs)
-        parts = (x_TI, weight, bias, y_TO)
+        parts = (x_TI, weight, bias, y_TO, *more)
         where = [None if part is None else part.data_ptr() for part in parts]
         self._do(name, *where, num_rows, outputs, inputs)
         return y_TO

@@ -18,50 +18,59 @@ int zinfer_has_products(void) {
 #define LANES 32 /* bfloat16 in a register */
 #define TALL 6   /* most rows of a tile of a dense product */
 #define WIDE 4   /* and outputs */
-#define PIECE 32 /* outputs whose weights stay in the second cache while all rows meet them */
+#define BLOCK 256 /* most rows that are multiplied at a time */
+#define PIECE 32  /* outputs of a piece: of a lone tile, */
+#define LEAST 16  /* and of several, at least: */
+#define KEPT (320 * 1024) /* so many bytes of weights stay in the second cache while all rows meet them */
 #define UNROLL _Pragma("GCC unroll 32")
 
 typedef struct {
     const bf16 *x, *weight, *bias;
-    bf16 *y;
-    size_t rows, tiles, outputs, inputs, num_threads;
+    bf16 *y, *packed; /* packed: NULL where every piece packs its rows itself */
+    size_t rows, tiles, outputs, inputs, piece, num_threads;
 } dense_t;
 
 /* Tiles are of about one height: a last row by itself would ask for all weights once more. */
 static inline size_t first_row(const dense_t *job, size_t tile) { return tile * job->rows / job->tiles; }
 
-/* Four registers' sums.  A sum adds halves, quarters, pairs and neighbours, wherever among the four it stands. */
-static inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+/* Four registers' sums, of halves and of quarters: four numbers each, one sum after the other. */
+static inline __m512 quarters_of(__m512 a, __m512 b, __m512 c, __m512 d) {
     const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
     const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-    all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0x4e));
-    all = _mm512_add_ps(all, _mm512_shuffle_ps(all, all, 0xb1));
-    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+
+/* Pairs and neighbours of four such registers, a row's each: the sums, row by row.  The order in which a sum is added
+ * up is the same wherever among the sixteen it stands. */
+static inline __m512 sums_of(const __m512 *x) {
+    const __m512 ab = _mm512_add_ps(_mm512_shuffle_ps(x[0], x[1], 0x44), _mm512_shuffle_ps(x[0], x[1], 0xee));
+    const __m512 cd = _mm512_add_ps(_mm512_shuffle_ps(x[2], x[3], 0x44), _mm512_shuffle_ps(x[2], x[3], 0xee));
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+    return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
 }
 
 /* The same as narrow() of each. */
-static inline __m128i narrow_4(__m128 wide) {
-    const __m128i bits = _mm_castps_si128(wide), odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-    const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd), 16);
-    const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(wide, wide));
-    return _mm_cvtepi32_epi16(_mm_blendv_epi8(rounded, _mm_set1_epi32(0x7fc0), is_nan));
+static inline __m256i narrow_16(__m512 wide) {
+    const __m512i bits = _mm512_castps_si512(wide), one = _mm512_set1_epi32(1);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i above = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(_mm512_srli_epi32(above, 16), is_nan, 0x7fc0));
 }
 
-/* The sums of four outputs from `output` on, or of one. */
-static inline void put(const dense_t *job, size_t row, size_t output, int count, __m128 sums) {
-    bf16 *y = job->y + row * job->outputs + output;
-    const bf16 *bias = job->bias ? job->bias + output : NULL;
-    if (count == WIDE) {
-        if (bias) {
-            const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)bias)), 16);
-            sums = _mm_add_ps(sums, _mm_castsi128_ps(wide));
-        }
-        _mm_storel_epi64((__m128i *)y, narrow_4(sums));
-    } else {
-        const float sum = _mm_cvtss_f32(sums);
-        *y = narrow(bias ? sum + widen(*bias) : sum);
+/* Up to four rows' sums of four outputs from `output` on. */
+static inline void put_wide(const dense_t *job, size_t row, size_t output, int count, __m512 sums) {
+    if (job->bias) {
+        const __m128i bias = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(job->bias + output)));
+        sums = _mm512_add_ps(sums, _mm512_broadcast_f32x4(_mm_castsi128_ps(_mm_slli_epi32(bias, 16))));
     }
+    bf16 all[16], *y = job->y + row * job->outputs + output;
+    _mm256_storeu_si256((__m256i *)all, narrow_16(sums));
+    for (int m = 0; m < count; m++) memcpy(y + m * job->outputs, all + m * WIDE, WIDE * sizeof(bf16));
+}
+
+static inline void put(const dense_t *job, size_t row, size_t output, float sum) {
+    job->y[row * job->outputs + output] = narrow(job->bias ? sum + widen(job->bias[output]) : sum);
 }
 
 /* The next 32 inputs of M rows times N outputs; those of `count` outputs are asked for that come later. */
@@ -97,8 +106,21 @@ static inline void put(const dense_t *job, size_t row, size_t output, int count,
             default: STEPS(M, N, WIDE);                                                                         \
         }                                                                                                       \
         if (i < inputs) STEP(M, N, LAST, 0);                                                                    \
-        UNROLL for (int m = 0; m < M; m++)                                                                      \
-            put(job, row + m, output, N, sums_of(sums[m][0], sums[m][N / 4], sums[m][N / 2], sums[m][N - 1]));  \
+        UNROLL for (int m = 0; m < M; m += 4) {                                                                 \
+            __m512 all, four[4];                                                                                \
+            UNROLL for (int k = 0; k < 4; k++) {                                                                \
+                const __m512 *of = sums[m + k < M ? m + k : m];                                                 \
+                four[k] = quarters_of(of[0], of[N / 4], of[N / 2], of[N - 1]);                                  \
+            }                                                                                                   \
+            all = sums_of(four);                                                                                \
+            if (N == WIDE) {                                                                                    \
+                put_wide(job, row + m, output, M - m < 4 ? M - m : 4, all);                                     \
+            } else {                                                                                            \
+                float each[16];                                                                                 \
+                _mm512_storeu_ps(each, all);                                                                    \
+                for (int k = 0; k < 4 && m + k < M; k++) put(job, row + m + k, output, each[k * WIDE]);         \
+            }                                                                                                   \
+        }                                                                                                       \
     }
 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
 
@@ -106,6 +128,8 @@ typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t, const bf16
 /* One or two rows are as fast as their weights come by a single stream. */
 static const tile_t NARROW_TILES[TALL] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
 static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
+
+static inline size_t padded(size_t inputs) { return (inputs + LANES - 1) / LANES * LANES; }
 
 /* `tall` rows of x, 32 inputs of each in turn, zeros beyond the last: what a tile reads one after the other. */
 static void pack(const dense_t *job, bf16 *packed, size_t row, size_t tall) {
@@ -120,38 +144,61 @@ static void pack(const dense_t *job, bf16 *packed, size_t row, size_t tall) {
     }
 }
 
-/* A compute-bound loop looks too little ahead for the memory to keep up.  So while all tiles meet a piece, the weights of
- * the piece that this thread will probably take next are asked for, in equal parts; a lone tile, which waits for memory
- * anyway, asks for its own next outputs. */
+static void pack_piece(void *data, size_t tile) {
+    const dense_t *job = data;
+    const size_t row = first_row(job, tile);
+    pack(job, job->packed + row * padded(job->inputs), row, first_row(job, tile + 1) - row);
+}
+
+/* A compute-bound loop looks too little ahead for the memory to keep up.  So while all tiles meet a piece, the weights
+ * of the piece that this thread will probably take next are asked for, in equal parts; a lone tile, which waits for
+ * memory anyway, asks for its own next outputs. */
 static void dense_piece(void *data, size_t piece) {
     const dense_t *job = data;
-    const size_t start = piece * PIECE, stop = end_of(piece, PIECE, job->outputs);
-    const size_t next = (piece + job->num_threads) * PIECE, steps = job->tiles * (PIECE / WIDE);
+    const size_t start = piece * job->piece, stop = end_of(piece, job->piece, job->outputs);
+    const size_t next = (piece + job->num_threads) * job->piece, steps = job->tiles * (job->piece / WIDE);
     size_t step = 0;
-    __m512i packed[TALL * (job->inputs / LANES + 1)];
+    __m512i own[job->packed ? 1 : TALL * (job->inputs / LANES + 1)];
     for (size_t tile = 0; tile < job->tiles; tile++) {
         const size_t row = first_row(job, tile), tall = first_row(job, tile + 1) - row;
-        pack(job, (bf16 *)packed, row, tall);
+        const bf16 *x = job->packed ? job->packed + row * padded(job->inputs) : (bf16 *)own;
+        if (!job->packed) pack(job, (bf16 *)own, row, tall);
         size_t output = start;
         for (; WIDE_TILES[tall - 1] && output + WIDE <= stop; output += WIDE, step++) {
             size_t ahead = output + WIDE, count = WIDE;
             if (job->tiles > 1) {
-                ahead = next + step * PIECE / steps;
-                count = next + (step + 1) * PIECE / steps - ahead;
+                ahead = next + step * job->piece / steps;
+                count = next + (step + 1) * job->piece / steps - ahead;
             }
-            WIDE_TILES[tall - 1](job, (bf16 *)packed, row, output, job->weight + ahead * job->inputs,
+            WIDE_TILES[tall - 1](job, x, row, output, job->weight + ahead * job->inputs,
                                  ahead + count <= job->outputs ? count : 0);
         }
-        for (; output < stop; output++) NARROW_TILES[tall - 1](job, (bf16 *)packed, row, output, NULL, 0);
+        for (; output < stop; output++) NARROW_TILES[tall - 1](job, x, row, output, NULL, 0);
     }
 }
 
-/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL.  Every thread
- * packs a few rows at a time on its stack: inputs are at most 65536. */
-void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
-                  size_t inputs, unsigned num_threads) {
-    dense_t job = {x, weight, bias, y, rows, (rows + TALL - 1) / TALL, outputs, inputs, num_threads};
-    share(dense_piece, &job, (outputs + PIECE - 1) / PIECE, num_threads);
+/* Outputs of a piece: few enough for the cache, and for every thread to take several pieces. */
+static size_t outputs_per_piece(const dense_t *job) {
+    if (job->tiles == 1) return PIECE;
+    const size_t kept = KEPT / (job->inputs * sizeof(bf16)), fair = job->outputs / (4 * job->num_threads);
+    const size_t most = (kept < fair ? kept : fair) / WIDE * WIDE;
+    return most > LEAST ? most : LEAST;
+}
+
+/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL.  scratch: room
+ * for min(rows, 256) rows, their inputs rounded up to 32, aligned to 64 bytes; rows are packed there once.  NULL: every
+ * piece packs them anew, on its thread's stack, which is why inputs are at most 65536. */
+void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, bf16 *scratch, size_t rows,
+                  size_t outputs, size_t inputs, unsigned num_threads) {
+    const size_t blocks = (rows + BLOCK - 1) / BLOCK;
+    for (size_t block = 0; block < blocks; block++) {
+        const size_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
+        dense_t job = {x + row * inputs, weight, bias, y + row * outputs, scratch, count, (count + TALL - 1) / TALL,
+                       outputs, inputs, 0, num_threads};
+        job.piece = outputs_per_piece(&job);
+        if (scratch) share(pack_piece, &job, job.tiles, num_threads);
+        share(dense_piece, &job, (outputs + job.piece - 1) / job.piece, num_threads);
+    }
 }
 
 #define GROUP 64 /* inputs that share a scale and a zero: zinfer.spec.quant */

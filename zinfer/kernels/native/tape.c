@@ -78,7 +78,7 @@ void zinfer_play(const void *tape, size_t count, unsigned threads) {
             case WIDEN: widen_row(AT(0), AT(1), w[2], threads); break;
             case MOVE: move(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7]); break;
 #ifdef __AVX512BF16__
-            case DENSE: zinfer_dense(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], threads); break;
+            case DENSE: zinfer_dense(AT(0), AT(1), AT(2), AT(3), AT(4), w[5], w[6], w[7], threads); break;
             case COLUMNS: zinfer_columns(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], threads); break;
             case QUANT:
                 zinfer_quant(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), w[6], w[7], w[8], w[9], w[10], threads);
