@@ -129,6 +129,11 @@ def num_wrong(known: Known, calls: Iterable[Call]) -> int:
     return wrong
 
 
+def turns(names: tuple[str, str], repeats: int) -> list[str]:
+    """A B B A A B ...: drift falls on both alike."""
+    return [name for at in range(repeats) for name in names[:: 1 if at % 2 == 0 else -1]]
+
+
 def limit_s(bench: Bench, seen: Seen, compute_s: float, kv: int) -> dict[str, Any]:
     """What bounds a pass: the disk at the rate beside this run, or the products alone."""
     disk_s = disk_pass_s(bench.conditions.model, bench.conditions.budget_bytes, seen.disk_rates, kv) or 0.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from statistics import median
 
-from calls import Call, num_wrong, parser, run, start
+from calls import Call, num_wrong, parser, run, start, turns
 from harness import Record, summary
 
 LONGEST, AT_LEAST = 128, 1.35
@@ -31,11 +31,6 @@ def padded(prompts: list[list[int]]) -> list[list[int]]:
     return [[300] * (LONGEST - len(prompt)) + prompt for prompt in prompts]
 
 
-def turns(repeats: int) -> list[str]:
-    """A B B A A B ...: drift falls on both alike."""
-    return [name for at in range(repeats) for name in (("packed", "padded"), ("padded", "packed"))[at % 2]]
-
-
 def main() -> None:
     """Run, print, write the record."""
     made = parser(__doc__)
@@ -46,7 +41,7 @@ def main() -> None:
     count, repeats = (6, 1) if options.quick else (options.prompts, options.repeats)
     prompts = half_full(count, len(bench.known.next_of))
     sets = {"packed": prompts, "padded": padded(prompts)}
-    order = turns(repeats)
+    order = turns(("packed", "padded"), repeats)
     loading = Call(sets["padded"], 2)  # not counted: its two passes load what stays
     calls = [loading, *(Call(sets[name], 1) for name in order)]
     seen = run(bench, "packed", calls, {"max_batch": count})

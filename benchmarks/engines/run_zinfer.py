@@ -35,7 +35,7 @@ class Ticks:
 
 
 def open_llm(task: job.Job) -> LLM:
-    """The engine with the job's budget; inexact mode: the fastest product per shape."""
+    """The engine with the job's budget; not exact, unless `runtime` says so."""
     if task.threads:
         torch.set_num_threads(task.threads)
     budget = RESIDENT if task.budget_bytes is None else task.budget_bytes
@@ -43,9 +43,8 @@ def open_llm(task: job.Job) -> LLM:
         task.model,
         device="cpu",
         memory={"host": budget},
-        exact=False,
         machine=task.options.get("machine"),
-        **task.options.get("runtime", {}),
+        **{"exact": False} | task.options.get("runtime", {}),
     )
 
 
@@ -128,7 +127,7 @@ def calls(task: job.Job) -> job.Outcome:
     import_rss, began = job.rss_bytes(), job.clock()
     seen: list[dict[str, Any]] = []
     with open_llm(task) as llm:
-        largest = max(task.options["calls"], key=lambda call: len(call["prompts"]) * call["max_tokens"])
+        largest = max(task.options["calls"], key=num_kv_tokens)
         plan = predict(llm, replace(task, prompts=largest["prompts"]), call_params(largest))
         for call in task.options["calls"]:
             passed, start = len(llm.stats.passes), job.clock()
@@ -148,6 +147,11 @@ def calls(task: job.Job) -> job.Outcome:
         import_rss_bytes=import_rss,
         facts={"calls": seen, "stats": stats, "plan": plan, "job_s": job.clock() - began},
     )
+
+
+def num_kv_tokens(call: dict[str, Any]) -> int:
+    """Tokens whose keys and values a call keeps at most: what its plan has to make room for."""
+    return sum(map(len, call["prompts"])) + len(call["prompts"]) * int(call["max_tokens"])
 
 
 def call_params(call: dict[str, Any]) -> SamplingParams:
@@ -176,7 +180,8 @@ def gaps(values: list[Any]) -> list[Any]:
 
 def settings(task: job.Job) -> dict[str, Any]:
     """What was set."""
-    return {"memory.host": task.budget_bytes or RESIDENT, "exact": False, "threads": torch.get_num_threads()}
+    exact = task.options.get("runtime", {}).get("exact", False)
+    return {"memory.host": task.budget_bytes or RESIDENT, "exact": exact, "threads": torch.get_num_threads()}
 
 
 KINDS = {"decode": decode, "prefill": prefill, "calls": calls}

@@ -162,7 +162,14 @@ class TestPacked:
         assert all(wide[-len(prompt) :] == prompt for wide, prompt in zip(filled, prompts, strict=True))
 
     def test_turns_alternate(self):
-        assert packed.turns(3) == ["packed", "padded", "padded", "packed", "packed", "padded"]
+        assert calls.turns(("packed", "padded"), 3) == [
+            "packed",
+            "padded",
+            "padded",
+            "packed",
+            "packed",
+            "padded",
+        ]
 
 
 class TestQuantised:
@@ -185,7 +192,10 @@ class TestQuantised:
 class TestAll:
     def test_every_script_is_there_and_the_queues_take_half_an_hour_at_most(self):
         assert all((BENCHMARKS / script).is_file() for script in runner.BENCHMARKS)
-        assert sum(runner.QUEUES.values()) <= 1800
+        assert runner.QUEUES_S <= 1800
+        assert runner.limit_of("throughput.py", 0) == runner.QUEUES["throughput.py"]
+        assert runner.limit_of("prediction_grid.py", 1700) == 100  # what is left of it
+        assert runner.limit_of("overlap.py", 1700) == runner.ALONE["overlap.py"]
         words = ["--model", "m", "--work", "w", "--quick"]
         assert runner.options_of("serve_soak.py", words) == ["--quick"]
 
