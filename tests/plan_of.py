@@ -26,8 +26,8 @@ def source_of(spec):
     return imagined_source(spec.program, spec.lookups, spec.dtype)
 
 
-def plan_of(spec, workload=None, machine=MACHINE, batches=(), **flags):
+def plan_of(spec, workload=None, machine=MACHINE, batches=(), now=None, **flags):
     """Plan for a machine that is not this one; flags as in `load_settings`, dots written as double underscores."""
     flags = {name.replace("__", "."): value for name, value in flags.items()}
     resolved = resolve(load_settings(flags=flags, environ={}).settings, machine, limits=None)
-    return make_plan(spec, source_of(spec), resolved, machine, workload, batches=batches)
+    return make_plan(spec, source_of(spec), resolved, machine, workload, batches=batches, now=now)

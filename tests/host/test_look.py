@@ -76,7 +76,7 @@ def planned(monkeypatch, rate, **flags):
             "best",
             lambda self, *args: (chosen.append(self.machine), real(self, *args))[1],
         )
-        patch.setattr("plan_of.make_plan", lambda *args, **more: make_plan(*args, now=now, **more))
+        patch.setattr("plan_of.make_plan", lambda *args, **more: make_plan(*args, **more | {"now": now}))
 
         def now():
             assert chosen, "the choice does not wait for the look"
@@ -116,7 +116,7 @@ def test_an_error_of_the_look_ends_the_planning(monkeypatch):
     def now():
         raise MachineError("ZI-5321", "the disk is gone", remedy="another disk")
 
-    monkeypatch.setattr("plan_of.make_plan", lambda *args, **more: make_plan(*args, now=now, **more))
+    monkeypatch.setattr("plan_of.make_plan", lambda *args, **more: make_plan(*args, **more | {"now": now}))
     with pytest.raises(MachineError, match="ZI-5321"):
         plan_of(SPEC, **STREAMED)
 
@@ -139,7 +139,7 @@ def test_a_budget_is_refused_at_once_where_its_plan_would_be(monkeypatch, device
             return str(error), error.remedy
         return None
 
-    def checked(spec, source, resolved, machine, workload, *, batches):
+    def checked(spec, source, resolved, machine, workload, *, batches, now):
         with monkeypatch.context() as patch:
             if refusal is None:
                 patch.setattr(choosing.Candidates, "_judged", lambda *_: pytest.fail("the check simulates"))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from plan_of import MACHINE, plan_of, source_of, spec_of
 
+from zinfer.config.machine import There
 from zinfer.plan.explain import explain
 from zinfer.plan.forecast import prefill_load, simulate_loading
 from zinfer.plan.make import Plan
@@ -82,6 +83,29 @@ def test_otherwise_nobody_is_read_twice(share, flags):
     assert plan.placement.guests == ()
     assert plan.schedule.second == ()
     assert not guests_of(plan)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_nobody_waits_for_memory_that_is_there(share):
+    there = machine(share).model_copy(update={"there": There(nbytes=2**30)})
+    plan = plan_of(SPEC, WORK, there, **STREAMED)
+    assert plan.placement.guests == ()
+    slow, plain = (plan_of(SPEC, WORK, machine(each), **STREAMED) for each in (share, None))
+    assert plan.forecast.job_s < slow.forecast.job_s
+    assert plan.forecast.job_s == pytest.approx(plain.forecast.job_s, rel=0.03)
+
+
+@pytest.mark.parametrize("there", [0, 100, 1000])
+def test_who_waits_is_chosen_again_once_it_is_known_what_is_there(there):
+    """As if it had been known at once."""
+    slow = machine(0.2)
+    now = slow.model_copy(update={"there": There(nbytes=there * 2**20)})
+    waited = plan_of(SPEC, WORK, slow, now=lambda: now, **STREAMED)
+    known = plan_of(SPEC, WORK, now, **STREAMED)
+    assert waited == replace(known, forecast=waited.forecast)
+    assert waited.forecast.job_s == pytest.approx(known.forecast.job_s)
+    assert (waited.placement.guests == ()) is (there == 1000)
+    assert waited.machine.there.nbytes == there * 2**20
 
 
 def test_the_job_is_foretold_with_what_its_second_pass_reads_again():

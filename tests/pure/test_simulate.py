@@ -9,7 +9,7 @@ from links_of import machine_with
 from plan_tables import page_counts, table_of
 
 from zinfer.chunks.table import PAGE
-from zinfer.config.machine import Overlap
+from zinfer.config.machine import Overlap, There
 from zinfer.errors import InternalError
 from zinfer.plan.place import Reserve, place, smallest_budget
 from zinfer.plan.records import Budget, Compute, Schedule, Tier
@@ -212,11 +212,50 @@ def test_memory_of_guests_is_found_beside_the_second_pass():
     assert max(run.peak_bytes[Tier.HOST] for run in (guest_first, guest_second)) <= 11 * PAGE
 
 
+@pytest.mark.parametrize("there", [0, 3, 6, 9, 100])
+def test_memory_that_is_there_is_used_first_and_by_slots_before_all(there):
+    """Three slots take of it, then what stays in the first pass, then what comes to stay in the second."""
+    count, slots = 16, 3
+    table = table_of([1] * count)
+    placement = place(table, Budget(host=11 * PAGE), compute_tier=Tier.HOST, reserve=Reserve(), lookahead=2)
+    stay = tuple(filter(placement.resident, range(count)))
+    assert (placement.slots, len(stay)) == (slots, 8)
+    invited = replace(placement, guests=stay[:4])
+    machine = machine_with(1.0).model_copy(
+        update={
+            "fresh_bytes_per_s": 0.5 * PAGE,
+            "there": There(nbytes=there * PAGE, bytes_per_s=4.0 * PAGE),
+        }
+    )
+    work, schedule = [[0.0] * count], build_schedule(table, invited)
+    runs = simulate_passes(table, invited, schedule, machine, work, rows_s=[0.0], num_steady=1)
+    left, wanted = max(there - slots, 0), []
+    for needed in (4, 4, 0):
+        quick = min(left, needed)
+        wanted.append(quick * 0.25 + (needed - quick) * 2.0)
+        left -= quick
+    assert [run.busy_s["compute"] for run in runs] == pytest.approx(wanted)
+
+
+def test_finding_costs_what_each_part_of_it_does():
+    machine = machine_with(1.0)
+    assert machine.finding_s(100) == 0.0, "nobody has measured it"
+    machine = machine.model_copy(update={"fresh_bytes_per_s": 2.0})
+    assert machine.finding_s(100) == machine.finding_s(100, before=7) == 50.0
+    machine = machine.model_copy(update={"there": There(nbytes=60, bytes_per_s=20.0)})
+    assert machine.finding_s(100) == 3.0 + 20.0
+    assert machine.finding_s(40) == 2.0
+    assert machine.finding_s(40, before=40) == 1.0 + 10.0
+    assert machine.finding_s(40, before=60) == machine.finding_s(40, before=61) == 20.0
+
+
 def test_below_a_device_pages_are_found_by_pinning():
     table = table_of([1] * 8)
     budget = Budget(host=8 * PAGE, device=8 * PAGE)
     placement = place(table, budget, compute_tier=Tier.DEVICE, reserve=Reserve(), lookahead=1)
-    machine = machine_with(1.0, h2d=2.0).model_copy(update={"fresh_bytes_per_s": 1.0})
+    machine = machine_with(1.0, h2d=2.0).model_copy(
+        update={"fresh_bytes_per_s": 1.0, "there": There(nbytes=PAGE)}
+    )
     plain = machine.model_copy(update={"fresh_bytes_per_s": None})
     schedule = build_schedule(table, placement)
     assert simulate(table, placement, schedule, machine, [1.0] * 8) == simulate(

@@ -123,6 +123,15 @@ class Overlap(BaseModel):
         return disk_s * disk, work_s * work
 
 
+class There(BaseModel):
+    """Free memory whose pages the machine still has, for somebody gave it back a moment ago.  It is used first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nbytes: int = Field(default=0, ge=0)
+    bytes_per_s: float = Field(default=1e10, gt=0)
+
+
 class Machine(BaseModel):
     """Capacities in bytes, links, and compute rates of the host and of one device (None where there is none)."""
 
@@ -139,6 +148,7 @@ class Machine(BaseModel):
     links: tuple[DeviceLink, ...] = ()  # of several devices, that which computes first; none: h2d is all
     host_copy_bytes_per_s: float | None = None  # within host memory; for the reader, no plan uses it
     fresh_bytes_per_s: float | None = None  # memory that nobody has used gets its pages; None: at no cost
+    there: There = There()  # of the free memory, as it was looked at; of no profile
     host: Compute
     overlap: Overlap = Overlap()
     device: Compute | None = None
@@ -161,6 +171,13 @@ class Machine(BaseModel):
         if self.links:
             return sum(link.together_bytes_per_s for link in self.links)
         return self.h2d.bytes_per_s if self.h2d else 0.0
+
+    def finding_s(self, nbytes: int, before: int = 0) -> float:
+        """Seconds of a processor that so many bytes of memory take to be found, after `before` others."""
+        if self.fresh_bytes_per_s is None:
+            return 0.0
+        there = min(max(self.there.nbytes - before, 0), nbytes)
+        return there / self.there.bytes_per_s + (nbytes - there) / self.fresh_bytes_per_s
 
     def using(self, devices: int) -> Machine:
         """This machine with the first so many links in use; their rates stay those of all links at once."""

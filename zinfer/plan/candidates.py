@@ -15,7 +15,7 @@ from zinfer.errors import BudgetError
 from zinfer.plan.choose import choose
 from zinfer.plan.curve import Curve, compute_curve
 from zinfer.plan.forecast import decode_load, engine_of, simulate_load
-from zinfer.plan.guests import with_guests
+from zinfer.plan.guests import with_guests, without_guests
 from zinfer.plan.kv import kv_plans
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
 from zinfer.plan.place import Reserve, smallest_budget
@@ -54,8 +54,11 @@ class Candidates:
         return self._with_guests(candidate), reasons
 
     def again(self, candidate: Candidate) -> Candidate:
-        """The same choice under this machine, which differs from the other one in its disk's rate."""
+        """The same choice under this machine, which differs from the other one in its disk's rate and free memory."""
         choice, settled = candidate.choice, candidate.workload
+        is_there = bool(choice.placement.guests) and self.machine.there.nbytes > 0
+        if is_there:  # fewer need wait for the second pass
+            choice = without_guests(choice, settled)
         _, steady = simulate_load(
             self.spec,
             choice.table,
@@ -67,7 +70,8 @@ class Candidates:
         )
         choice = replace(choice, steady=steady)
         objective = self.resolved.settings.runtime.objective
-        return judge(settled, choice, candidate.curve, machine=self.machine, objective=objective)
+        again = judge(settled, choice, candidate.curve, machine=self.machine, objective=objective)
+        return self._with_guests(again) if is_there else again
 
     def check(self, workload: Workload) -> None:
         """Raises BudgetError as `best` would: where single ops fit beside the least look-ahead it finds something."""

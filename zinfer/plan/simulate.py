@@ -206,37 +206,31 @@ def simulate_passes(
     `compute_s` and `rows_s` hold what the first pass takes, the second and so on; the last ones go for all others.
     """
     simulator = Simulator(table, placement, machine)
-
-    runs = []
+    runs, found = [], placement.slots * placement.slot_bytes
     for at, steps in enumerate((*schedule.loading, *[schedule.steady] * num_steady)):
         work_s = compute_s[min(at, len(compute_s) - 1)]
-        if at < len(schedule.loading):
-            work_s = fresh_seconds(table, placement, machine, work_s, steps)
+        if at < len(schedule.loading) and placement.compute_tier is Tier.HOST:
+            nbytes = fresh_bytes(table, placement, steps)
+            work_s = with_finding(table, work_s, machine.finding_s(nbytes, found))
+            found += nbytes
         slowed_s = simulator.side_by_side(steps, work_s)
         runs.append(simulator.run(steps, slowed_s, rows_s[min(at, len(rows_s) - 1)]))
     return runs
 
 
-def fresh_seconds(
-    table: ChunkTable,
-    placement: Placement,
-    machine: Machine,
-    compute_s: Sequence[float],
-    steps: Iterable[Step],
-) -> Sequence[float]:
+def fresh_bytes(table: ChunkTable, placement: Placement, steps: Iterable[Step]) -> int:
+    """Bytes of memory that a pass is the first to use: of what comes to stay in it."""
+    new = {step.chunk for step in steps if isinstance(step, Fetch) and not step.as_guest}
+    return sum(chunk.nbytes for chunk in table.streamable if chunk.id in new and placement.resident(chunk.id))
+
+
+def with_finding(table: ChunkTable, compute_s: Sequence[float], finding_s: float) -> Sequence[float]:
     """Computation of a pass that loads, which shares the processor with finding pages for what comes to stay.
 
     They are found ahead of their reads, all through the pass: a large chunk at its end keeps nobody waiting there.
     """
-    rate = machine.fresh_bytes_per_s
-    if rate is None or placement.compute_tier is not Tier.HOST:
-        return compute_s
-    new = {step.chunk for step in steps if isinstance(step, Fetch) and not step.as_guest}
-    fresh = sum(
-        chunk.nbytes for chunk in table.streamable if chunk.id in new and placement.resident(chunk.id)
-    )
-    share_s = (
-        fresh / rate / sum(chunk.nbytes for chunk in table.streamable)
+    share_s = finding_s / sum(
+        chunk.nbytes for chunk in table.streamable
     )  # of each byte that is computed with
     return [
         seconds + (chunk.nbytes * share_s if chunk.ops else 0.0)

@@ -31,7 +31,7 @@ from zinfer.plan.make import Plan, as_read, check_budget, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import profile
 from zinfer.plan.records import Workload
-from zinfer.runtime.look import Look
+from zinfer.runtime.look import Look, is_worth_a_look, look_at
 from zinfer.spec.encoder import with_sentence_files
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
@@ -257,14 +257,20 @@ def _resolved(
 def _as_it_is_now(
     machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved
 ) -> tuple[Machine, Look | None]:
-    """A saved profile, with a look at the disk where passes will wait for it; another disk is measured at once."""
+    """A saved profile, with a look at what is not as it was saved: the disk where passes will wait for it, and the
+    memory that a host computes in.  Another disk is measured at once.
+    """
     from zinfer.memory.measure import for_files
     from zinfer.memory.measure_disk import device_of
 
     if files and machine.disk_device != device_of(files):
-        return for_files(machine, files), None
-    will_stream = profile(spec).pass_bytes > resolved.host_bytes + resolved.device_bytes
-    return machine, Look(lambda: for_files(machine, files)) if will_stream else None
+        machine, files = for_files(machine, files), ()
+    pass_bytes = profile(spec).pass_bytes
+    if pass_bytes <= resolved.host_bytes + resolved.device_bytes:
+        files = ()
+    memory_bytes = min(pass_bytes, resolved.host_bytes) if resolved.device == "cpu" else 0
+    is_worth_it = bool(files) or is_worth_a_look(machine, memory_bytes)
+    return machine, Look(lambda: look_at(machine, files, memory_bytes)) if is_worth_it else None
 
 
 def machine_for(settings: Settings, files: Sequence[Path], spec: ModelSpec) -> tuple[Machine, bool]:
