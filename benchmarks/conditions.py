@@ -105,6 +105,11 @@ def weight_files(model: Path) -> list[Path]:
     return sorted(model.glob("*.safetensors"))
 
 
+def planned_memory(machine: dict[str, Any]) -> dict[str, Any]:
+    """What a plan took finding memory for: the rate where it is fresh, and what of it was still there, by its look."""
+    return {"fresh_bytes_per_s": machine["fresh_bytes_per_s"]} | machine["there"]
+
+
 def checkpoint_bytes(model: Path) -> int:
     """Bytes of all data files."""
     return sum(file.stat().st_size for file in weight_files(model))

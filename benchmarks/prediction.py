@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from conditions import PROFILE, checkpoint_bytes
+from conditions import PROFILE, checkpoint_bytes, planned_memory
 from contest import STREAMED, Contest, Engine, Row, checkpoint, doctor, random_prompts
 from harness import MIB, Record, end_on_signals, summary
 from roofs import add_model_options
@@ -45,6 +45,8 @@ def case(contest: Contest, percent: float, total: int) -> dict[str, Any]:
         "predicted_first_token_s": predicted["first_token_s"],
         "binding": predicted["binding"],
         "planned_read_bytes_per_s": plan["plan"]["machine"]["disk_read"]["bytes_per_s"],
+        "planned_overlap": plan["plan"]["machine"]["overlap"],
+        "planned_memory": planned_memory(plan["plan"]["machine"]),
         "measured_over_predicted": row.median / predicted["pass_s"],
         "allowed_rss_bytes": row.import_rss_bytes + contest.budget_bytes + SLACK,
         "read_over_reported": bytes_ratio(row),

@@ -3,8 +3,10 @@
 usage: prediction_grid.py [--model DIR | --shape NAME] [--work DIR] [--parts points,grid] [--quick]
 
 Ten points of (budget, sequences, prompt length): each prediction is written to a file before any weight is read, then
-the point is run.  Then one job with everything left to the planner, and the same job with every batch and row count of
-a small grid, all really run: the chosen one should be within 5 % of the best.
+the point is run.  A run may begin in memory that the one before it gave back; it is told nothing of that, and what its
+plan took for still there is in the record (`planned_memory`).  Then one job with everything left to the planner, and
+the same job with every batch and row count of a small grid, all really run: the chosen one should be within 5 % of the
+best.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 from typing import Any
 
 from calls import Bench, Call, median_s, num_wrong, parser, run, start
-from conditions import checkpoint_bytes
+from conditions import checkpoint_bytes, planned_memory
 from harness import Record, summary
 
 POINTS = (  # percent of the checkpoint, sequences, prompt length
@@ -59,6 +61,8 @@ def point(bench: Bench, percent: int, sequences: int, prompt: int) -> dict[str, 
         "job_over_predicted": call.seconds / forecast["job_s"],
         "binding": forecast["binding"],
         "planned_read_bytes_per_s": foretold["plan"]["machine"]["disk_read"]["bytes_per_s"],
+        "planned_overlap": foretold["plan"]["machine"]["overlap"],
+        "planned_memory": planned_memory(foretold["plan"]["machine"]),
         "disk_rates": seen.disk_rates,
         "num_wrong": num_wrong(bench.known, [call]),
     }

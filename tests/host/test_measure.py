@@ -106,6 +106,27 @@ def test_a_probe_without_time_says_what_it_skipped(files):
     assert Machine.model_validate_json(machine.model_dump_json()) == machine
 
 
+def test_reads_beside_products_are_measured_at_two_moments(files, ample, monkeypatch):
+    """Before and after all that is computed, by the same product; what both saw counts."""
+    order = []
+
+    def overlap_turns(paths, work, _seconds):
+        work()
+        order.append(paths)
+        return [Overlap(disk=1 + len(order) / 10)] * 4
+
+    def measure_compute(*_args):
+        order.append("compute")
+        return Compute(products={}, attention_flops_per_s=1.0, op_overhead_s=0.0)
+
+    monkeypatch.setattr(measuring.Clock, "left_s", property(lambda _self: 0.05))
+    monkeypatch.setattr("zinfer.memory.measure_beside.overlap_turns", overlap_turns)
+    monkeypatch.setattr(measuring, "measure_compute", measure_compute)
+    machine = probe(files, linear, Idle, dtype="F32", shapes=SHAPES, seconds=0.05)
+    assert order == [files, "compute", files]
+    assert machine.overlap.disk == pytest.approx(1.1)
+
+
 def test_only_the_wanted_mode_is_measured(files, ample):
     machine = probe(files, linear, Idle, dtype="F32", shapes=SHAPES, modes=(True,), seconds=0.0)
     assert set(machine.host.products) == {"F32 exact"}

@@ -1,6 +1,7 @@
 """What reads, fresh memory and products cost each other, by clocks of the tests' own."""
 
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,12 @@ from zinfer.chunks.table import HUGE_PAGE
 from zinfer.config.machine import Overlap
 from zinfer.memory import measure_beside as measuring
 from zinfer.memory.crowd import CROWD
-from zinfer.memory.measure_beside import measure_chunk_overhead, measure_fresh, measure_overlap
+from zinfer.memory.measure_beside import (
+    measure_chunk_overhead,
+    measure_fresh,
+    overlap_turns,
+    usual_overlap,
+)
 from zinfer.memory.measure_disk import ReadLoad
 
 MIB = 2**20
@@ -63,17 +69,19 @@ class Bench:
 
 @pytest.mark.parametrize("turns", [0, 1, 4])
 def test_reads_and_work_that_get_in_each_others_way_are_seen(files, monkeypatch, turns):
-    bench = Bench(monkeypatch, alone=(1.0, 1.5), beside=(3.0, 2.1))
-    overlap = measure_overlap(files, bench.work, turns * measuring._TURN_S * 1.01)
-    assert overlap.disk == pytest.approx(3.0)
-    assert overlap.compute == pytest.approx(1.4)
+    bench = Bench(monkeypatch, alone=(2.0, 1.5), beside=(3.5, 2.1))
+    seen = overlap_turns(files, bench.work, turns * measuring._TURN_S * 1.01)
+    assert [turn.disk for turn in seen] == [pytest.approx(1.75)] * max(turns, 1)
+    assert [turn.compute for turn in seen] == [pytest.approx(1.4)] * max(turns, 1)
+    assert usual_overlap(seen).disk == pytest.approx(1.75)
     assert bench.num_turns == max(turns, 1), "in turns: both may have changed a second later"
 
 
 def test_reads_and_work_that_do_not_are_not_said_to(files, monkeypatch):
     bench = Bench(monkeypatch, alone=(2.0, 2.0), beside=(1.0, 1.9))
-    assert measure_overlap(files, bench.work, 0.1) == Overlap()
-    assert measure_overlap([], lambda: None, 0.01) == Overlap()
+    assert overlap_turns(files, bench.work, 0.1) == [Overlap()]
+    assert overlap_turns([], lambda: None, 0.01) == []
+    assert usual_overlap([]) == Overlap()
 
 
 def test_products_beside_reads_do_not_spin(files, monkeypatch):
@@ -93,14 +101,29 @@ def test_products_beside_reads_do_not_spin(files, monkeypatch):
         bench.work()
 
     monkeypatch.setattr(measuring, "CROWD", Crowd())
-    measure_overlap(files, work, 0.0)
-    assert said == ["hold", "alone", *["enter", "beside"] * 3, "let_go"]
+    overlap_turns(files, work, 0.0)
+    assert said == ["hold", "alone", *["enter", "beside"] * 3, "alone", "let_go"]
 
 
-def test_nothing_is_slower_than_it_is_alone_by_less_than_nothing(files, monkeypatch):
-    assert measuring._slowdown(0.5, 1.0) == 1.0
-    assert measuring._slowdown(3.0, 2.0) == 1.5
-    assert measuring._slowdown(30.0, 1.0) == measuring._MOST
+def test_what_somebody_else_takes_meets_some_turns_and_not_the_others():
+    """Seen on a machine that had one user: 1.03, 1.91, 1.66, 1.10, 1.06, 1.09, 1.47 and 1.11 within half a minute."""
+    turns = [Overlap(disk=disk, compute=1.1) for disk in (1.03, 1.91, 1.66, 1.1, 1.06, 1.09, 1.47, 1.11)]
+    assert usual_overlap(turns).disk == pytest.approx(1.0825)
+    assert usual_overlap(turns).compute == 1.1
+    busy = [Overlap(disk=1.2, compute=compute) for compute in (1.0, 1.3, 9.0)]
+    assert usual_overlap(busy) == Overlap(disk=1.2, compute=1.3)
+    assert usual_overlap([Overlap(disk=30.0, compute=30.0)]) == Overlap(
+        disk=measuring._MOST, compute=measuring._MOST
+    )
+
+
+@pytest.mark.parametrize("alone", [(2.0, 4.0), (4.0, 2.0)])
+def test_a_turn_is_alone_before_and_after(files, monkeypatch, alone):
+    """A disk that becomes slower or faster within a turn is not taken for what work costs it."""
+    bench = Bench(monkeypatch, alone=(1.0, 1.0), beside=(3.0, 1.0))
+    rounds = iter(alone)
+    monkeypatch.setattr(ReadLoad, "round_seconds", lambda *_args: [next(rounds)] * 3)
+    assert overlap_turns(files, bench.work, 0.0) == [Overlap()]
 
 
 def test_a_product_alone_waits_until_its_cores_spin_again(monkeypatch):
@@ -160,6 +183,27 @@ def test_fresh_memory_costs_what_it_adds_to_work(monkeypatch, alone_s, beside_s,
     rate = measure_fresh(work, 40.0, 64 * HUGE_PAGE)
     assert rate == pytest.approx(HUGE_PAGE / (beside_s - alone_s))
     assert Finder.is_closed
+
+
+def test_memory_that_is_there_is_held_while_what_is_fresh_is_measured(monkeypatch):
+    """It would be used first, and is not what is asked for."""
+    order = []
+
+    @contextmanager
+    def held_there(nbytes, seconds):
+        order.append(("held", nbytes, seconds))
+        yield
+        order.append("let go")
+
+    def found(_work, alone_s, seconds, nbytes):
+        order.append(("found", alone_s, seconds, nbytes))
+        return 7.0
+
+    monkeypatch.setattr(measuring, "held_there", held_there)
+    monkeypatch.setattr(measuring, "_fresh_rate", found)
+    monkeypatch.setattr(measuring, "typical_seconds", lambda _run, _seconds: 0.25)
+    assert measure_fresh(lambda: None, 3.0, HUGE_PAGE) == 7.0
+    assert order == [("held", 4 * HUGE_PAGE, 3.0), ("found", 0.25, 3.0, HUGE_PAGE), "let go"]
 
 
 def test_fresh_memory_is_never_free(monkeypatch):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from zinfer.config.limits import memory_limits
-from zinfer.config.machine import Compute, Machine, Overlap, ProductRate, StepCost
+from zinfer.config.machine import Compute, Machine, ProductRate, StepCost
 from zinfer.config.profiles import fingerprint
 from zinfer.memory.devices import visible_devices
-from zinfer.memory.measure_beside import measure_chunk_overhead, measure_fresh, measure_overlap
+from zinfer.memory.measure_beside import Beside, measure_chunk_overhead
 from zinfer.memory.measure_disk import device_of, link_now, measure_disk
 from zinfer.memory.measure_links import measure_copies, measure_host_copy, typical_seconds
 from zinfer.units import GIB, MIB
@@ -144,9 +144,16 @@ def measure(
     limits = memory_limits()
     disk = _disk_fields(paths, seconds / 5)
     chunk_s = measure_chunk_overhead(paths, seconds / 40)
-    overlap, fresh = _measure_beside(paths, product, shapes, dtypes[0], modes[0], seconds, clock)
+    pool = _pool(_dense(DTYPES[dtypes[0]]), torch.device("cpu"), shapes, 0)
+    decode, prompt = (partial(_round, product, pool, rows, modes[0]) for rows in (1, _PROMPT_ROWS))
+    beside = Beside(paths, decode, prompt, seconds)
+    if clock.allows("reads beside products"):
+        beside.take_turns(clock.left_s)
+    fresh = None
+    if clock.allows("fresh memory"):
+        fresh = beside.fresh(clock.left_s, min(_FRESH_BYTES, limits.available // 8))
     has_gpu = visible_devices().count > 0
-    host_s = clock.left_s * (0.45 if has_gpu else 0.85)
+    host_s = clock.left_s * (0.45 if has_gpu else 0.8)
     host = measure_compute(
         product,
         small_model,
@@ -160,11 +167,13 @@ def measure(
     )
     if chunk_s is not None:
         host = host.model_copy(update={"chunk_overhead_s": chunk_s})
+    if clock.left_s > 0:
+        beside.take_turns(clock.left_s)
     machine = Machine(
         name=platform.node() or "this machine",
         host_bytes=limits.total,
         host=host,
-        overlap=overlap,
+        overlap=beside.overlap,
         host_copy_bytes_per_s=measure_host_copy() if clock.allows("copies in host memory") else None,
         fresh_bytes_per_s=fresh,
         measured=True,
@@ -174,30 +183,6 @@ def measure(
     if has_gpu:
         machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, formats, clock)
     return machine.model_copy(update={"skipped": tuple(clock.skipped)})
-
-
-def _measure_beside(
-    paths: Sequence[Path],
-    product: Product,
-    shapes: Sequence[Shape],
-    dtype: str,
-    exact: bool,
-    seconds: float,
-    clock: Clock,
-) -> tuple[Overlap, float | None]:
-    """What reads and products cost each other, and bytes per second of fresh memory; of a measurement of `seconds`."""
-    pool = _pool(_dense(DTYPES[dtype]), torch.device("cpu"), shapes, 0)
-    decode, prompt = (partial(_round, product, pool, rows, exact) for rows in (1, _PROMPT_ROWS))
-    overlap, fresh = Overlap(), None
-    with torch.no_grad():
-        if clock.allows("reads beside products"):
-            decode()  # a kernel is chosen at its first use
-            overlap = measure_overlap(paths, decode, min(seconds / 10, clock.left_s))
-        if clock.allows("fresh memory"):
-            prompt()
-            nbytes = min(_FRESH_BYTES, memory_limits().available // 8)
-            fresh = measure_fresh(prompt, min(seconds / 20, clock.left_s), nbytes)
-    return overlap, fresh
 
 
 class Clock:

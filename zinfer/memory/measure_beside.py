@@ -8,6 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+import torch
+
 from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Chunk, ChunkId, ChunkTable, Read
 from zinfer.config.machine import Overlap
 from zinfer.memory.ahead import Ahead
@@ -16,52 +19,117 @@ from zinfer.memory.crowd import CROWD
 from zinfer.memory.measure_disk import ReadLoad, ranges
 from zinfer.memory.measure_links import typical, typical_seconds
 from zinfer.memory.slab import HostSlab
+from zinfer.memory.there import held_there
 from zinfer.plan.records import Budget, Placement, Tier
 from zinfer.units import round_up
 
-_MOST = 4.0  # a slowdown beyond this was somebody else's work
+_MOST = 2.0  # a slowdown beyond this was somebody else's work: two who share all there is take twice as long
 _NUM_CHUNKS = 16
-_TURN_S = 0.3  # of measuring overlap: some rounds of reads alone, some beside work
+_TURN_S = 0.3  # of measuring overlap: some rounds of reads beside work, some alone before and after them
 _FINDERS = 2  # of pages, at once in a first pass: the engine's own, and a reader
 _LEAST_ADDED = 0.05  # of the time beside a finder of pages: noise must not make fresh memory cost nothing
+_QUARTILE = 0.25
+_MOST_THERE = 4  # times what is then found fresh: of a machine whose memory is always there it is enough
 _WAIT_S, _MOST_WAITS = 0.01, 20
 
 
-def measure_overlap(paths: Sequence[Path], work: Callable[[], object], seconds: float) -> Overlap:
+class Beside:
+    """What reads, fresh memory and products cost each other.
+
+    `decode` and `prompt` are products of one row and of many; `seconds` are those of the whole measurement.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        decode: Callable[[], object],
+        prompt: Callable[[], object],
+        seconds: float,
+    ) -> None:
+        self._paths = paths
+        self._decode = decode
+        self._prompt = prompt
+        self._seconds = seconds
+        self._turns: list[Overlap] = []
+
+    def take_turns(self, left_s: float) -> None:
+        """Some turns of reads and products; best at moments apart, for others keep a disk busy for seconds together."""
+        with torch.no_grad():
+            self._decode()  # a kernel is chosen at its first use
+            self._turns += overlap_turns(self._paths, self._decode, min(self._seconds / 14, left_s))
+
+    @property
+    def overlap(self) -> Overlap:
+        """By all turns so far."""
+        return usual_overlap(self._turns)
+
+    def fresh(self, left_s: float, nbytes: int) -> float:
+        """Bytes per second of fresh memory."""
+        with torch.no_grad():
+            self._prompt()
+            return measure_fresh(self._prompt, min(self._seconds / 20, left_s), nbytes)
+
+
+def overlap_turns(paths: Sequence[Path], work: Callable[[], object], seconds: float) -> list[Overlap]:
     """`work` alone, reads alone and both at once, in turns, since disk and processor have changed a second later.
 
-    Both at once as in a streamed pass: products that wait for each other do not spin then (`memory.crowd`).  Medians,
-    for what somebody else takes meets one side of a turn and not the other.
+    Both at once as in a streamed pass: products that wait for each other do not spin then (`memory.crowd`).  A turn's
+    sides are compared with each other alone, for what lasts longer than a turn is on both of them.
     """
     reads = ranges(paths, PIECE_BYTES)
     if not reads:
-        return Overlap()
-    turns = max(int(seconds / _TURN_S), 1)
-    read_s: list[float] = []
-    work_s: list[float] = []
-    read_beside_s: list[float] = []
-    work_beside_s: list[float] = []
+        return []
+    num_turns = max(int(seconds / _TURN_S), 1)
     with ReadLoad(paths) as load, ThreadPoolExecutor(1, "zinfer-probe") as pool:
         CROWD.hold()
         try:
-            for _ in range(turns):
-                _until_cores_spin()
-                work_s += _times(work, seconds / turns / 4)
-                read_s += load.round_seconds(reads, seconds / turns / 4)
-                reading = pool.submit(load.round_seconds, reads, seconds / turns / 2)
-                times: list[float] = []
-                while not reading.done():
-                    CROWD.enter()
-                    begin_s = time.perf_counter()
-                    work()
-                    times.append(time.perf_counter() - begin_s)
-                read_beside_s += reading.result()
-                work_beside_s += times[:-1] or times  # the last one may have outlived the reads
+            return [_turn(load, reads, work, pool, seconds / num_turns) for _ in range(num_turns)]
         finally:
             CROWD.let_go()
+
+
+def usual_overlap(turns: Sequence[Overlap]) -> Overlap:
+    """What reads and products cost each other every turn meets; what somebody else takes, some turns meet.
+
+    Of reads the lower quartile counts: seconds together, a disk that others use is slow beside work and not alone.
+    """
+    if not turns:
+        return Overlap()
     return Overlap(
-        disk=_slowdown(median(read_beside_s), median(read_s)),
-        compute=_slowdown(median(work_beside_s or work_s), median(work_s)),
+        disk=min(float(np.quantile([turn.disk for turn in turns], _QUARTILE)), _MOST),
+        compute=min(median(turn.compute for turn in turns), _MOST),
+    )
+
+
+def _turn(
+    load: ReadLoad,
+    reads: Sequence[Read],
+    work: Callable[[], object],
+    pool: ThreadPoolExecutor,
+    seconds: float,
+) -> Overlap:
+    """How many times longer reads and work take beside each other than alone before and after it."""
+    read_s: list[float] = []
+    work_s: list[float] = []
+    work_beside_s: list[float] = []
+    _until_cores_spin()
+    work_s += _times(work, seconds / 8)
+    read_s += load.round_seconds(reads, seconds / 8)
+    reading = pool.submit(load.round_seconds, reads, seconds / 2)
+    while not reading.done():
+        CROWD.enter()
+        begin_s = time.perf_counter()
+        work()
+        work_beside_s.append(time.perf_counter() - begin_s)
+    read_beside_s = reading.result()
+    read_s += load.round_seconds(reads, seconds / 8)
+    _until_cores_spin()
+    work_s += _times(work, seconds / 8)
+    # The last one may have outlived the reads.
+    beside_s = work_beside_s[:-1] or work_beside_s or work_s
+    return Overlap(
+        disk=max(median(read_beside_s) / median(read_s), 1.0),
+        compute=max(median(beside_s) / median(work_s), 1.0),
     )
 
 
@@ -88,9 +156,15 @@ def measure_fresh(work: Callable[[], object], seconds: float, nbytes: int) -> fl
     """Bytes per second at which memory that nobody has used gets its pages, by what that adds to `work` beside it.
 
     A virtual machine finds and clears each page at its first use.  What some process gave back a moment ago is still
-    there and costs nothing, so the first half of the time is not counted; it ends with `nbytes`.
+    there and is used first: it is held meanwhile, and of what remains the first half of the time is not counted.  It
+    ends with `nbytes`.
     """
     alone_s = typical_seconds(work, seconds / 4)
+    with held_there(_MOST_THERE * nbytes, seconds):
+        return _fresh_rate(work, alone_s, seconds, nbytes)
+
+
+def _fresh_rate(work: Callable[[], object], alone_s: float, seconds: float, nbytes: int) -> float:
     slab = HostSlab(nbytes)
     share = round_up(-(-nbytes // _FINDERS), HUGE_PAGE)
     finders = [Ahead(slab.bytes_N[begin:], min(share, nbytes - begin)) for begin in range(0, nbytes, share)]
@@ -143,7 +217,3 @@ def measure_chunk_overhead(paths: Sequence[Path], seconds: float = 0.05) -> floa
     finally:
         manager.close()
     return typical(times)
-
-
-def _slowdown(beside_s: float, alone_s: float) -> float:
-    return min(max(beside_s / alone_s, 1.0), _MOST)
