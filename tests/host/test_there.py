@@ -74,10 +74,15 @@ def test_a_core_that_was_lost_for_a_moment_is_no_end(monkeypatch):
     assert memory.found == 100
 
 
-def test_it_ends_with_its_time(monkeypatch):
+def test_where_its_time_is_up_as_much_again_is_expected(monkeypatch):
+    """At the same rate, and never more than there is use for."""
     memory = Memory(monkeypatch, lambda _at: FAST_S)
     there = memory_there(1000 * BLOCK, 50.5 * FAST_S)
-    assert there.nbytes == 51 * BLOCK == memory.found * BLOCK
+    assert memory.found == 51
+    assert there.nbytes == 2 * 51 * BLOCK
+    assert there.bytes_per_s == pytest.approx(8e9)
+    memory = Memory(monkeypatch, lambda _at: FAST_S)
+    assert memory_there(80 * BLOCK, 50.5 * FAST_S).nbytes == 80 * BLOCK
 
 
 def test_too_little_to_show_is_nothing(monkeypatch):

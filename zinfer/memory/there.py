@@ -26,6 +26,8 @@ _LEAST_BYTES = 32 * MIB  # less shows in no forecast
 def memory_there(most_bytes: int, seconds: float) -> There:
     """Find memory as a run would, until it no longer comes at once, there is enough of it, or time is up.
 
+    Where time is up as much again is expected: what ends somewhere is half through, as far as anybody can say.
+
     All of it is given back, and is the first to be found again: what was slow to come will be there then.
     """
     with held_there(most_bytes, seconds) as there:
@@ -51,7 +53,11 @@ def _found(slab: HostSlab, most_bytes: int, seconds: float) -> There:
         num_slow = num_slow + 1 if at_s - last_s > _BLOCK / _PRESENT_BYTES_PER_S else 0
         if not num_slow:
             there_bytes, there_s = offset + _BLOCK, at_s
-        if num_slow == _SLOW_BLOCKS or at_s - begin_s > seconds:
+        if num_slow == _SLOW_BLOCKS:
+            break
+        if at_s - begin_s > seconds:
+            there_bytes *= 2
+            there_s += there_s - begin_s
             break
     if there_bytes < _LEAST_BYTES:
         return There()
