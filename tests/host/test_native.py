@@ -38,8 +38,9 @@ def relative(found, want):
 
 
 @pytest.fixture
-def fresh():
+def fresh(monkeypatch):
     """The module asks anew, and forgets what it heard here."""
+    monkeypatch.setattr(calls, "remembered", lambda _question, _is_answer, find: find())
     calls.kernels.cache_clear()
     yield
     calls.kernels.cache_clear()
@@ -403,6 +404,44 @@ def test_a_library_is_made_once_for_a_machine_and_a_source(monkeypatch, tmp_path
     monkeypatch.setattr(build, "fingerprint", lambda: "another torch")
     named.add(f"attention-{build._digest(build.compiler(), calls._SOURCES)}.so")
     assert len(named) == 3
+
+
+@needs_kernels
+def test_a_library_is_tried_once_and_again_when_it_or_its_caller_has_changed(monkeypatch, tmp_path, fresh):
+    """Only that it was right is remembered, and only of this very file and the code that calls it."""
+    path = tmp_path / "kernels.so"
+    path.write_bytes(b"first")
+    caller = tmp_path / "caller.py"
+    caller.write_text("one")
+    answers, tried, says = {}, [], [""]
+
+    def remembered(question, is_answer, find):
+        if not is_answer(answers.get(question)):
+            answers[question] = find()
+        return answers[question]
+
+    monkeypatch.setattr(calls, "remembered", remembered)
+    monkeypatch.setattr(calls, "library", lambda sources, flags: path)
+    monkeypatch.setattr(calls, "Kernels", lambda path, threads: "kernels")
+    monkeypatch.setattr(calls, "__file__", str(caller))
+    monkeypatch.setattr(calls, "_wrong", lambda found: (tried.append(found), says[0])[1])
+
+    def ask():
+        calls.kernels.cache_clear()
+        return calls.kernels()
+
+    assert [ask(), ask()] == ["kernels"] * 2
+    assert len(tried) == 1
+    path.write_bytes(b"another")
+    assert [ask(), ask()] == ["kernels"] * 2
+    assert len(tried) == 2
+    caller.write_text("two")
+    says[0] = "norm"
+    assert [ask(), ask()] == [None] * 2, "what was wrong is tried again"
+    assert len(tried) == 4
+    says[0] = ""
+    assert [ask(), ask()] == ["kernels"] * 2
+    assert len(tried) == 5
 
 
 @needs_kernels

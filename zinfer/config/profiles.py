@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,22 @@ def save_machine(machine: Machine) -> Path:
 
 def fingerprint() -> str:
     """What a measurement depends on: processor, cores we may use, kernel, torch, GPUs.  Imports no torch."""
-    try:
-        torch_version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        torch_version = "none"
     parts = [
         _cpu_name(),
         f"{len(os.sched_getaffinity(0))} cores",
         platform.release(),
-        f"torch {torch_version}",
+        f"torch {_torch_version()}",
     ]
     return " | ".join([*parts, *_gpu_names()])
+
+
+@cache
+def _torch_version() -> str:
+    """Its metadata is a long text: milliseconds each time."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _cpu_name() -> str:

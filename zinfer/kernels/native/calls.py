@@ -7,6 +7,7 @@ What a thread calls while it `notes` is written down and not carried out (`zinfe
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from zinfer.kernels.native.build import library
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
+from zinfer.kernels.remembered import remembered
 from zinfer.log import logger
 from zinfer.spec.cost import packed_rows
 from zinfer.spec.quant import GROUP
@@ -90,13 +92,16 @@ def is_noting() -> bool:
 
 @cache
 def kernels() -> Kernels | None:
-    """Compiled, loaded and tried once per process; None, and said once, where that fails."""
+    """Compiled, loaded and found right once per library and machine; None, and said once, where that fails.
+
+    What was found wrong is tried again.  A library that is trusted to be run is trusted to be the one that was tried.
+    """
     path, threads = library(_SOURCES, _FLAGS), _openmp()
     if path is None or threads is None:
         return None
     try:
         found = Kernels(path, threads)
-        wrong = _wrong(found)
+        wrong = remembered(_as_it_is(path), lambda answer: answer == "", lambda: _wrong(found))
     except (OSError, AttributeError) as error:
         logger.warning("the compiled kernels do not load (%s): slower torch code replaces them", error)
         return None
@@ -104,6 +109,12 @@ def kernels() -> Kernels | None:
         logger.warning("the compiled kernels give wrong numbers (%s): slower torch code replaces them", wrong)
         return None
     return found
+
+
+def _as_it_is(path: Path) -> str:
+    """The library and what calls it: whatever may be wrong in one of them, and was not when they were tried."""
+    found, caller = path.stat(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return f"compiled kernels {path.name} {found.st_size} {found.st_mtime_ns} {caller[:16]}"
 
 
 class Kernels:
