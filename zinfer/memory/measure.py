@@ -108,7 +108,7 @@ def probe(
 def for_files(
     machine: Machine,
     paths: Sequence[Path],
-    seconds: float = 0.075,
+    seconds: float = 0.05,
     *,
     on_ready: Callable[[], object] = lambda: None,
 ) -> Machine:

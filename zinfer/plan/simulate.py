@@ -69,6 +69,7 @@ class Simulator:
         self._ready_s: dict[int, float] = {}  # chunks in the compute tier -> when they are there
         self._host_s: dict[int, float] = {}  # chunks in host memory below a device -> likewise
         self._staging_s = deque([0.0] * placement.staging)  # when each staging slot is free again
+        self._disk_free_s = 0.0
         self._busy: dict[str, deque[Stretch]] = {lane: deque() for lane in self._bytes}
         self._held = {Tier.HOST: placement.staging * placement.slot_bytes, Tier.DEVICE: 0}
 
@@ -96,25 +97,24 @@ class Simulator:
         timeline: list[Stretch] = []
         peak_bytes = dict(self._held)
         for step in steps:
-            match step:
-                case Fetch(chunk, as_guest):
-                    timeline += self._fetch(chunk, as_guest)
-                    peak_bytes = {tier: max(peak_bytes[tier], held) for tier, held in self._held.items()}
-                case Compute(chunk):
-                    if chunk not in self._ready_s:
-                        raise InternalError(
-                            "ZI-2091", f"the schedule computes chunk {chunk} before fetching it"
-                        )
-                    start_s = max(self.now_s, self._ready_s[chunk])
-                    bubble_s += start_s - self.now_s
-                    self.now_s = start_s + compute_s[chunk]
-                    timeline.append(Stretch("compute", chunk, start_s, self.now_s))
-                case Evict(chunk):
-                    del self._ready_s[chunk]
-                    self._held[self.placement.compute_tier] -= self.placement.slot_bytes
-                case FetchRows():
-                    timeline.append(Stretch("rows", -1, self.now_s, self.now_s + rows_s))
-                    self.now_s += rows_s
+            if isinstance(step, Fetch):
+                timeline += self._fetch(step.chunk, step.as_guest)
+                for tier, held in self._held.items():
+                    peak_bytes[tier] = max(peak_bytes[tier], held)
+            elif isinstance(step, Compute):
+                chunk = step.chunk
+                if chunk not in self._ready_s:
+                    raise InternalError("ZI-2091", f"the schedule computes chunk {chunk} before fetching it")
+                start_s = max(self.now_s, self._ready_s[chunk])
+                bubble_s += start_s - self.now_s
+                self.now_s = start_s + compute_s[chunk]
+                timeline.append(Stretch("compute", chunk, start_s, self.now_s))
+            elif isinstance(step, Evict):
+                del self._ready_s[step.chunk]
+                self._held[self.placement.compute_tier] -= self.placement.slot_bytes
+            else:
+                timeline.append(Stretch("rows", -1, self.now_s, self.now_s + rows_s))
+                self.now_s += rows_s
         busy_s: dict[str, float] = {}
         moved: Counter[str] = Counter()
         for lane, number, start_s, end_s in timeline:
@@ -160,13 +160,15 @@ class Simulator:
 
     def _move(self, chunk: int, lane: str, ready_s: float) -> Stretch:
         """Occupy the link in its first gap from `ready_s` on; the disk serves in the order of issue, so has none."""
-        seconds = self._seconds[lane][chunk] * (self._disk_slowdown if lane == DISK else 1.0)
+        seconds = self._seconds[lane][chunk]
+        if lane == DISK:
+            begin_s = max(ready_s, self._disk_free_s)
+            self._disk_free_s = begin_s + seconds * self._disk_slowdown
+            return Stretch(DISK, chunk, begin_s, self._disk_free_s)
         busy = self._busy[lane]
         while busy and busy[0].end_s <= self.now_s:
             busy.popleft()
         at = 0
-        if lane == DISK and busy:
-            at, ready_s = len(busy), max(ready_s, busy[-1].end_s)
         while at < len(busy) and busy[at].begin_s < ready_s + seconds:
             ready_s = max(ready_s, busy[at].end_s)
             at += 1
