@@ -10,7 +10,7 @@ from typing import NamedTuple
 from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import InternalError
-from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step, Tier
+from zinfer.plan.records import Compute, Evict, Fetch, Placement, Schedule, Step, Tier
 from zinfer.plan.shares import DISK, cut, is_peer, ways_up
 
 _STEADY_PASSES = 2  # after so many the first pass no longer shows
