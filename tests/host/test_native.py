@@ -213,6 +213,28 @@ def test_a_products_bits_depend_on_the_row_alone(threads):
 
 
 @needs_products
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 4099), (3, 17_500), (1201, 70), (517, 1024), (64, 4099)])
+def test_the_bits_of_one_row_depend_on_no_thread(outputs, inputs, with_bias):
+    """Outputs are shared in runs there, in tiles where rows are several."""
+    found, before = calls.kernels(), torch.get_num_threads()
+    x, weight = products.cancelling(outputs, inputs, BF16, "cpu")
+    x, bias = x[:1], noise(outputs, seed=2) if with_bias else None
+    want = found.dense(x.repeat(3, 1), weight, bias)[1:2]
+    assert want.float().abs().max() > 0
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(found.dense(x, weight, bias), want), threads
+    finally:
+        torch.set_num_threads(before)
+    # The mutation: the same products added up in another order.
+    order = torch.arange(inputs).roll(inputs // 3)
+    moved = found.dense(x[:, order].contiguous(), weight[:, order].contiguous(), bias)
+    assert outputs == 1 or with_bias or not torch.equal(moved, want)  # a bias hides what is left of the sums
+
+
+@needs_products
 @pytest.mark.parametrize("rows", [255, 256, 257, 600])
 def test_many_rows_are_multiplied_in_blocks(rows):
     """Each row by itself is the slow twin; 600 are three blocks, and no tile reaches from one into the next."""

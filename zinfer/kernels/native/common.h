@@ -54,6 +54,8 @@ static inline size_t rows_per_piece(size_t width) { return width >= SHARE ? 1 : 
 /* The runtime that torch loaded: a second pool of threads would fight with it for the cores. */
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
 
+extern int omp_get_thread_num(void);
+
 /* Pieces of a job.  Threads take them in turn, so that one that waits for its core holds nobody up. */
 typedef struct {
     void (*run)(void *job, size_t piece);
@@ -77,6 +79,45 @@ static inline void share(void (*run)(void *, size_t), void *job, size_t num_piec
         GOMP_parallel(take_pieces, &pieces, num_threads, 0);
     else
         take_pieces(&pieces);
+}
+
+#define MOST_RUNS 64
+
+/* A job over things that lie one after the other in memory.  A thread begins with a run of its own and takes its pieces
+ * in their order: what it reads is one stream, which the processor sees coming.  Once through it helps with others'. */
+typedef struct {
+    void (*run)(void *job, size_t start, size_t stop);
+    void *job;
+    size_t count, step, num_runs;
+    struct {
+        _Alignas(64) atomic_size_t next; /* a line each: threads that take turns at one wait for each other */
+    } turns[MOST_RUNS];
+} runs_t;
+
+static inline void take_runs(void *data) {
+    runs_t *runs = data;
+    const size_t mine = (size_t)omp_get_thread_num();
+    for (size_t i = 0; i < runs->num_runs; i++) {
+        const size_t at = (mine + i) % runs->num_runs, stop = runs->count * (at + 1) / runs->num_runs;
+        for (;;) {
+            const size_t start = atomic_fetch_add_explicit(&runs->turns[at].next, runs->step, memory_order_relaxed);
+            if (start >= stop) break;
+            runs->run(runs->job, start, stop - start < runs->step ? stop : start + runs->step);
+        }
+    }
+}
+
+/* `run` over [0, count), `step` things at a time. */
+static inline void share_runs(void (*run)(void *, size_t, size_t), void *job, size_t count, size_t step,
+                              unsigned num_threads) {
+    if (num_threads < 2 || count <= step) {
+        run(job, 0, count);
+        return;
+    }
+    runs_t runs = {.run = run, .job = job, .count = count, .step = step};
+    runs.num_runs = num_threads < MOST_RUNS ? num_threads : MOST_RUNS;
+    for (size_t at = 0; at < runs.num_runs; at++) atomic_init(&runs.turns[at].next, count * at / runs.num_runs);
+    GOMP_parallel(take_runs, &runs, num_threads, 0);
 }
 
 #endif

@@ -22,6 +22,7 @@ int zinfer_has_products(void) {
 #define PIECE 32  /* outputs of a piece: of a lone tile, */
 #define LEAST 16  /* and of several, at least: */
 #define KEPT (320 * 1024) /* so many bytes of weights stay in the second cache while all rows meet them */
+#define RUN (256 * 1024)  /* bytes of weights that a thread takes at a time where there is one row */
 #define UNROLL _Pragma("GCC unroll 32")
 
 typedef struct {
@@ -122,11 +123,11 @@ static inline void put(const dense_t *job, size_t row, size_t output, float sum)
             }                                                                                                   \
         }                                                                                                       \
     }
-TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
+TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
 
 typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t, const bf16 *, size_t);
-/* One or two rows are as fast as their weights come by a single stream. */
-static const tile_t NARROW_TILES[TALL] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
+/* Two rows are as fast as their weights come by a single stream; one is by itself (dense_run). */
+static const tile_t NARROW_TILES[TALL] = {NULL, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
 static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
 
 static inline size_t padded(size_t inputs) { return (inputs + LANES - 1) / LANES * LANES; }
@@ -177,6 +178,31 @@ static void dense_piece(void *data, size_t piece) {
     }
 }
 
+/* Outputs of the only row.  It is as fast as its weights come, which is in one stream that nothing is asked for ahead of;
+ * a sum is added up in the order of a tile's. */
+static void dense_run(void *data, size_t start, size_t stop) {
+    const dense_t *job = data;
+    const size_t inputs = job->inputs, whole = inputs / LANES * LANES;
+    const __mmask32 mask = (__mmask32)((1u << (inputs - whole)) - 1);
+    for (size_t output = start; output < stop; output++) {
+        const bf16 *x = job->x, *w = job->weight + output * inputs;
+        __m512 sum = _mm512_setzero_ps();
+        for (size_t i = 0; i < whole; i += LANES)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(w + i), (__m512bh)_mm512_loadu_si512(x + i));
+        if (whole < inputs)
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)LAST(w + whole), (__m512bh)LAST(x + whole));
+        const __m512 quarters = quarters_of(sum, sum, sum, sum), four[4] = {quarters, quarters, quarters, quarters};
+        put(job, 0, output, _mm512_cvtss_f32(sums_of(four)));
+    }
+}
+
+/* Of a piece: long enough that going on to the next costs little, short enough for every thread to take a few. */
+static size_t outputs_per_run(const dense_t *job) {
+    const size_t row_bytes = job->inputs * sizeof(bf16), outputs = job->outputs / (2 * job->num_threads);
+    const size_t most = outputs * row_bytes < RUN ? outputs : RUN / row_bytes, least = SHARE / job->inputs;
+    return most > least ? most : least > 1 ? least : 1;
+}
+
 /* Outputs of a piece: few enough for the cache, and for every thread to take several pieces. */
 static size_t outputs_per_piece(const dense_t *job) {
     if (job->tiles == 1) return PIECE;
@@ -190,6 +216,11 @@ static size_t outputs_per_piece(const dense_t *job) {
  * piece packs them anew, on its thread's stack, which is why inputs are at most 65536. */
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, bf16 *scratch, size_t rows,
                   size_t outputs, size_t inputs, unsigned num_threads) {
+    if (rows == 1) {
+        dense_t job = {x, weight, bias, y, NULL, 1, 1, outputs, inputs, 0, num_threads};
+        share_runs(dense_run, &job, outputs, outputs_per_run(&job), num_threads);
+        return;
+    }
     const size_t blocks = (rows + BLOCK - 1) / BLOCK;
     for (size_t block = 0; block < blocks; block++) {
         const size_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
