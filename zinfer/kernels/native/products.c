@@ -19,10 +19,9 @@ int zinfer_has_products(void) {
 #define TALL 6   /* most rows of a tile of a dense product */
 #define WIDE 4   /* and outputs */
 #define BLOCK 256 /* most rows that are multiplied at a time */
-#define PIECE 32  /* outputs of a piece: of a lone tile, */
-#define LEAST 16  /* and of several, at least: */
-#define KEPT (320 * 1024) /* so many bytes of weights stay in the second cache while all rows meet them */
-#define RUN (256 * 1024)  /* bytes of weights that a thread takes at a time where there is one row */
+#define LEAST 16  /* outputs of a piece that several tiles meet */
+#define KEPT (320 * 1024) /* so many bytes of weights stay in the second cache meanwhile */
+#define RUN (256 * 1024)  /* and so many a thread takes at a time for a row, or a tile, by itself */
 #define UNROLL _Pragma("GCC unroll 32")
 
 typedef struct {
@@ -126,7 +125,7 @@ static inline void put(const dense_t *job, size_t row, size_t output, float sum)
 TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1) TILE(3, 4) TILE(4, 4) TILE(5, 4) TILE(6, 4)
 
 typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t, const bf16 *, size_t);
-/* Two rows are as fast as their weights come by a single stream; one is by itself (dense_run). */
+/* Two rows are as fast as their weights come by a single stream; one is by itself (row_run). */
 static const tile_t NARROW_TILES[TALL] = {NULL, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
 static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
 
@@ -152,12 +151,11 @@ static void pack_piece(void *data, size_t tile) {
 }
 
 /* A compute-bound loop looks too little ahead for the memory to keep up.  So while all tiles meet a piece, the weights
- * of the piece that this thread will probably take next are asked for, in equal parts; a lone tile, which waits for
- * memory anyway, asks for its own next outputs. */
-static void dense_piece(void *data, size_t piece) {
+ * of the piece that this thread will take next are asked for, in equal parts; a lone tile, which waits for memory
+ * anyway, asks for its own next outputs. */
+static void tiles_run(void *data, size_t start, size_t stop) {
     const dense_t *job = data;
-    const size_t start = piece * job->piece, stop = end_of(piece, job->piece, job->outputs);
-    const size_t next = (piece + job->num_threads) * job->piece, steps = job->tiles * (job->piece / WIDE);
+    const size_t steps = job->tiles * ((stop - start) / WIDE);
     size_t step = 0;
     __m512i own[job->packed ? 1 : TALL * (job->inputs / LANES + 1)];
     for (size_t tile = 0; tile < job->tiles; tile++) {
@@ -168,8 +166,8 @@ static void dense_piece(void *data, size_t piece) {
         for (; WIDE_TILES[tall - 1] && output + WIDE <= stop; output += WIDE, step++) {
             size_t ahead = output + WIDE, count = WIDE;
             if (job->tiles > 1) {
-                ahead = next + step * job->piece / steps;
-                count = next + (step + 1) * job->piece / steps - ahead;
+                ahead = stop + step * job->piece / steps;
+                count = stop + (step + 1) * job->piece / steps - ahead;
             }
             WIDE_TILES[tall - 1](job, x, row, output, job->weight + ahead * job->inputs,
                                  ahead + count <= job->outputs ? count : 0);
@@ -180,7 +178,7 @@ static void dense_piece(void *data, size_t piece) {
 
 /* Outputs of the only row.  It is as fast as its weights come, which is in one stream that nothing is asked for ahead of;
  * a sum is added up in the order of a tile's. */
-static void dense_run(void *data, size_t start, size_t stop) {
+static void row_run(void *data, size_t start, size_t stop) {
     const dense_t *job = data;
     const size_t inputs = job->inputs, whole = inputs / LANES * LANES;
     const __mmask32 mask = (__mmask32)((1u << (inputs - whole)) - 1);
@@ -203,9 +201,8 @@ static size_t outputs_per_run(const dense_t *job) {
     return most > least ? most : least > 1 ? least : 1;
 }
 
-/* Outputs of a piece: few enough for the cache, and for every thread to take several pieces. */
+/* Of a piece that several tiles meet: few enough for the cache, and for every thread to take several pieces. */
 static size_t outputs_per_piece(const dense_t *job) {
-    if (job->tiles == 1) return PIECE;
     const size_t kept = KEPT / (job->inputs * sizeof(bf16)), fair = job->outputs / (4 * job->num_threads);
     const size_t most = (kept < fair ? kept : fair) / WIDE * WIDE;
     return most > LEAST ? most : LEAST;
@@ -218,7 +215,7 @@ void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, 
                   size_t outputs, size_t inputs, unsigned num_threads) {
     if (rows == 1) {
         dense_t job = {x, weight, bias, y, NULL, 1, 1, outputs, inputs, 0, num_threads};
-        share_runs(dense_run, &job, outputs, outputs_per_run(&job), num_threads);
+        share_runs(row_run, &job, outputs, outputs_per_run(&job), num_threads);
         return;
     }
     const size_t blocks = (rows + BLOCK - 1) / BLOCK;
@@ -226,9 +223,9 @@ void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, 
         const size_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
         dense_t job = {x + row * inputs, weight, bias, y + row * outputs, scratch, count, (count + TALL - 1) / TALL,
                        outputs, inputs, 0, num_threads};
-        job.piece = outputs_per_piece(&job);
+        job.piece = job.tiles > 1 ? outputs_per_piece(&job) : outputs_per_run(&job);
         if (scratch) share(pack_piece, &job, job.tiles, num_threads);
-        share(dense_piece, &job, (outputs + job.piece - 1) / job.piece, num_threads);
+        share_runs(tiles_run, &job, outputs, job.piece, num_threads);
     }
 }
 
