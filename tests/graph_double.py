@@ -5,6 +5,8 @@ those ops on those tensors: what the function worked out in Python, or read from
 in a CUDA graph.  Results that recording left behind are spoiled, since a capture carries nothing out.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -46,6 +48,12 @@ class DoubleRecorder:
 
     def clone(self, x):
         return x.clone()
+
+    def lent(self, x):
+        return x
+
+    def holding(self, alive):
+        return nullcontext()
 
     def resize(self, most_bytes):
         pass

@@ -8,8 +8,8 @@ Where shapes or addresses differ from what was recorded, ops run one by one as e
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -56,6 +56,14 @@ class GraphRecorder(Protocol):
 
     def clone(self, x: Tensor) -> Tensor:
         """A copy that what is recorded may read."""
+        ...
+
+    def lent(self, x: Tensor) -> Tensor:
+        """`x` where it lies; where memory is this recorder's own, its place is another's once the pass has gone on."""
+        ...
+
+    def holding(self, alive: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """While something is recorded these keep their places, though they are only lent."""
         ...
 
     def resize(self, most_bytes: int) -> None:
@@ -110,6 +118,14 @@ class CudaRecorder:
     def clone(self, x: Tensor) -> Tensor:
         """By torch's allocator."""
         return x.clone()
+
+    def lent(self, x: Tensor) -> Tensor:
+        """Itself: the pool hands a place out again when nobody refers to it."""
+        return x
+
+    def holding(self, alive: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """Who is alive is referred to."""
+        return nullcontext()
 
     def resize(self, most_bytes: int) -> None:
         """A device's plan holds for good."""
@@ -212,9 +228,10 @@ class Graphs:
             logger.warning("passes are not recorded any more, their ops run one by one: %s", error)
             return None
 
-    def clone(self, x: Tensor) -> Tensor:
-        """A buffer that what is recorded reads."""
-        return self._recorder.clone(x)
+    @property
+    def recorder(self) -> GraphRecorder:
+        """Whose memory it is."""
+        return self._recorder
 
     @property
     def nbytes(self) -> int:
@@ -265,9 +282,7 @@ class Kind:
                 eager(part)
                 continue
             self._graphs.num_replays += 1
-            for target, source in zip(found.inputs, tensors(flow_state(flow)), strict=True):
-                if target.data_ptr() != source.data_ptr() or target.stride() != source.stride():
-                    target.copy_(source)
+            _bring(found.inputs, tensors(flow_state(flow)))
             found.replay()
             set_flow(flow, found.outputs)
 
@@ -278,28 +293,41 @@ class Kind:
         return self._recorded.get(key)
 
     def _record(self, ops: range, weights: Weights, flow: Flow) -> _Recorded | None:
-        made: dict[int, Tensor] = {}
+        recorder, made = self._graphs.recorder, dict[int, Tensor]()
 
         def fixed(x: Tensor) -> Tensor:
             """Itself where a graph writes it, else a buffer; what is held under two names stays one tensor."""
             if x.data_ptr() in self._fixed:
                 return x
             if id(x) not in made:
-                made[id(x)] = self._graphs.clone(x)
+                made[id(x)] = recorder.clone(x)
             return made[id(x)]
 
         inside = Flow()
-        try:
-            set_flow(inside, mapped(flow_state(flow), fixed))
-        except NotRecordableError:  # there is no memory for the buffers
-            return None
-        inputs = list(tensors(flow_state(inside)))
-        replay = self._graphs.record(lambda: self._graphs.run_ops(ops, weights, inside, self.buffers))
+        with recorder.holding(tensors(flow_state(flow))):
+            try:
+                set_flow(inside, mapped(flow_state(flow), fixed))
+            except NotRecordableError:  # there is no memory for the buffers
+                return None
+            inputs = list(tensors(flow_state(inside)))
+            replay = self._graphs.record(lambda: self._graphs.run_ops(ops, weights, inside, self.buffers))
         if replay is None:
             return None
-        outputs = flow_state(inside)
-        self._fixed |= {x.data_ptr() for x in (*inputs, *tensors(outputs))}
-        return _Recorded(inputs, outputs, replay)
+        self._fixed |= {x.data_ptr() for x in (*inputs, *tensors(flow_state(inside)))}
+        # All that is alive between two runs of ops is in the flow, and the next run brings it to places of its own.
+        return _Recorded([*map(recorder.lent, inputs)], mapped(flow_state(inside), recorder.lent), replay)
+
+
+def _bring(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """What is not there yet, to where it is read; a place may be one where another still lies."""
+    moved = [
+        (target, source)
+        for target, source in zip(targets, sources, strict=True)
+        if target.data_ptr() != source.data_ptr() or target.stride() != source.stride()
+    ]
+    copies = [source.clone() for _, source in moved] if len(moved) > 1 else [source for _, source in moved]
+    for (target, _), copied in zip(moved, copies, strict=True):
+        target.copy_(copied)
 
 
 def flow_state(flow: Flow) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import struct
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from math import prod
 from typing import Any
@@ -56,33 +57,69 @@ class Pool:
     """Memory that what is recorded uses while it runs; tensors that have died make room for later ones.
 
     Steps run in the order in which they were recorded, one caller at a time, so this is as good as memory of their own.
+    What leads from one recording to the next is `lent`: it lies where it was written and keeps no place, so that as
+    many recordings as there are places for weights need one pass's memory.  Whoever records says what is alive then.
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
+        self._most_bytes = most_bytes
         self._free: list[npt.NDArray[np.uint8]] = []
-        self.nbytes = 0
+        self._blocks: list[npt.NDArray[np.uint8]] = []
+        self.nbytes = 0  # of blocks and steps
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of unknown content.  Raises NotRecordableError beyond `most_bytes`."""
+        """A contiguous tensor of unknown content.  Raises NotRecordableError where there is no room."""
         nbytes = prod(shape) * dtype.itemsize
         block = self._block(max(round_up(nbytes, _ALIGNED), _ALIGNED))
         view = block[:nbytes]
         weakref.finalize(view, self._free.append, block).atexit = False  # torch holds the view, not the block
         return torch.from_numpy(view).view(dtype).view(shape)
 
+    def lent(self, x: Tensor) -> Tensor:
+        """The same place, which others may take once the tensor that was taken has died; itself if it is elsewhere."""
+        block = next((block for block in self._blocks if _lies_in(block, x)), None)
+        if block is None:
+            return x
+        rest = block[x.data_ptr() - block.ctypes.data :]
+        whole = rest[: len(rest) // x.itemsize * x.itemsize]
+        return torch.from_numpy(whole).view(x.dtype).as_strided(x.shape, x.stride())
+
+    @contextmanager
+    def holding(self, alive: Iterable[Tensor]) -> Iterator[None]:
+        """Nobody takes the places of these meanwhile."""
+        places, blocks, self._free[:] = list(alive), list(self._free), []
+        held = [block for block in blocks if any(_lies_in(block, x) for x in places)]
+        names = {id(block) for block in held}
+        self._free += [block for block in blocks if id(block) not in names]
+        try:
+            yield
+        finally:
+            self._free += held
+
+    def charge(self, steps: Words) -> None:
+        """Steps take memory until they are given up.  Raises NotRecordableError where there is no room."""
+        self._grow(steps.nbytes)
+        weakref.finalize(steps, self._shrink, steps.nbytes).atexit = False
+
     def _block(self, nbytes: int) -> npt.NDArray[np.uint8]:
         fitting = [at for at, block in enumerate(self._free) if nbytes <= block.nbytes <= _SPARE * nbytes]
         if fitting:
             return self._free.pop(min(fitting, key=lambda at: self._free[at].nbytes))
-        if self.nbytes + nbytes + _ALIGNED > self.most_bytes:
-            raise NotRecordableError(
-                f"recorded passes have {self.most_bytes} bytes, {nbytes} more are wanted"
-            )
-        self.nbytes += nbytes + _ALIGNED
+        self._grow(nbytes + _ALIGNED)
         raw = np.empty(nbytes + _ALIGNED, np.uint8)
         start = -raw.ctypes.data % _ALIGNED
-        return raw[start : start + nbytes]
+        self._blocks.append(raw[start : start + nbytes])
+        return self._blocks[-1]
+
+    def _grow(self, nbytes: int) -> None:
+        if self.nbytes + nbytes > self._most_bytes:
+            raise NotRecordableError(
+                f"recorded passes have {self._most_bytes} bytes, {nbytes} more are wanted"
+            )
+        self.nbytes += nbytes
+
+    def _shrink(self, nbytes: int) -> None:
+        self.nbytes -= nbytes
 
 
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -226,7 +263,7 @@ class TapeRecorder:
     @property
     def nbytes(self) -> int:
         """Memory of everything recorded."""
-        return self._pool.nbytes + self._step_bytes
+        return self._pool.nbytes
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """As GraphRecorder.record.  Raises NotRecordableError, also where there is no memory for it."""
@@ -234,13 +271,20 @@ class TapeRecorder:
         with torch.no_grad(), tape:
             run()
         steps = tape.steps()
-        self._step_bytes += steps.nbytes
-        self._pool.most_bytes = self._most_bytes - self._step_bytes
+        self._pool.charge(steps)
         return partial(_play, self._kernels, steps, self._pool)
 
     def clone(self, x: Tensor) -> Tensor:
         """The same numbers, in memory of the pool."""
         return self._pool.take(x.shape, x.dtype).copy_(x)
+
+    def lent(self, x: Tensor) -> Tensor:
+        """As Pool.lent."""
+        return self._pool.lent(x)
+
+    def holding(self, alive: Iterable[Tensor]) -> AbstractContextManager[None]:
+        """As Pool.holding."""
+        return self._pool.holding(alive)
 
     def resize(self, most_bytes: int) -> None:
         """So much memory after the next `forget`."""
@@ -248,12 +292,17 @@ class TapeRecorder:
 
     def forget(self) -> None:
         """Nothing that was recorded is ever played again."""
-        self._pool, self._step_bytes = Pool(self._most_bytes), 0
+        self._pool = Pool(self._most_bytes)
 
 
 def _play(kernels: Kernels, steps: Words, _memory: Pool) -> None:
     """The steps; their memory lives as long as whoever may play them."""
     kernels.play(steps.ctypes.data, len(steps))
+
+
+def _lies_in(block: npt.NDArray[np.uint8], x: Tensor) -> bool:
+    """Whether a tensor begins in a block; it then ends there."""
+    return 0 <= x.data_ptr() - block.ctypes.data < block.nbytes
 
 
 def _word(argument: int | float | None) -> int:
