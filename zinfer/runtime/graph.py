@@ -319,14 +319,13 @@ class Kind:
 
 
 def _bring(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """What is not there yet, to where it is read; a place may be one where another still lies."""
+    """What is not there yet, to where it is read; all is copied first, for a place may be one where another lies."""
     moved = [
-        (target, source)
+        (target, source.clone())
         for target, source in zip(targets, sources, strict=True)
         if target.data_ptr() != source.data_ptr() or target.stride() != source.stride()
     ]
-    copies = [source.clone() for _, source in moved] if len(moved) > 1 else [source for _, source in moved]
-    for (target, _), copied in zip(moved, copies, strict=True):
+    for target, copied in moved:
         target.copy_(copied)
 
 
