@@ -1,15 +1,19 @@
 """The symbolic activation peak against a count of live bytes in a real pass."""
 
+from math import prod
+
 import pytest
 import torch
 from fakes import DenseKv, op_weights
 from published import gpt2, llama, neox, opt, phi3, qwen3
 
+from zinfer.kernels.products import with_product_sizes
 from zinfer.kernels.quant import native_layout
 from zinfer.layers.packed import Packed
 from zinfer.models.decoder import Flow, run_op
 from zinfer.runtime.live_bytes import LiveBytes
-from zinfer.spec.cost import activation_bytes, activation_peak_bytes
+from zinfer.spec.cost import activation_bytes, activation_peak_bytes, packed_rows
+from zinfer.spec.program import matrix_shape
 from zinfer.spec.quant import FORMATS, quantised
 from zinfer.spec.read import read_spec
 
@@ -58,6 +62,11 @@ def measure(spec, tensors, num_logits, exact):
     return result
 
 
+def packed_bytes(spec, kind):
+    """What the plan adds for the rows of a product, once more."""
+    return prod(packed_rows(ROWS, matrix_shape(spec, kind)[1])) * 2 if kind != "embed" else 0
+
+
 def dtype_of(spec):
     return {"F32": torch.float32, "BF16": torch.bfloat16}[spec.dtype]
 
@@ -79,7 +88,9 @@ def test_activation_bytes_are_what_is_alive(name, dtype, exact, torch_kernels):
         assert stated[kind].held == pytest.approx(held, rel=0.05, abs=4096), kind
         assert peak <= stated[kind].peak, kind
         if kind not in ("v", "qkv"):  # attention's workspace is a bound for any mix of sequences
-            assert stated[kind].peak == pytest.approx(peak, rel=0.05), kind
+            # Torch packs no rows; where a compiled kernel could, a plan makes room for it.
+            packed = 0 if exact or dtype == "float32" else packed_bytes(spec, kind)
+            assert stated[kind].peak - packed <= peak * 1.05, kind
     assert activation_peak_bytes(spec, ROWS, num_logits, ROWS, exact=exact) == max(
         cost.peak for cost in stated.values()
     )
@@ -88,8 +99,8 @@ def test_activation_bytes_are_what_is_alive(name, dtype, exact, torch_kernels):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_compiled_kernels_stay_within_what_is_stated(name, exact):
-    """They need less than torch's operations do: the plan, which knows no compiler, states the latter."""
-    spec = read_spec(CONFIGS[name] | {"torch_dtype": "bfloat16"})
+    """Between products they need less than what torch needs, which the plan states; products pack their rows."""
+    spec = with_product_sizes(read_spec(CONFIGS[name] | {"torch_dtype": "bfloat16"}), "cpu")
     shapes = {weight.name: weight.shape for op in spec.program for weight in op.weights}
     tensors = {key: torch.full(shape, 0.01, dtype=torch.bfloat16) for key, shape in shapes.items()}
     num_logits = ROWS if exact else 3

@@ -215,6 +215,7 @@ class _FlowBytes:
         if op.blocks > 1:
             self.live["output"] = num_out * wide
         product = self._product_bytes(op, block) + quantised_product_bytes(self.rows, op)
+        product += self._packed_bytes(op)
         self._touch(max(product, block * (width + (wide if wide > width else 0))))
         self.live["output"] = num_out * wide
 
@@ -222,17 +223,22 @@ class _FlowBytes:
         """A product of `block` outputs: the result, and a piece, with what is padded, before it is in its place."""
         row, whole = block * DTYPE_BYTES[self.spec.dtype], block * self._size(1)
         most = EXACT_ROWS if self.exact else MOST_ROWS
-        inputs = matrix_shape(self.spec, op.kind)[1]
-        packed = prod(packed_rows(self.rows, inputs)) * DTYPE_BYTES["BF16"]
         if not self.exact or op.stored:
-            return whole + (row * most if self.rows > most else packed)
+            return whole + (row * most if self.rows > most else 0)
+        inputs = matrix_shape(self.spec, op.kind)[1] * DTYPE_BYTES[self.spec.dtype]
+        largest = whole
         sizes = self.product_sizes.get(op.kind, EXACT_SIZES)
-        largest = whole if sizes else whole + packed
-        inputs *= DTYPE_BYTES[self.spec.dtype]
         for start, stop, size in cover(self.rows, sizes) if sizes else ():
             padded = size * inputs if size > stop - start else 0
             largest = max(largest, size * row + padded + (whole if size != self.rows else 0))
         return largest
+
+    def _packed_bytes(self, op: Op) -> int:
+        """The input once more, where the compiled kernel may serve."""
+        is_library = self.exact and bool(self.product_sizes.get(op.kind, EXACT_SIZES))
+        if op.stored or is_library or self.spec.dtype != "BF16":
+            return 0
+        return prod(packed_rows(self.rows, matrix_shape(self.spec, op.kind)[1])) * DTYPE_BYTES["BF16"]
 
     def _finish(self, kind: str) -> None:
         output = self.live["output"]
