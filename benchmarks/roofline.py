@@ -4,7 +4,8 @@ usage: roofline.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--mo
 
 1 to 256 sequences at once (up to 512 with --most 512, minutes more), prompts of 16 ids, 8 tokens each.  A pass reads
 what the budget cannot hold, its KV taken off first, whatever the pass carries; products take longer the more rows
-there are.  The two limits cross at T*.  The last point is the planner's own choice for as many waiting requests.
+there are.  The two limits cross at T*.  Both drift: the disk's rate is that right before and after each run, and so is
+the time of some products, over theirs at the start.  The last point is the planner's own choice for as many requests.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ PROMPT, OUTPUT = 16, 8
 WARM_UP = 3  # passes: the first two load what stays
 WITHIN, CHOSEN_AT_LEAST = 0.15, 0.85
 MOST_MEASURED = 1024  # rows; beyond in proportion
-DRIFT_ROWS = 64
+DRIFT_ROWS, DRIFT_BYTES = 256, 300 * 10**6  # of the products that are timed beside every run
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 class Products:
     """Seconds of all products of a pass, by rows; what lies between two measured numbers is interpolated."""
 
-    def __init__(self, by_rows: dict[str, dict[str, float]]) -> None:
-        self.parts = {part: {int(rows): s for rows, s in found.items()} for part, found in by_rows.items()}
+    def __init__(self, by_rows: dict[str, dict[str, float]], times: float = 1.0) -> None:
+        self.parts = {
+            part: {int(rows): s * times for rows, s in found.items()} for part, found in by_rows.items()
+        }
 
     def part_s(self, part: str, rows: float) -> float:
         """One part at so many rows: interpolated, or some fewer rows at a time where that takes less."""
@@ -47,27 +50,44 @@ class Products:
         return self.part_s("body", rows) + self.part_s("head", logit_rows)
 
 
-def measure_products(bench: Bench, rows: tuple[int, ...]) -> Products:
+def measure_products(
+    bench: Bench, rows: tuple[int, ...], most_bytes: int | None = None
+) -> dict[str, dict[str, float]]:
     """By a process of its own, without a limit: products alone.  Raises RuntimeError if it fails."""
-    job = {"kind": "roof", "prompts": [], "steps": 2, "options": {"rows": list(rows)}}
+    options = {"rows": list(rows), "most_bytes": most_bytes}
+    job = {"kind": "roof", "prompts": [], "steps": 2, "options": options}
     seen = bench.conditions.run("roofline-products", "run_roof.py", job, limited=False)
     if seen.result is None:
         raise RuntimeError(f"the products cannot be measured: {seen.error}")
-    return Products(seen.result["by_rows"])
+    found: dict[str, dict[str, float]] = seen.result["by_rows"]
+    return found
 
 
-def point(bench: Bench, products: Products, waiting: int, batch: int | None) -> dict[str, Any]:
+def some_products_s(bench: Bench) -> float:
+    """Seconds of some of them, as they are now."""
+    return sum(
+        found[str(DRIFT_ROWS)] for found in measure_products(bench, (DRIFT_ROWS,), DRIFT_BYTES).values()
+    )
+
+
+def point(
+    bench: Bench, alone: dict[str, dict[str, float]], some_s: float, waiting: int, batch: int | None
+) -> dict[str, Any]:
     """`waiting` requests, `batch` of them at once (None: the planner's choice), weights loaded before.
 
-    Every pass has its own limit, by the rows that it carried; the share is that of all passes together.
+    Every pass has its own limit, by the rows that it carried; the share is that of all passes together.  `alone` is
+    what products took when some of them took `some_s`.
     """
     name = "chosen" if batch is None else str(batch)
+    before_s = some_products_s(bench)
     call = Call(bench.known.prompts(waiting, PROMPT, PROMPT), OUTPUT)
     warm_up = Call(call.prompts[:1], WARM_UP)
     seen = run(bench, f"roofline-{name}", [warm_up, call], {"max_batch": batch} if batch else {})
     row: dict[str, Any] = {"batch": name, "error": seen.error, "why": seen.why}
     if seen.result is None:
         return row
+    drift = (before_s + some_products_s(bench)) / (2 * some_s)
+    products = Products(alone, drift)
     plan = seen.result["facts"]["plan"]
     kv = plan["reserve"]["kv"]
     bounds = [
@@ -85,6 +105,7 @@ def point(bench: Bench, products: Products, waiting: int, batch: int | None) -> 
         "tokens_per_s": call.num_tokens / call.seconds,
         "limit": limit | {"kv_bytes": kv, "read_bytes_per_s": bounds[0]["read_bytes_per_s"]},
         "share_of_limit": limit["limit_s"] / call.seconds,
+        "products_drift": drift,
         "disk_bytes_per_pass": sum(done["bytes"].get("disk", 0) for done in call.passes) / len(call.passes),
         "schedule_share": sum(done["schedule_s"] for done in call.passes) / call.seconds,
         "predicted_pass_s": plan["forecast"]["pass_s"],
@@ -100,7 +121,8 @@ def line(row: dict[str, Any]) -> str:
     binds = "disk" if row["limit"]["disk_s"] >= row["limit"]["compute_s"] else "compute"
     told = f"{row['tokens_per_pass']:6.1f} tokens a pass  {row['tokens_per_s']:8.2f} tok/s"
     share = f"{row['share_of_limit']:.2f} of the limit, {binds} binds, scheduling {row['schedule_share']:.2%}"
-    return f"{row['batch']:>6}  {told}  {share}, batch {row['planned_batch']}{wrong}"
+    drift = f"products {row['products_drift']:.2f} x"
+    return f"{row['batch']:>6}  {told}  {share}, {drift}, batch {row['planned_batch']}{wrong}"
 
 
 def draw(rows: list[dict[str, Any]], choice: dict[str, Any], path: Path) -> None:
@@ -141,22 +163,17 @@ def main() -> None:
     bench = start(options)
     most = min(options.most, 4) if options.quick else options.most
     fullest = min(max(PROMPT * most, 4 * most), MOST_MEASURED)  # a pass may carry all prompts
-    products = measure_products(bench, tuple(rows for rows in ROWS if rows <= fullest))
+    alone = measure_products(bench, tuple(rows for rows in ROWS if rows <= fullest))
+    some_s = some_products_s(bench)
     rows = []
     for sequences in (count for count in ROWS if count <= most):
-        rows.append(point(bench, products, sequences, sequences))
+        rows.append(point(bench, alone, some_s, sequences, sequences))
         print(line(rows[-1]), flush=True)
-    choice = point(bench, products, most, None)
+    choice = point(bench, alone, some_s, most, None)
     print(line(choice))
     good = [row for row in rows if not row["error"]]
-    before, after = (
-        found.pass_s(DRIFT_ROWS, DRIFT_ROWS) for found in (products, measure_products(bench, (DRIFT_ROWS,)))
-    )
     outside = [row["batch"] for row in good if row["share_of_limit"] < 1 - WITHIN]
-    said = [
-        f"outside {WITHIN:.0%} of the limit: {outside or 'none'}",
-        f"products of {DRIFT_ROWS} rows, alone: {before:.3f} s before the runs, {after:.3f} s after them",
-    ]
+    said = [f"outside {WITHIN:.0%} of the limit: {outside or 'none'}"]
     if not choice["error"]:
         met = "at least" if choice["share_of_limit"] >= CHOSEN_AT_LEAST else "NOT"
         said.append(
@@ -170,7 +187,7 @@ def main() -> None:
         median={f"{row['batch']}_tokens_per_s": row["tokens_per_s"] for row in good},
         spread={f"{row['batch']}_pass_s": row["pass_s"]["spread"] for row in good},
         limit={f"{row['batch']}_tokens_per_s": row["tokens_per_s"] / row["share_of_limit"] for row in good}
-        | {"products_s": products.parts, "chosen_share": choice.get("share_of_limit")},
+        | {"products_s": alone, "chosen_share": choice.get("share_of_limit")},
         baseline={},
         answer_matches=len(good) == len(rows) and not any(row["num_wrong"] for row in good),
         comparable=not any(row["why"] for row in rows),

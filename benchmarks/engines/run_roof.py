@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import job
@@ -22,16 +23,20 @@ from torch import Tensor
 from zinfer.kernels.native.calls import kernels
 
 
-def matrices(model: Path) -> dict[str, Tensor]:
-    """Copies of all matrices but the input embedding, in memory of our own."""
-    found = {}
+def matrices(model: Path, most_bytes: int | None = None) -> dict[str, Tensor]:
+    """Copies of all matrices but the input embedding, in memory of our own; of so many bytes only those that fit."""
+    found: dict[str, Tensor] = {}
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found |= {
-                name: opened.get_tensor(name).clone()
-                for name in opened.keys()  # noqa: SIM118  (not a mapping)
-                if len(opened.get_slice(name).get_shape()) == 2 and ".embed_tokens." not in name
-            }
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                shape = opened.get_slice(name).get_shape()
+                if len(shape) != 2 or ".embed_tokens." in name:
+                    continue
+                if (
+                    most_bytes is None
+                    or sum(x.nbytes for x in found.values()) + 2 * prod(shape) <= most_bytes
+                ):
+                    found[name] = opened.get_tensor(name).clone()
     return found
 
 
@@ -54,7 +59,7 @@ if (
 
 def measure(task: job.Job) -> dict[str, object]:
     """{product: [median, smallest, largest] seconds}, the bytes that were read, and the settings."""
-    named = matrices(Path(task.model))
+    named = matrices(Path(task.model), task.options.get("most_bytes"))
     if "rows" in task.options:
         return {"by_rows": by_rows(named, task.options["rows"]), "threads": torch.get_num_threads()}
     weights = list(named.values())

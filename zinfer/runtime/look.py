@@ -11,14 +11,12 @@ from pathlib import Path
 from zinfer.config.machine import Machine, There
 from zinfer.memory.nvme import SWITCH_INTERVAL
 from zinfer.memory.there import memory_there
-from zinfer.units import GIB, MIB
+from zinfer.units import GIB
 
 _MEMORY_S = 0.2  # of finding memory that is there: nearly 2 GB
-_LITTLE_BYTES, _LITTLE_S = (
-    GIB,
-    0.06,
-)  # half of so little is seen while the disk is looked at: no token waits for more
-_LEAST_BYTES = 64 * MIB  # of memory, for a look to be worth it
+_LEAST_BYTES = (
+    GIB  # of memory, for a look to be worth it: what finding less takes, guests keep from the first token
+)
 _MOST_RATE = 4e9  # fresh memory that comes faster holds nobody up
 _STAYS_S = 3.0  # free memory goes back to the host of a virtual machine from some two seconds on
 
@@ -76,8 +74,7 @@ def look_at(machine: Machine, files: Sequence[Path], memory_bytes: int) -> Machi
         there: list[Future[There]] = []
 
         def find() -> None:
-            seconds = _LITTLE_S if memory_bytes <= _LITTLE_BYTES else _MEMORY_S
-            there.append(pool.submit(memory_there, memory_bytes, seconds))
+            there.append(pool.submit(memory_there, memory_bytes, _MEMORY_S))
 
         # Two who find fresh memory at once wait for each other: the disk's reads have theirs by then.
         machine = for_files(machine, files, on_ready=find)
