@@ -2,7 +2,7 @@
 
 usage: exact_mode.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--repeats 2] [--quick]
 
-In memory: 32 prompts of 32 ids in one pass, then decode at 1, 8 and 32 rows.  At the budget: decode at one row.
+In memory: 32 prompts of 32 ids, a token each, then decode at 1, 8 and 32 rows.  At the budget: decode at one row.
 Processes with and without take turns (A B B A ...), so that drift falls on both.  Every token is checked.
 """
 
@@ -35,11 +35,11 @@ def resident_calls(bench: Bench, output: int) -> dict[str, Call]:
     }
 
 
-def pass_seconds(name: str, call: Call) -> list[float]:
-    """The pass over all prompts, or decode passes once they repeat themselves."""
+def seconds_of(name: str, call: Call) -> list[float]:
+    """Of prompts the whole call, however it was cut into passes; of decode the passes that carry all its rows."""
     if name == "prompts":
-        return [done["seconds"] for done in call.passes]
-    return [done["seconds"] for done in call.decode(settled=3)]
+        return [call.seconds]
+    return [done["seconds"] for done in call.decode(settled=3) if done["rows"] == len(call.prompts)]
 
 
 def measure(bench: Bench, mode: str, what: str, calls: dict[str, Call]) -> dict[str, list[float]]:
@@ -51,7 +51,7 @@ def measure(bench: Bench, mode: str, what: str, calls: dict[str, Call]) -> dict[
         raise SystemExit(f"no figure: {seen.error}")
     if wrong := num_wrong(bench.known, calls.values()):
         raise SystemExit(f"{mode}, {what}: {wrong} requests have wrong tokens")
-    return {name: pass_seconds(name, call) for name, call in calls.items() if name != "loading"}
+    return {name: seconds_of(name, call) for name, call in calls.items() if name != "loading"}
 
 
 def contest(bench: Bench, repeats: int, output: int) -> dict[str, dict[str, list[float]]]:
