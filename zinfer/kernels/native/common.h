@@ -111,7 +111,7 @@ static inline void take_runs(void *data) {
 static inline void share_runs(void (*run)(void *, size_t, size_t), void *job, size_t count, size_t step,
                               unsigned num_threads) {
     if (num_threads < 2 || count <= step) {
-        run(job, 0, count);
+        for (size_t at = 0; at < count; at += step) run(job, at, count - at < step ? count : at + step);
         return;
     }
     runs_t runs = {.run = run, .job = job, .count = count, .step = step};
