@@ -119,7 +119,7 @@ def test_a_budget_that_is_too_small_changes_nothing(tiny, expected):
 def test_another_batch_size_in_the_middle_changes_no_token(tiny, expected, monkeypatch):
     seen = []
 
-    def to_two(spec, plan, **rates):
+    def to_two(spec, plan, asked, **rates):
         seen.append(plan.workload.batch)
         again = _again(spec, plan, replace(plan.workload, batch=2), plan.budget, plan.machine, {})
         return _plan_of(spec, plan, again, plan.machine)
@@ -139,11 +139,43 @@ def test_another_batch_size_in_the_middle_changes_no_token(tiny, expected, monke
         assert max(done.sequences for done in llm.stats.passes[-20:]) == 2
 
 
+def test_a_plan_made_for_prompts_is_revised_before_many_tokens_are_generated(tiny, expected, monkeypatch):
+    """Prompts alone take as long two at a time; a plan for them covered decode, and carried it out two at a time."""
+    looks = []
+
+    def watched(spec, plan, asked, **rates):
+        looks.append((asked.num_requests, asked.gen_len, rates["is_begun"]))
+        return revised(spec, plan, asked, **rates)
+
+    monkeypatch.setattr(zinfer.runtime.adapt, "revised", watched)
+    monkeypatch.setattr(zinfer.runtime.model, "batch_sizes", lambda count: [2])
+    with LLM(tiny, **FIXED, device="cpu", memory={"host": "1GiB"}) as llm:
+        llm.generate([[5] * 32] * len(PROMPTS), replace(PARAMS, max_tokens=1))
+        assert llm.plan.workload.batch == 2 and not looks
+        tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS)]
+        assert tokens == expected
+        assert looks == [(len(PROMPTS), PARAMS.max_tokens, False)], "once, with no sequence to compute again"
+        assert llm.plan.workload.batch == len(PROMPTS) == llm.plan.workload.num_requests
+        assert max(done.sequences for done in llm.stats.passes) == len(PROMPTS)
+        assert llm.stats.preemptions["dropped"] == 0
+        assert llm.stats.passes[0].num_bytes, "the first call loaded, and its engine lives"
+        assert sum(sum(done.num_bytes.values()) for done in llm.stats.passes[2:]) == 0, (
+            "nothing is read again"
+        )
+        llm.generate(PROMPTS, PARAMS)
+        assert len(looks) == 1, "the same again needs no look"
+
+
+def left(plan, remaining):
+    """The plan's workload when so many requests have not ended."""
+    return replace(plan.workload, num_requests=remaining)
+
+
 def test_a_plan_that_holds_is_not_revised():
     spec = small_llama()
     workload = Workload(64, 40, 24, num_requests=64)
     plan = plan_of(spec, workload, batches=batch_sizes(64), device="cpu", memory__host="400MiB")
-    assert revised(spec, plan, remaining=40, scale={}, stream_scale=1.0) is None
+    assert revised(spec, plan, left(plan, 40), scale={}, stream_scale=1.0) is None
 
 
 def test_measured_rates_decide_how_many_run_at_once():
@@ -152,9 +184,9 @@ def test_measured_rates_decide_how_many_run_at_once():
     plan = plan_of(
         spec, Workload(256, 64, 64), batches=batch_sizes(None), device="cpu", memory__host="620MiB"
     )
-    slow_disk = revised(spec, plan, remaining=None, scale={}, stream_scale=4.0)
+    slow_disk = revised(spec, plan, plan.workload, scale={}, stream_scale=4.0)
     quarter = dict.fromkeys(plan.curve.seconds, 0.25)
-    fast_products = revised(spec, plan, remaining=None, scale=quarter, stream_scale=1.0)
+    fast_products = revised(spec, plan, plan.workload, scale=quarter, stream_scale=1.0)
     assert {slow_disk.workload.batch, fast_products.workload.batch} != {plan.workload.batch}
     for again in (slow_disk, fast_products):
         assert again.workload.batch < plan.workload.batch

@@ -225,6 +225,24 @@ def test_a_saved_profile_is_trusted_only_where_it_was_measured(tmp_path, monkeyp
     assert saved_machine() is None
 
 
+def test_a_profile_of_other_kernels_is_not_trusted(tmp_path, monkeypatch):
+    """Measured before an upgrade that made products faster it would choose for the slower ones."""
+    monkeypatch.setattr(profiles, "cache_folder", lambda: tmp_path / "cache")
+    save_machine(
+        load_machine(SIM_DEFAULT).model_copy(update={"measured": True, "fingerprint": fingerprint()})
+    )
+    assert saved_machine() is not None
+    others = tmp_path / "kernels"
+    others.mkdir()
+    (others / "products.c").write_text("/* faster */")
+    monkeypatch.setattr(profiles, "_KERNELS", others)
+    profiles._kernels_version.cache_clear()
+    try:
+        assert saved_machine() is None
+    finally:
+        profiles._kernels_version.cache_clear()
+
+
 def machine_of(host=64 * GIB, device=24 * GIB, **changes) -> Machine:
     return load_machine(SIM_DEFAULT).model_copy(
         update={"host_bytes": host, "device_bytes": device, **changes}

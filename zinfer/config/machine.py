@@ -154,7 +154,7 @@ class Machine(BaseModel):
     device: Compute | None = None
     skipped: tuple[str, ...] = ()  # what a short probe had no time for; its figures are guesses
     measured: bool = False  # False: declared numbers, or shipped profile
-    fingerprint: str = ""  # of CPU, kernel, torch, GPU: a profile measured elsewhere is announced
+    fingerprint: str = ""  # of CPU, kernel, torch, kernels, GPU: a profile measured elsewhere is announced
     disk_device: str = ""  # the block device that disk_read was measured on; another one has other rates
 
     @model_validator(mode="after")

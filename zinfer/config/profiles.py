@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from zinfer.errors import UsageError
 from zinfer.whole import refuse_unwritable, unwritable, written_whole
 
 SIM_DEFAULT = "sim-default"  # what device="sim" uses when no machine is named
+_KERNELS = resources.files("zinfer") / "kernels" / "native"
 _SHIPPED = resources.files("zinfer.config") / "data"
 
 
@@ -79,12 +81,13 @@ def save_machine(machine: Machine) -> Path:
 
 
 def fingerprint() -> str:
-    """What a measurement depends on: processor, cores we may use, kernel, torch, GPUs.  Imports no torch."""
+    """What a measurement depends on: processor, cores we may use, kernel, torch, kernels, GPUs.  Imports no torch."""
     parts = [
         _cpu_name(),
         f"{len(os.sched_getaffinity(0))} cores",
         platform.release(),
         f"torch {_torch_version()}",
+        f"kernels {_kernels_version()}",
     ]
     return " | ".join([*parts, *_gpu_names()])
 
@@ -96,6 +99,16 @@ def _torch_version() -> str:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
         return "none"
+
+
+@cache
+def _kernels_version() -> str:
+    """By what is compiled: a profile of slower kernels foretells a slower machine and chooses for it."""
+    digest = hashlib.sha256()
+    for entry in sorted(_KERNELS.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith((".c", ".h")):
+            digest.update(entry.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _cpu_name() -> str:

@@ -39,16 +39,23 @@ def rebudget(spec: ModelSpec, plan: Plan, budget: Budget) -> Plan:
 
 
 def revised(
-    spec: ModelSpec, plan: Plan, *, remaining: int | None, scale: Mapping[str, float], stream_scale: float
+    spec: ModelSpec,
+    plan: Plan,
+    asked: Workload,
+    *,
+    scale: Mapping[str, float],
+    stream_scale: float,
+    is_begun: bool = True,
 ) -> Plan | None:
-    """The batch size that suits what the passes really took, or None while the present one is as good.
+    """The batch size that suits what is asked for and what passes really took; None while the present one is as good.
 
-    `remaining` requests have not ended (None: a queue without end); `scale` and `stream_scale` are measured over
-    predicted, by group of ops and for the links.  What a change costs counts: chunks to be read that were not
-    resident, and the tokens in the cache, which are computed again.
+    `asked` is the plan's workload with the lengths and the number of the requests that have not ended (None: a queue
+    without end); `scale` and `stream_scale` are measured over predicted, by group of ops and for the links.  What a
+    change costs counts: chunks to be read that were not resident, and, where requests have `begun`, their tokens in
+    the cache, which are computed again.
     """
     machine = _corrected(plan.machine, stream_scale)
-    workload = replace(plan.workload, num_requests=remaining)
+    workload, remaining = asked, asked.num_requests
     objective = "throughput"
     now = _again(spec, plan, workload, plan.budget, machine, scale)
     best, best_cost = now, cost_of(now, objective)
@@ -62,10 +69,13 @@ def revised(
             continue
         cost = cost_of(other, objective)
         if remaining is not None:
-            cost += _move_s(plan, other, machine)
+            cost += _move_s(plan, other, machine, is_begun=is_begun)
         if cost < min(limit, best_cost):
             best, best_cost = other, cost
-    return None if best is now else _plan_of(spec, plan, best, machine)
+    if best is now:
+        return None
+    found = _plan_of(spec, plan, best, machine)  # which goes on to serve as many requests as the plan did
+    return replace(found, workload=replace(found.workload, num_requests=plan.workload.num_requests))
 
 
 def moved_chunks(plan: Plan, placement: Placement) -> list[ChunkId]:
@@ -122,9 +132,9 @@ def _corrected(machine: Machine, stream_scale: float) -> Machine:
     return machine.model_copy(update={"disk_read": disk, "h2d": h2d, "links": links})
 
 
-def _move_s(plan: Plan, other: Candidate, machine: Machine) -> float:
+def _move_s(plan: Plan, other: Candidate, machine: Machine, *, is_begun: bool) -> float:
     """Seconds until the other placement stands and the cache is as full as it was."""
     chunks = plan.table.chunks
     nbytes = sum(chunks[chunk].nbytes for chunk in moved_chunks(plan, other.choice.placement))
     refed = plan.workload.batch * (plan.workload.prompt_len + plan.workload.gen_len // 2)
-    return machine.disk_read.seconds(nbytes) + other.curve.at(refed)
+    return machine.disk_read.seconds(nbytes) + (other.curve.at(refed) if is_begun else 0.0)

@@ -24,7 +24,7 @@ from zinfer.memory.manager import ChunkManager
 from zinfer.parallel.aggregate import by_several_links
 from zinfer.plan.make import Plan
 from zinfer.plan.profile import graph_bytes
-from zinfer.plan.records import Tier
+from zinfer.plan.records import Tier, Workload
 from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.executor import Executor, Watch, unwatched
 from zinfer.runtime.graph import graphs_for
@@ -55,6 +55,9 @@ class Engine:
     begin_s: float
     trace_file: Path | None = None
     inbox: dict[int, deque[Event]] = field(default_factory=dict)  # by request, until its caller collects
+    settled_for: Workload | None = (
+        None  # what the batch size was settled for last; none: what the plan was made for
+    )
     fault: ZinferError | None = None  # the device is lost: what every caller is told from then on
 
     def submit(self, request: Request, text: TextState) -> None:

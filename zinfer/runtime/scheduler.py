@@ -97,6 +97,14 @@ class Scheduler:
         """Requests with pages."""
         return len(self._running)
 
+    @property
+    def mean_lengths(self) -> tuple[int, int]:
+        """Tokens of a prompt and tokens to generate, on average over the requests that have not ended; at least 1."""
+        requests = [*self._waiting, *self._preempted, *self._running]
+        prompt = sum(len(request.prompt_ids) for request in requests)
+        generated = sum(request.max_kv_tokens - len(request.prompt_ids) for request in requests)
+        return max(prompt // len(requests), 1), max(generated // len(requests), 1)
+
     def refuse_impossible(self, request: Request) -> None:
         """Raises BudgetError ZI-2201 for a request that the cache cannot hold even alone."""
         if request.max_kv_tokens > self.pages.capacity_tokens:

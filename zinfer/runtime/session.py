@@ -15,7 +15,7 @@ from zinfer.memory.faults import is_lost
 from zinfer.plan.make import Plan
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.revise import rebudget
-from zinfer.runtime.adapt import adapt
+from zinfer.runtime.adapt import adapt, suit
 from zinfer.runtime.engine import Engine, open_engine
 from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.loop import Event
@@ -88,9 +88,14 @@ class Session:
                 engine.loop.scheduler.refuse_impossible(job.request)
             for job in jobs:
                 engine.submit(job.request, job.text)
+            is_alone = not self._num_callers
             self._num_callers += 1
         running = {job.request.id: job.request for job in jobs}
         try:
+            if is_alone:
+                with self._lock:
+                    if suit(engine):
+                        self._plan_now = engine.plan
             while running:
                 yield from self._next_events(engine, running)
         finally:
