@@ -105,22 +105,13 @@ def probe(
     )
 
 
-def for_files(
-    machine: Machine,
-    paths: Sequence[Path],
-    seconds: float = 0.05,
-    *,
-    on_ready: Callable[[], object] = lambda: None,
-) -> Machine:
-    """The machine as it is now for these files: disks drift, and another disk may hold them.
-
-    `on_ready` is called where the disk that was saved is looked at, once there is memory to read into.
-    """
+def for_files(machine: Machine, paths: Sequence[Path], seconds: float = 0.05) -> Machine:
+    """The machine as it is now for these files: disks drift, and another disk may hold them."""
     if not paths or not machine.measured or machine.fingerprint != fingerprint():
         return machine
     if machine.disk_device != device_of(paths):
         return machine.model_copy(update=_disk_fields(paths, seconds))
-    return machine.model_copy(update={"disk_read": link_now(paths, machine.disk_read, seconds, on_ready)})
+    return machine.model_copy(update={"disk_read": link_now(paths, machine.disk_read, seconds)})
 
 
 def measure(

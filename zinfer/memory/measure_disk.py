@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -123,9 +123,7 @@ def measure_disk(paths: Sequence[Path], seconds: float) -> DiskRates:
     return DiskRates(Link(bytes_per_s=large_bytes / (large_s - latency_s), latency_s=latency_s), row_s)
 
 
-def link_now(
-    paths: Sequence[Path], known: Link, seconds: float, on_ready: Callable[[], object] = lambda: None
-) -> Link:
+def link_now(paths: Sequence[Path], known: Link, seconds: float) -> Link:
     """The link that was measured earlier, on the same disk, with its rate as it is now.
 
     A moment of reads is off by as much as the disk has changed since: neither is believed alone (`likely_rate`), and
@@ -137,7 +135,6 @@ def link_now(
         return known
     seen = known.bytes_per_s
     with ReadLoad(paths, num_places=1) as load:
-        on_ready()
         for _ in range(2):
             piece_s = typical(load.round_seconds(reads, seconds)) / IN_FLIGHT
             seen = _mean_bytes(reads) / max(piece_s - known.latency_s, piece_s / 2)
