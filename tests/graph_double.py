@@ -6,6 +6,7 @@ in a CUDA graph.  Results that recording left behind are spoiled, since a captur
 """
 
 from contextlib import nullcontext
+from math import inf
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ _READS_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
 class DoubleRecorder:
     """Counts what it has recorded; `refuse_after` recordings it raises, as a capture does."""
 
-    is_promised = True
+    is_promised, most_logit_bytes = True, inf
 
     def __init__(self, refuse_after=10**9):
         self.num_recorded = self.num_replayed = 0

@@ -286,7 +286,7 @@ def test_what_is_neither_a_device_nor_a_host_records_nothing():
     assert graphs_for(None, torch.device("meta"), exact=True, most_bytes=1) is None
     assert graph_bytes(64 * 2**30) == 64 * 2**20
     assert graph_bytes(64 * 2**20) == 2**20
-    assert MOST_ROWS == 64
+    assert MOST_ROWS == 128
     assert Together((1, 2)) == Together((1, 2))
 
 

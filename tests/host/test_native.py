@@ -247,11 +247,25 @@ def test_many_rows_are_multiplied_in_blocks(rows):
 
 
 @needs_products
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5, 24, 257])
+def test_a_product_goes_into_columns_of_a_wider_matrix(rows, dtype):
+    """What lies beside them stays, and numbers in float32 are rounded to bfloat16 all the same."""
+    x, weight, bias = noise(rows, 100), noise(75, 100, seed=1), noise(75, seed=2)
+    found, wide = calls.kernels(), torch.full((rows, 80), 7.0, dtype=dtype)
+    into = wide[:, 2:77]
+    assert found.dense(x, weight, bias, into) is into
+    assert torch.equal(into, found.dense(x, weight, bias).to(dtype))
+    assert bool((wide[:, :2] == 7).all()) and bool((wide[:, 77:] == 7).all())
+    assert not torch.equal(into, x.float() @ weight.float().t() + bias.float())
+
+
+@needs_products
 def test_rows_may_be_packed_by_every_piece():
     """Without scratch memory the same bits: the packed rows are read in one order."""
     x, weight, y = noise(23, 100), noise(75, 100, seed=1), torch.empty(23, 75, dtype=BF16)
     calls.kernels()._do(
-        "zinfer_dense", *(t.data_ptr() for t in (x, weight)), None, y.data_ptr(), None, 23, 75, 100
+        "zinfer_dense", *(t.data_ptr() for t in (x, weight)), None, y.data_ptr(), None, 23, 75, 100, 75, False
     )
     assert torch.equal(y, calls.kernels().dense(x, weight))
 

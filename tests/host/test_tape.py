@@ -127,9 +127,16 @@ def test_what_torch_does_between_kernels_gives_its_bits(rows, width, seed):
         wide[:, :width] = x
         return wide
 
+    def inside_of_floats(x):
+        wide = x.new_empty(rows, 2 * width, dtype=torch.float32)
+        wide[:, width:] = x
+        wide[:, :width] = x
+        return wide
+
     for run in (
         lambda x: x + z,
         lambda x: x.float(),
+        inside_of_floats,
         lambda x: x.index_select(0, order),
         lambda x: torch.empty_like(x).index_copy_(0, order, x),
         lambda x: torch.empty_like(x).copy_(x),
@@ -400,6 +407,25 @@ def test_recorded_passes_give_what_ops_one_by_one_give(models, family, prompts, 
     assert all(len(kind._recorded) == 1 for kind in whole), "a resident model's pass is one tape"
     assert all(None not in kind._recorded.values() for kind in found[3]), "nothing was refused"
     assert found[:2] == want[:2]
+
+
+def test_many_logits_are_no_part_of_what_is_recorded(models, monkeypatch, native_rows):
+    """A head is one op, and what it gives more memory than all else of a pass; few logits stay on the tape."""
+    want = run(models["llama"], records=False)
+    assert want[2].passes[-1].sequences == len(PROMPTS)
+    nbytes = len(PROMPTS) * 515 * 4
+    for most in (nbytes, nbytes - 1):
+        monkeypatch.setattr(TapeRecorder, "most_logit_bytes", most)
+        found = run(models["llama"], records=True)
+        whole = [kind for kind in found[3] if kind._is_whole and kind._recorded]
+        has_head = {key[1] == num_ops(models["llama"]) for kind in whole for key in kind._recorded}
+        assert has_head == {most == nbytes}
+        assert found[:2] == want[:2]
+
+
+def num_ops(folder):
+    with LLM(folder, device="cpu", memory={"host": "64MiB"}) as llm:
+        return len(llm._session.model.spec.program)
 
 
 VARIANTS = {

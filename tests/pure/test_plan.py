@@ -351,7 +351,7 @@ def test_a_pass_that_a_host_records_costs_what_replaying_does():
     assert one_by_one > 1e-3 * ops
     for other in (
         PassLoad(rows=9, sequences=3, context=40),
-        PassLoad(rows=33, sequences=33, context=40),
+        PassLoad(rows=129, sequences=129, context=40),
         PassLoad(rows=1, sequences=1, context=1),
         PassLoad(rows=3, sequences=3, context=40, kv=KvPlan(dtype="INT8")),
     ):

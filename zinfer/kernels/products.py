@@ -34,9 +34,18 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def linear(
-    x_TI: Tensor, weight: Tensor, bias: Tensor | None = None, *, exact: bool, transposed: bool = False
+    x_TI: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    exact: bool,
+    transposed: bool = False,
+    into_TO: Tensor | None = None,
 ) -> Tensor:
     """x [T, I] times weight [O, I] ([I, O] when `transposed`), plus bias [O]: [T, O].
+
+    Where it is given `into_TO` is filled and handed back: columns of a wider matrix, or numbers that are as exact in a
+    wider format.
 
     With `exact` a row of the result depends on nothing but that row of x, whatever T is: the compiled kernel is so by
     itself, and libraries are at row counts that agree (`row_sizes`).  Without, a lone row goes through the kernel that
@@ -49,28 +58,35 @@ def linear(
     is_trained = wants_gradient((x_TI, weight, bias))
     found = compiled(*case[:2], inputs, transposed or not weight.is_contiguous())
     if exact and found is not None and not is_trained:
-        return found.dense(x_TI, weight_OI, bias)
+        return found.dense(x_TI, weight_OI, bias, into_TO)
     if not exact and num_rows <= MOST_ROWS and not is_trained:
-        return _few(num_rows, case)(x_TI, weight_OI, bias)
+        kernel = _few(num_rows, case)
+        if kernel is _native and found is not None:
+            return found.dense(x_TI, weight_OI, bias, into_TO)
+        return _put(kernel(x_TI, weight_OI, bias), into_TO)
     sizes = row_sizes(*case, torch.get_num_threads()) if exact else (MOST_ROWS,)
-    y_TO: Tensor | None = None
     for start, stop, size in cover(num_rows, sizes):
         rows = stop - start
         piece = F.linear(pad_rows(x_TI[start:stop], size if exact else rows), weight_OI, bias)
         if len(piece) == num_rows:
-            return piece
+            return _put(piece, into_TO)
         # Into its place at once: all pieces beside the whole, or rows that nobody wants, would be a pass's peak.
-        y_TO = piece.new_empty(num_rows, outputs) if y_TO is None else y_TO
-        y_TO[start:stop] = piece[:rows]
+        into_TO = piece.new_empty(num_rows, outputs) if into_TO is None else into_TO
+        into_TO[start:stop] = piece[:rows]
         del piece
-    assert y_TO is not None, "a product needs rows"
-    return y_TO
+    assert into_TO is not None, "a product needs rows"
+    return into_TO
+
+
+def _put(y_TO: Tensor, into_TO: Tensor | None) -> Tensor:
+    """A result that could not be written where it belongs."""
+    return y_TO if into_TO is None else into_TO.copy_(y_TO)
 
 
 def _few(num_rows: int, case: tuple[torch.dtype, str, int, int, bool, bool]) -> Product:
     if num_rows == 1:  # on a tape the compiled kernel costs no call
         return _native if is_noting() else KERNELS[row_kernel(*case)]
-    return _native if num_rows <= few_rows(*case) else F.linear
+    return _native if is_noting() or num_rows <= few_rows(*case) else F.linear
 
 
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:

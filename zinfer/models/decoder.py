@@ -141,26 +141,35 @@ def _enter(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor], b
 
 
 def _product(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor], *, exact: bool) -> None:
-    """One block of the op's matrix, put in its place in the whole output; logits widen to fp32."""
+    """One block of the op's matrix, put in its place in the whole output; logits are fp32."""
     x, matrix = flow.input, op.matrix
     assert x is not None and matrix is not None, "a product needs an input and a matrix"
-    outputs = matrix.shape[1 if op.transposed else 0]
+    outputs, bias = matrix.shape[1 if op.transposed else 0], weights.get("bias")
+    into_TO = _place(op, spec, flow, x)
     if not x.shape[0]:
         piece = x.new_empty(0, outputs)
     elif is_quantised(weights):
-        piece = quant_linear(x, quant_weight(weights, outputs), weights.get("bias"), exact=exact)
+        piece = quant_linear(x, quant_weight(weights, outputs), bias, exact=exact)
+    elif op.transposed:
+        piece = column_linear(x, weights["matrix"], bias, exact=exact)
     else:
-        multiply = column_linear if op.transposed else linear
-        piece = multiply(x, weights["matrix"], weights.get("bias"), exact=exact)
-    if op.kind == "head":
-        piece = piece.float()
-    if op.blocks == 1:
+        piece = linear(x, weights["matrix"], bias, exact=exact, into_TO=into_TO)
+    if into_TO is None:
         flow.output = piece
-        return
+    elif piece is not into_TO:
+        into_TO.copy_(piece)
+
+
+def _place(op: Op, spec: ModelSpec, flow: Flow, x: Tensor) -> Tensor | None:
+    """Where a product belongs in an output that is wider than it, or in another format; None: it is the output."""
+    assert op.matrix is not None, "a product needs a matrix"
+    dtype = torch.float32 if op.kind == "head" else x.dtype
+    if op.blocks == 1 and dtype is x.dtype:
+        return None
     if op.block == 0:
-        flow.output = piece.new_empty(piece.shape[0], matrix_shape(spec, op.kind)[0])
+        flow.output = x.new_empty(x.shape[0], matrix_shape(spec, op.kind)[0], dtype=dtype)
     assert flow.output is not None, "block 0 of a product goes first"
-    flow.output[:, matrix.start : matrix.stop] = piece
+    return flow.output[:, op.matrix.start : op.matrix.stop]
 
 
 def _finish(

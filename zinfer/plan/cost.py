@@ -16,7 +16,7 @@ from zinfer.units import round_up
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
 _HEADS = ("head", "dense", "classify")  # one row per sequence
-_RECORDED_ROWS = 32  # zinfer.kernels.products.FEW: the most rows of a product that is a step
+_RECORDED_ROWS = 128  # zinfer.runtime.graph.MOST_ROWS
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 

@@ -95,9 +95,7 @@ class Executor:
         micros = [Micro(batch, kv, self._new_flow()) for batch, kv in batches]
         self.traverse(micros)
         logits = [micro.flow.take_logits() for micro in micros]
-        # On the host they lie where the next replay puts its own.
-        is_replayed = self.manager.device.type == "cpu" and self._num_replays() > self._replays_before
-        return [rows_RV.clone() for rows_RV in logits] if is_replayed else logits
+        return logits if self.graphs is None else [self.graphs.kept(rows_RV) for rows_RV in logits]
 
     def traverse(self, micros: Sequence[Micro]) -> None:
         """`run` for callers that bring their own flows and take more than logits from them."""

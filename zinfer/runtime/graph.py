@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +27,9 @@ from zinfer.memory.faults import is_lost
 from zinfer.models.decoder import Flow, prepare, run_op
 from zinfer.plan.cost import has_steps
 from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
-from zinfer.spec.records import ModelSpec
+from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 
-MOST_ROWS = 64  # of a pass that is recorded: beyond, kernels take longer than their launches
+MOST_ROWS = 128  # of a pass that is recorded: beyond, kernels take longer than their launches
 _MOST_KINDS = 8  # of passes whose buffers and graphs are kept
 _MOST_SEEN = 64  # and those that are recognised when they come again
 _ATTENDING = frozenset({"v", "qkv"})  # ops that end in attention
@@ -48,6 +49,7 @@ class GraphRecorder(Protocol):
         ...
 
     is_promised: bool  # whether the plan made room: that it does not suffice is worth a word
+    most_logit_bytes: float  # a pass with more of them has its head by itself, which is one op
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +85,7 @@ class CudaRecorder:
     bound by what a capture forbids: the transfers' threads go on issuing copies and reading events.
     """
 
-    is_promised = True
+    is_promised, most_logit_bytes = True, inf
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -228,6 +230,11 @@ class Graphs:
             logger.warning("passes are not recorded any more, their ops run one by one: %s", error)
             return None
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Itself, or a copy where it lies in what the next replay of a host writes."""
+        is_ours = x.device.type == "cpu" and any(kind.writes(x) for kind in self._kinds.values())
+        return x.clone() if is_ours else x
+
     @property
     def recorder(self) -> GraphRecorder:
         """Whose memory it is."""
@@ -245,11 +252,14 @@ class Graphs:
             views = {part.role: weights[part.key] for part in op.reads}
             run_op(op, self._spec, flow, views, buffers.batch, buffers.view, exact=self._exact)
 
-    def parts(self, ops: range, *, is_whole: bool) -> Iterator[tuple[range, bool]]:
+    def parts(self, ops: range, batch: Packed, *, is_whole: bool) -> Iterator[tuple[range, bool]]:
         """The ops in runs, and whether each may be recorded."""
+        logit_bytes = len(batch.logit_rows) * self._spec.vocab_size * DTYPE_BYTES["F32"]
+        apart = {"head"} if logit_bytes > self._recorder.most_logit_bytes else set()
+        apart |= set() if is_whole else _ATTENDING
         begin = ops.start
         for index in ops:
-            if not is_whole and self._spec.program[index].kind in _ATTENDING:
+            if self._spec.program[index].kind in apart:
                 if begin < index:
                     yield range(begin, index), True
                 yield range(index, index + 1), False
@@ -273,9 +283,13 @@ class Kind:
         """Another pass of this kind begins."""
         self.buffers.load(batch if self._is_whole else without_attention(batch), view)
 
+    def writes(self, x: Tensor) -> bool:
+        """Whether a recording leaves its results there."""
+        return x.data_ptr() in self._fixed
+
     def run(self, ops: range, where: Hashable, weights: Weights, flow: Flow, eager: Eager) -> None:
         """Carry the ops out: by graphs where they were recorded for these addresses, else by `eager`."""
-        for part, may_record in self._graphs.parts(ops, is_whole=self._is_whole):
+        for part, may_record in self._graphs.parts(ops, self.buffers.batch, is_whole=self._is_whole):
             found = self._find(part, where, weights, flow) if may_record else None
             if found is None:
                 self._graphs.num_eager += 1

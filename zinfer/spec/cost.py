@@ -212,25 +212,30 @@ class _FlowBytes:
         wide = FP32 * self.rows if op.kind == "head" else width
         num_out = matrix_shape(self.spec, op.kind)[0]
         block = num_out if op.blocks == 1 else op.matrix.shape[0]
-        if op.blocks > 1:
+        is_placed = op.blocks > 1 or wide > width
+        if is_placed:
             self.live["output"] = num_out * wide
-        product = self._product_bytes(op, block) + quantised_product_bytes(self.rows, op)
-        product += self._packed_bytes(op)
-        self._touch(max(product, block * (width + (wide if wide > width else 0))))
+        # The compiled kernel writes where the result belongs; whether it serves is only known of exact products.
+        is_compiled = self.exact and self.product_sizes.get(op.kind) == () and not op.stored
+        product = 0 if is_placed and is_compiled else self._product_bytes(op, block, is_placed=is_placed)
+        self._touch(product + quantised_product_bytes(self.rows, op) + self._packed_bytes(op))
         self.live["output"] = num_out * wide
 
-    def _product_bytes(self, op: Op, block: int) -> int:
-        """A product of `block` outputs: the result, and a piece, with what is padded, before it is in its place."""
+    def _product_bytes(self, op: Op, block: int, *, is_placed: bool) -> int:
+        """A product of `block` outputs: the result, unless its place is there already (`is_placed`), and a piece, with
+        what is padded, before it is in its place."""
         row, whole = block * DTYPE_BYTES[self.spec.dtype], block * self._size(1)
         most = EXACT_ROWS if self.exact else MOST_ROWS
         if not self.exact or op.stored:
             return whole + (row * most if self.rows > most else 0)
         inputs = matrix_shape(self.spec, op.kind)[1] * DTYPE_BYTES[self.spec.dtype]
-        largest = whole
+        largest = 0 if is_placed else whole
         sizes = self.product_sizes.get(op.kind, EXACT_SIZES)
         for start, stop, size in cover(self.rows, sizes) if sizes else ():
             padded = size * inputs if size > stop - start else 0
-            largest = max(largest, size * row + padded + (whole if size != self.rows else 0))
+            largest = max(
+                largest, size * row + padded + (whole if size != self.rows and not is_placed else 0)
+            )
         return largest
 
     def _packed_bytes(self, op: Op) -> int:

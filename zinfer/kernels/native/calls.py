@@ -52,7 +52,7 @@ _ROWS = {
     "zinfer_gate": [*[_POINTER] * 4, *[_SIZE] * 4, _THREADS],
 }
 _PRODUCTS = {
-    "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 3, _THREADS],
+    "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 5, _THREADS],
     "zinfer_columns": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
     "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
 }
@@ -265,25 +265,34 @@ class Kernels:
         self._do(name, *where, y_SHD.data_ptr(), scale, cap, window or 0, *sizes)
         return y_SHD
 
-    def dense(self, x_TI: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x times the transposed weight, its rows one after the other, plus bias: [T, O].  I is at most MOST_INPUTS."""
-        packed = packed_rows(*x_TI.shape)
+    def dense(
+        self,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        bias: Tensor | None = None,
+        into_TO: Tensor | None = None,
+    ) -> Tensor:
+        """x times the transposed weight, its rows one after the other, plus bias: [T, O].  I is at most MOST_INPUTS.
+
+        In `into_TO` where that is given: columns of a wider matrix, also of one in float32.
+        """
+        (num_rows, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+        packed = packed_rows(num_rows, inputs)
         scratch = x_TI.new_empty(packed) if any(packed) else None
-        return self._multiply("zinfer_dense", x_TI, weight_OI, weight_OI.shape[0], bias, scratch)
+        x_TI = x_TI.contiguous()
+        y_TO = x_TI.new_empty(num_rows, outputs) if into_TO is None else into_TO
+        where = [None if part is None else part.data_ptr() for part in (x_TI, weight_OI, bias, y_TO, scratch)]
+        is_wide = y_TO.dtype == torch.float32
+        self._do("zinfer_dense", *where, num_rows, outputs, inputs, y_TO.stride(0), is_wide)
+        return y_TO
 
     def columns(self, x_TI: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a weight that is published the other way round, plus bias: [T, O]."""
-        return self._multiply("zinfer_columns", x_TI, weight_IO, weight_IO.shape[1], bias)
-
-    def _multiply(
-        self, name: str, x_TI: Tensor, weight: Tensor, outputs: int, bias: Tensor | None, *more: Tensor | None
-    ) -> Tensor:
         num_rows, inputs = x_TI.shape
         x_TI = x_TI.contiguous()
-        y_TO = x_TI.new_empty(num_rows, outputs)
-        parts = (x_TI, weight, bias, y_TO, *more)
-        where = [None if part is None else part.data_ptr() for part in parts]
-        self._do(name, *where, num_rows, outputs, inputs)
+        y_TO = x_TI.new_empty(num_rows, weight_IO.shape[1])
+        where = [None if part is None else part.data_ptr() for part in (x_TI, weight_IO, bias, y_TO)]
+        self._do("zinfer_columns", *where, num_rows, weight_IO.shape[1], inputs)
         return y_TO
 
     def quant(self, x_TI: Tensor, weight: QuantWeight) -> Tensor:

@@ -27,6 +27,8 @@ int zinfer_has_products(void) {
 typedef struct {
     const bf16 *x, *weight, *bias;
     bf16 *y, *packed; /* packed: NULL where every piece packs its rows itself */
+    float *wide;      /* in place of y: the same numbers in single precision */
+    size_t stride;    /* elements from one row of the result to the next */
     size_t rows, tiles, outputs, inputs, piece, num_threads;
 } dense_t;
 
@@ -64,13 +66,26 @@ static inline void put_wide(const dense_t *job, size_t row, size_t output, int c
         const __m128i bias = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(job->bias + output)));
         sums = _mm512_add_ps(sums, _mm512_broadcast_f32x4(_mm_castsi128_ps(_mm_slli_epi32(bias, 16))));
     }
-    bf16 all[16], *y = job->y + row * job->outputs + output;
-    _mm256_storeu_si256((__m256i *)all, narrow_16(sums));
-    for (int m = 0; m < count; m++) memcpy(y + m * job->outputs, all + m * WIDE, WIDE * sizeof(bf16));
+    const __m256i all = narrow_16(sums);
+    const size_t at = row * job->stride + output;
+    if (job->wide) {
+        float each[16];
+        _mm512_storeu_si512(each, _mm512_slli_epi32(_mm512_cvtepu16_epi32(all), 16));
+        for (int m = 0; m < count; m++)
+            memcpy(job->wide + at + m * job->stride, each + m * WIDE, WIDE * sizeof(float));
+        return;
+    }
+    bf16 each[16];
+    _mm256_storeu_si256((__m256i *)each, all);
+    for (int m = 0; m < count; m++) memcpy(job->y + at + m * job->stride, each + m * WIDE, WIDE * sizeof(bf16));
 }
 
 static inline void put(const dense_t *job, size_t row, size_t output, float sum) {
-    job->y[row * job->outputs + output] = narrow(job->bias ? sum + widen(job->bias[output]) : sum);
+    const bf16 rounded = narrow(job->bias ? sum + widen(job->bias[output]) : sum);
+    if (job->wide)
+        job->wide[row * job->stride + output] = widen(rounded);
+    else
+        job->y[row * job->stride + output] = rounded;
 }
 
 /* The next 32 inputs of M rows times N outputs; those of `count` outputs are asked for that come later. */
@@ -208,24 +223,25 @@ static size_t outputs_per_piece(const dense_t *job) {
     return most > LEAST ? most : LEAST;
 }
 
-/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL.  scratch: room
- * for min(rows, 256) rows, their inputs rounded up to 32, aligned to 64 bytes; rows are packed there once.  NULL: every
- * piece packs them anew, on its thread's stack, which is why inputs are at most 65536. */
-void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, bf16 *scratch, size_t rows,
-                  size_t outputs, size_t inputs, unsigned num_threads) {
-    if (rows == 1) {
-        dense_t job = {x, weight, bias, y, NULL, 1, 1, outputs, inputs, 0, num_threads};
-        share_runs(row_run, &job, outputs, outputs_per_run(&job), num_threads);
-        return;
-    }
+/* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL, to rows of y that
+ * begin `stride` elements after each other; with `is_wide` y holds floats, rounded to bfloat16 all the same.  scratch:
+ * room for min(rows, 256) rows, their inputs rounded up to 32, aligned to 64 bytes; rows are packed there once.  NULL:
+ * every piece packs them anew, on its thread's stack, which is why inputs are at most 65536. */
+void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,
+                  size_t outputs, size_t inputs, size_t stride, size_t is_wide, unsigned num_threads) {
     const size_t blocks = (rows + BLOCK - 1) / BLOCK;
     for (size_t block = 0; block < blocks; block++) {
         const size_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
-        dense_t job = {x + row * inputs, weight, bias, y + row * outputs, scratch, count, (count + TALL - 1) / TALL,
-                       outputs, inputs, 0, num_threads};
+        dense_t job = {.x = x + row * inputs, .weight = weight, .bias = bias, .packed = scratch, .stride = stride,
+                       .rows = count, .tiles = (count + TALL - 1) / TALL, .outputs = outputs, .inputs = inputs,
+                       .num_threads = num_threads};
+        if (is_wide)
+            job.wide = (float *)y + row * stride;
+        else
+            job.y = (bf16 *)y + row * stride;
         job.piece = job.tiles > 1 ? outputs_per_piece(&job) : outputs_per_run(&job);
-        if (scratch) share(pack_piece, &job, job.tiles, num_threads);
-        share_runs(tiles_run, &job, outputs, job.piece, num_threads);
+        if (scratch && count > 1) share(pack_piece, &job, job.tiles, num_threads);
+        share_runs(count == 1 ? row_run : tiles_run, &job, outputs, job.piece, num_threads);
     }
 }
 

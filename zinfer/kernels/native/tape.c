@@ -24,10 +24,17 @@ static void add_piece(void *data, size_t piece) {
     for (size_t i = piece * SHARE; i < end_of(piece, SHARE, job->count); i++) y[i] = narrow(widen(x[i]) + widen(z[i]));
 }
 
-static void widen_piece(void *data, size_t piece) {
-    const map_t *job = data;
-    float *restrict y = job->y;
-    for (size_t i = piece * SHARE; i < end_of(piece, SHARE, job->count); i++) y[i] = widen(job->x[i]);
+typedef struct {
+    const bf16 *x;
+    float *y;
+    size_t width, stride;
+} widen_t;
+
+static void widen_piece(void *data, size_t row) {
+    const widen_t *job = data;
+    const bf16 *restrict x = job->x + row * job->width;
+    float *restrict y = job->y + row * job->stride;
+    for (size_t i = 0; i < job->width; i++) y[i] = widen(x[i]);
 }
 
 /* y = x + z */
@@ -36,10 +43,10 @@ static void add(const bf16 *x, const bf16 *z, bf16 *y, size_t count, unsigned nu
     share(add_piece, &job, (count + SHARE - 1) / SHARE, num_threads);
 }
 
-/* The same numbers in single precision. */
-static void widen_row(const bf16 *x, float *y, size_t count, unsigned num_threads) {
-    map_t job = {x, NULL, y, count};
-    share(widen_piece, &job, (count + SHARE - 1) / SHARE, num_threads);
+/* The same numbers in single precision, in rows that begin `stride` apart. */
+static void widen_rows(const bf16 *x, float *y, size_t rows, size_t width, size_t stride, unsigned num_threads) {
+    widen_t job = {x, y, width, stride};
+    share(widen_piece, &job, rows, num_threads);
 }
 
 /* `nbytes` of each of `rows` rows, from row from_rows[i] to row to_rows[i]; NULL: from and to row i. */
@@ -75,10 +82,12 @@ void zinfer_play(const void *tape, size_t count, unsigned threads) {
             case ACTIVATE: zinfer_activate(AT(0), AT(1), AT(2), w[3], threads); break;
             case GATE: zinfer_gate(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7], threads); break;
             case ADD: add(AT(0), AT(1), AT(2), w[3], threads); break;
-            case WIDEN: widen_row(AT(0), AT(1), w[2], threads); break;
+            case WIDEN: widen_rows(AT(0), AT(1), w[2], w[3], w[4], threads); break;
             case MOVE: move(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], w[7]); break;
 #ifdef __AVX512BF16__
-            case DENSE: zinfer_dense(AT(0), AT(1), AT(2), AT(3), AT(4), w[5], w[6], w[7], threads); break;
+            case DENSE:
+                zinfer_dense(AT(0), AT(1), AT(2), AT(3), AT(4), w[5], w[6], w[7], w[8], w[9], threads);
+                break;
             case COLUMNS: zinfer_columns(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], threads); break;
             case QUANT:
                 zinfer_quant(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), w[6], w[7], w[8], w[9], w[10], threads);

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zinfer.kernels.native.calls import STEPS, Kernels, notes
-from zinfer.units import round_up
+from zinfer.units import MIB, round_up
 
 _WORDS = 16  # of a step: its kind, and at most so many arguments less one
 _ALIGNED = 64  # bytes
+_LOGIT_BYTES = 2 * MIB  # of a few rows; those of many would take more than everything else that is recorded
 _SPARE = 2  # a block may be so many times what is asked for
 _aten = torch.ops.aten
 _VIEWS = {
@@ -186,11 +187,15 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return y
 
     def _to(self, x: Tensor, *, dtype: torch.dtype | None = None, **how: Any) -> Tensor:
-        _ask(x.dtype == torch.bfloat16 and dtype == torch.float32 and x.is_contiguous(), "a wider copy")
+        _ask(x.dtype == torch.bfloat16 and dtype == torch.float32, "a wider copy")
         _ask(not any(how.values()), "a copy on the host")
         y = self._pool.take(x.shape, torch.float32)
-        self.note("widen", x.data_ptr(), y.data_ptr(), x.numel())
+        self._widen(x, y)
         return y
+
+    def _widen(self, x: Tensor, y: Tensor) -> None:
+        _ask(x.is_contiguous() and _has_whole_rows(y), "a wider copy of rows")
+        self.note("widen", x.data_ptr(), y.data_ptr(), len(x), x[:1].numel(), y.stride(0))
 
     def _index_select(self, x: Tensor, dim: int, rows_N: Tensor) -> Tensor:
         y = self._pool.take((len(rows_N), *x.shape[1:]), x.dtype)
@@ -204,7 +209,10 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy(self, y: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
         _ask(y.shape == x.shape, "a copy of as much as there is room for")
-        self._move(y, x, 0)
+        if (x.dtype, y.dtype) == (torch.bfloat16, torch.float32):
+            self._widen(x, y)
+        else:
+            self._move(y, x, 0)
         return y
 
     def _clone(self, x: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
@@ -254,7 +262,7 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
 class TapeRecorder:
     """A GraphRecorder (zinfer.runtime.graph) for the host, in at most so much memory: what a budget had to spare."""
 
-    is_promised = False
+    is_promised, most_logit_bytes = False, float(_LOGIT_BYTES)
 
     def __init__(self, kernels: Kernels, most_bytes: int) -> None:
         self._kernels, self._most_bytes = kernels, most_bytes
