@@ -16,11 +16,12 @@ from zinfer.chunks.table import ALIGN, LOOSE_ALIGN
 from zinfer.config.machine import Compute, Link, Machine, ProductRate
 from zinfer.errors import BudgetError, UsageError
 from zinfer.kvcache.pages import PAGE_TOKENS
+from zinfer.plan.choose import recorded_room
 from zinfer.plan.cost import PassLoad, chunk_seconds, seconds_per_byte, visible_keys
 from zinfer.plan.explain import alternatives, explain, explained_dict
 from zinfer.plan.make import Plan, as_read
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
-from zinfer.plan.records import KvPlan, Tier, Workload
+from zinfer.plan.records import Budget, KvPlan, Tier, Workload
 from zinfer.spec.records import DTYPE_BYTES
 
 MIB, GIB = 2**20, 2**30
@@ -351,7 +352,7 @@ def test_a_pass_that_a_host_records_costs_what_replaying_does():
     assert one_by_one > 1e-3 * ops
     for other in (
         PassLoad(rows=9, sequences=3, context=40),
-        PassLoad(rows=129, sequences=129, context=40),
+        PassLoad(rows=257, sequences=257, context=40),
         PassLoad(rows=1, sequences=1, context=1),
         PassLoad(rows=3, sequences=3, context=40, kv=KvPlan(dtype="INT8")),
     ):
@@ -362,6 +363,39 @@ def test_a_pass_that_a_host_records_costs_what_replaying_does():
         assert overhead_s(decode, spec=replace(spec, **change)) == overhead_s(decode)
     for change in ({"dtype": "F32"}, {"dtype": "F16"}):
         assert overhead_s(decode, spec=replace(spec, **change)) == one_by_one
+
+
+@pytest.mark.parametrize(("batch", "memory"), [(64, 560), (128, 640)])
+def test_weights_make_way_for_recorded_passes_of_many_rows(batch, memory):
+    """And for them alone: not where graphs are off, nor where that would make something stream, nor where nothing is
+    left; few rows take what happens to be left."""
+    spec = replace(small_llama(), dtype="BF16")
+    workload = Workload(batch=batch, prompt_len=16, gen_len=16)
+    budget = Budget(host=memory * MIB)
+    wanted = recorded_room(spec, workload, budget, exact=False)
+    assert recorded_room(spec, workload, Budget(host=64 * wanted - 64), exact=False) == 0, "more than a part"
+    assert 0.5 * MIB < wanted < 32 * MIB
+
+    def planned(memory, **flags):
+        return plan_of(spec, workload, device="cpu", exact=False, memory__host=memory, **flags)
+
+    streams = planned(budget.host)
+    assert streams.placement.slots and streams.reserve.recorded >= wanted
+    assert streams.uses[0].total <= budget.host
+    off = planned(budget.host, runtime__graphs="off")
+    assert off.reserve.recorded == 0
+    assert streams.forecast.bytes_per_pass["disk"] >= off.forecast.bytes_per_pass["disk"]
+    whole = planned("2GiB")
+    assert not whole.placement.slots
+    held = whole.uses[0].total - whole.reserve.recorded
+    assert not planned(held).placement.slots, "all stays, though nothing is left"
+    for other in (
+        replace(workload, batch=32),
+        replace(workload, batch=257),
+        replace(workload, kv=KvPlan(dtype="INT8")),
+    ):
+        assert recorded_room(spec, other, budget, exact=False) == 0
+    assert recorded_room(replace(spec, dtype="F32"), workload, budget, exact=False) == 0
 
 
 def test_exact_mode_has_rates_of_its_own_or_pads():

@@ -12,7 +12,7 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.config.resolve import Resolved
 from zinfer.errors import BudgetError
-from zinfer.plan.choose import choose
+from zinfer.plan.choose import choose, recorded_room
 from zinfer.plan.curve import Curve, compute_curve
 from zinfer.plan.forecast import decode_load, engine_of, simulate_load
 from zinfer.plan.guests import with_guests, without_guests
@@ -171,6 +171,12 @@ class Candidates:
             return reserve
         return replace(reserve, activations=reserve.activations + graph_bytes(self.budget.device))
 
+    def _room(self, settled: Workload) -> int:
+        settings = self.resolved.settings
+        if self.resolved.device != "cpu" or settings.runtime.graphs == "off":
+            return 0
+        return recorded_room(self.spec, settled, self.budget, exact=settings.exact)
+
     def _curve(self, settled: Workload) -> Curve:
         engine = engine_of(self.machine, self.tier)
         return compute_curve(
@@ -238,6 +244,7 @@ class Candidates:
             reserve_of=reserve_of,
             exact=self.resolved.settings.exact,
             lookahead=None if lookahead == "auto" else lookahead,
+            room=self._room(settled),
         )
         objective = self.resolved.settings.runtime.objective
         curve = self._curve(settled)

@@ -13,16 +13,20 @@ from zinfer.chunks.source import Source
 from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError, InternalError
-from zinfer.plan.cost import has_steps
+from zinfer.plan.cost import RECORDED_ROWS, has_steps
 from zinfer.plan.forecast import decode_load, simulate_load
 from zinfer.plan.place import Reserve, place, size_steps, tier_uses
-from zinfer.plan.records import Budget, Placement, Schedule, Tier, Workload
+from zinfer.plan.records import Budget, KvPlan, Placement, Schedule, Tier, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.simulate import PassRun
+from zinfer.spec.cost import activation_bytes
 from zinfer.spec.records import ModelSpec
 from zinfer.units import MIB
 
-_MOST_RECORDED_BYTES = 32 * MIB  # a pass of 32 rows through 1 B parameters takes about 9
+_MOST_RECORDED_BYTES = 32 * MIB  # a pass of 256 rows through 1 B parameters takes about 13
+_RECORDED_PART = 64  # of a budget: one part of so many at most
+_FEW_ROWS = 32
+_ROOM_SHARE = 1.4  # of the most that is alive at once: what recordings hand on to each other lies beside it
 
 _LOOKAHEADS = {
     Tier.HOST: (2, 1, 3),
@@ -54,7 +58,7 @@ class Choice:
         if device != "cpu" or not has_steps(spec):
             return self.reserve
         (use,) = tier_uses(self.table, self.placement, budget, self.reserve)
-        spare = min(_MOST_RECORDED_BYTES, budget.host // 64, budget.host - use.total)
+        spare = min(_most_recorded(budget), budget.host - use.total)
         return replace(self.reserve, recorded=max(spare, 0))
 
 
@@ -69,10 +73,12 @@ def choose(
     reserve_of: Callable[[ChunkTable | None], Reserve],
     exact: bool,
     lookahead: int | None = None,
+    room: int = 0,
 ) -> Choice:
     """Try chunk limits and lookaheads and keep the fastest decode pass on the virtual clock.
 
-    What waits between chunks depends on where they end: `reserve_of` says it of a table, or (None) of any.
+    What waits between chunks depends on where they end: `reserve_of` says it of a table, or (None) of any.  Where
+    weights stream `room` more bytes are left free, if they can be (`recorded_room`).
     Raises BudgetError ZI-2001 when nothing fits, for the smallest chunks and the least lookahead.
     """
     lookaheads = _LOOKAHEADS[compute_tier] if lookahead is None else (lookahead,)
@@ -84,7 +90,7 @@ def choose(
         # Of very many chunks no single one matters: two trials do.
         for count in lookaheads[: 2 if len(table.chunks) > _MAX_TRIAL_UNITS else None]:
             try:
-                placement = place(table, budget, compute_tier=compute_tier, reserve=reserve, lookahead=count)
+                placement = _place(table, budget, compute_tier, reserve, count, room)
             except BudgetError:
                 continue
             schedule = build_schedule(table, placement, parks=workload.parks)
@@ -102,6 +108,34 @@ def choose(
             "ZI-2092", "single ops can be placed where larger chunks cannot, and were not tried"
         )
     return best
+
+
+def _place(
+    table: ChunkTable, budget: Budget, compute_tier: Tier, reserve: Reserve, lookahead: int, room: int
+) -> Placement:
+    """With so much room left where something streams anyhow and it fits.  Raises BudgetError ZI-2001."""
+    found = place(table, budget, compute_tier=compute_tier, reserve=reserve, lookahead=lookahead)
+    if room and found.slots:
+        roomy = replace(reserve, activations=reserve.activations + room)
+        with suppress(BudgetError):
+            return place(table, budget, compute_tier=compute_tier, reserve=roomy, lookahead=lookahead)
+    return found
+
+
+def _most_recorded(budget: Budget) -> int:
+    return min(_MOST_RECORDED_BYTES, budget.host // _RECORDED_PART)
+
+
+def recorded_room(spec: ModelSpec, workload: Workload, budget: Budget, *, exact: bool) -> int:
+    """Bytes that recording a host's decode passes takes, where those are worth weights that make way: of so many rows
+    that computing counts, and not so few that what happens to be left is enough.  All but the head's activations.
+    """
+    rows = workload.batch
+    if not (_FEW_ROWS < rows <= RECORDED_ROWS and has_steps(spec) and workload.kv == KvPlan()):
+        return 0
+    costs = activation_bytes(spec, rows, rows, workload.context, exact=exact)
+    room = round(_ROOM_SHARE * max(cost.peak for kind, cost in costs.items() if kind != "head"))
+    return room if room <= _most_recorded(budget) else 0
 
 
 def _loss(placement: Placement, steady: PassRun) -> float:

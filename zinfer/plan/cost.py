@@ -16,7 +16,7 @@ from zinfer.units import round_up
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
 _HEADS = ("head", "dense", "classify")  # one row per sequence
-_RECORDED_ROWS = 128  # zinfer.runtime.graph.MOST_ROWS
+RECORDED_ROWS = 256  # zinfer.runtime.graph.MOST_ROWS
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 
@@ -119,7 +119,7 @@ def has_steps(spec: ModelSpec) -> bool:
 
 def is_recorded(spec: ModelSpec, load: PassLoad) -> bool:
     """Whether a host that records passes records such ones: one new row per sequence, the cache beside the weights."""
-    is_decode = load.rows == load.sequences <= _RECORDED_ROWS and load.context > 1
+    is_decode = load.rows == load.sequences <= RECORDED_ROWS and load.context > 1
     return has_steps(spec) and is_decode and load.kv == _RESIDENT
 
 

@@ -29,7 +29,7 @@ from zinfer.plan.cost import has_steps
 from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 
-MOST_ROWS = 128  # of a pass that is recorded: beyond, kernels take longer than their launches
+MOST_ROWS = 256  # of a pass that is recorded: beyond, kernels take longer than their launches
 _MOST_KINDS = 8  # of passes whose buffers and graphs are kept
 _MOST_SEEN = 64  # and those that are recognised when they come again
 _ATTENDING = frozenset({"v", "qkv"})  # ops that end in attention
