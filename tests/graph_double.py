@@ -18,7 +18,7 @@ _READS_THE_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
 class DoubleRecorder:
     """Counts what it has recorded; `refuse_after` recordings it raises, as a capture does."""
 
-    is_promised, most_logit_bytes = True, inf
+    is_promised, most_rows, most_logit_bytes = True, 64, inf
 
     def __init__(self, refuse_after=10**9):
         self.num_recorded = self.num_replayed = 0

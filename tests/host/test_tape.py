@@ -423,6 +423,23 @@ def test_many_logits_are_no_part_of_what_is_recorded(models, monkeypatch, native
         assert found[:2] == want[:2]
 
 
+def test_passes_of_many_rows_are_recorded_once_they_have_come_often(models, monkeypatch, native_rows):
+    """Recording takes as long as ten replays of them spare."""
+    want = run(models["llama"], records=False)
+    monkeypatch.setattr(graph, "FEW_ROWS", len(PROMPTS) - 1)
+    replays = []
+    for often in (4, 10**6):
+        monkeypatch.setattr(graph, "_OFTEN", often)
+        found = run(models["llama"], records=True)
+        assert found[:2] == want[:2]
+        replays.append(found[2].graph_replays)
+    assert 0 < replays[0] <= PARAMS.max_tokens - 1 - 4
+    assert replays[1] == 0
+    monkeypatch.setattr(TapeRecorder, "most_rows", len(PROMPTS) - 1)
+    monkeypatch.setattr(graph, "_OFTEN", 1)
+    assert run(models["llama"], records=True)[2].graph_replays == 0
+
+
 def num_ops(folder):
     with LLM(folder, device="cpu", memory={"host": "64MiB"}) as llm:
         return len(llm._session.model.spec.program)

@@ -16,7 +16,7 @@ from zinfer.units import round_up
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
 _HEADS = ("head", "dense", "classify")  # one row per sequence
-RECORDED_ROWS = 256  # zinfer.runtime.graph.MOST_ROWS
+RECORDED_ROWS = 256  # the most of a pass that a host records
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 

@@ -29,7 +29,12 @@ from zinfer.plan.cost import has_steps
 from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 
-MOST_ROWS = 256  # of a pass that is recorded: beyond, kernels take longer than their launches
+FEW_ROWS = (
+    64  # of a pass that is recorded when it comes again: beyond, kernels take longer than their launches
+)
+_OFTEN = (
+    8  # passes of more rows are recorded when they have come so often: that takes as long as it spares in ten
+)
 _MOST_KINDS = 8  # of passes whose buffers and graphs are kept
 _MOST_SEEN = 64  # and those that are recognised when they come again
 _ATTENDING = frozenset({"v", "qkv"})  # ops that end in attention
@@ -49,6 +54,7 @@ class GraphRecorder(Protocol):
         ...
 
     is_promised: bool  # whether the plan made room: that it does not suffice is worth a word
+    most_rows: int  # of a pass that is recorded
     most_logit_bytes: float  # a pass with more of them has its head by itself, which is one op
 
     @property
@@ -85,7 +91,7 @@ class CudaRecorder:
     bound by what a capture forbids: the transfers' threads go on issuing copies and reading events.
     """
 
-    is_promised, most_logit_bytes = True, inf
+    is_promised, most_rows, most_logit_bytes = True, FEW_ROWS, inf
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -171,7 +177,7 @@ class Graphs:
             and self._most_bytes > 0
             and isinstance(view, PagedView)
             and view.is_resident
-            and batch.num_rows == batch.num_sequences <= MOST_ROWS
+            and batch.num_rows == batch.num_sequences <= self._recorder.most_rows
             and all(batch.past)
             and batch.ancestors is None
             and not batch.forked
@@ -190,7 +196,7 @@ class Graphs:
         self._kinds[key] = kind
         while len(self._kinds) > _MOST_KINDS:
             self._kinds.popitem(last=False)
-        kind.may_record = times[key] > 1 and key in self._last
+        kind.may_record = times[key] > (1 if batch.num_rows <= FEW_ROWS else _OFTEN) and key in self._last
         self._last = (whole, between)
         kind.load(batch, view)
         return kind

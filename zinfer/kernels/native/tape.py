@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zinfer.kernels.native.calls import STEPS, Kernels, notes
+from zinfer.plan.cost import RECORDED_ROWS
 from zinfer.units import MIB, round_up
 
 _WORDS = 16  # of a step: its kind, and at most so many arguments less one
@@ -262,7 +263,7 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
 class TapeRecorder:
     """A GraphRecorder (zinfer.runtime.graph) for the host, in at most so much memory: what a budget had to spare."""
 
-    is_promised, most_logit_bytes = False, float(_LOGIT_BYTES)
+    is_promised, most_rows, most_logit_bytes = False, RECORDED_ROWS, float(_LOGIT_BYTES)
 
     def __init__(self, kernels: Kernels, most_bytes: int) -> None:
         self._kernels, self._most_bytes = kernels, most_bytes
