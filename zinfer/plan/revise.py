@@ -51,8 +51,8 @@ def revised(
 
     `asked` is the plan's workload with the lengths and the number of the requests that have not ended (None: a queue
     without end); `scale` and `stream_scale` are measured over predicted, by group of ops and for the links.  What a
-    change costs counts: chunks to be read that were not resident, and, where requests have `begun`, their tokens in
-    the cache, which are computed again.
+    change costs counts: chunks to be read that were not resident, and, where a cache `is_begun`, its tokens, which
+    are computed again.
     """
     machine = _corrected(plan.machine, stream_scale)
     workload, remaining = asked, asked.num_requests
