@@ -376,14 +376,20 @@ def test_weights_make_way_for_recorded_passes_of_many_rows(batch, memory):
     assert recorded_room(spec, workload, Budget(host=64 * wanted - 64), exact=False) == 0, "more than a part"
     assert 0.5 * MIB < wanted < 32 * MIB
 
-    def planned(memory, **flags):
-        return plan_of(spec, workload, device="cpu", exact=False, memory__host=memory, **flags)
+    host = MACHINE.host.model_copy(update={"replayed_op_s": 1e-6})
+    recording = MACHINE.model_copy(update={"host": host})
+
+    def planned(memory, machine=recording, **flags):
+        return plan_of(spec, workload, machine, device="cpu", exact=False, memory__host=memory, **flags)
 
     streams = planned(budget.host)
     assert streams.placement.slots and streams.reserve.recorded >= wanted
     assert streams.uses[0].total <= budget.host
     off = planned(budget.host, runtime__graphs="off")
     assert off.reserve.recorded == 0
+    assert planned(budget.host, MACHINE).placement == off.placement, (
+        "a host that records nothing keeps no room"
+    )
     assert streams.forecast.bytes_per_pass["disk"] >= off.forecast.bytes_per_pass["disk"]
     whole = planned("2GiB")
     assert not whole.placement.slots

@@ -173,8 +173,9 @@ class Candidates:
 
     def _room(self, settled: Workload) -> int:
         settings = self.resolved.settings
-        if self.resolved.device != "cpu" or settings.runtime.graphs == "off":
-            return 0
+        records = self.machine.host.step_cost(exact=settings.exact).replayed_op_s is not None
+        if self.resolved.device != "cpu" or settings.runtime.graphs == "off" or not records:
+            return 0  # a host without our kernels would keep the room and record nothing
         return recorded_room(self.spec, settled, self.budget, exact=settings.exact)
 
     def _curve(self, settled: Workload) -> Curve:

@@ -25,7 +25,7 @@ from zinfer.units import MIB
 
 _MOST_RECORDED_BYTES = 32 * MIB  # a pass of 256 rows through 1 B parameters takes about 13
 _RECORDED_PART = 64  # of a budget: one part of so many at most
-_FEW_ROWS = 32
+_FEW_ROWS = 32  # what happens to be left is room enough for so many
 _ROOM_SHARE = 1.4  # of the most that is alive at once: what recordings hand on to each other lies beside it
 
 _LOOKAHEADS = {

@@ -39,14 +39,16 @@ def suit(engine: Engine) -> bool:
 
     Prompts alone take as long in small passes as in large ones, say, and decode does not.
     """
-    asked = _asked(engine)
-    if asked.num_requests is None or len(engine.loop.scheduler) <= asked.batch or not _may_revise(engine):
+    planned, scheduler = engine.plan.workload, engine.loop.scheduler
+    # Others may have carried them out meanwhile: then nobody is there to ask for anything.
+    if planned.num_requests is None or len(scheduler) <= planned.batch or not _may_revise(engine):
         return False
+    asked = _asked(engine)
     settled = engine.settled_for or engine.plan.workload
     balance = asked.gen_len / asked.prompt_len * settled.prompt_len / settled.gen_len
     is_other = max(balance, 1 / balance) > _OTHER_BALANCE
-    is_longer = settled.num_requests is not None and asked.num_requests > settled.num_requests
-    return (is_other or is_longer) and _revise(engine, is_begun=False)
+    is_longer = settled.num_requests is not None and len(scheduler) > settled.num_requests
+    return (is_other or is_longer) and _revise(engine, is_begun=scheduler.num_running > 0)
 
 
 def _may_revise(engine: Engine) -> bool:

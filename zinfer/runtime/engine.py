@@ -55,9 +55,7 @@ class Engine:
     begin_s: float
     trace_file: Path | None = None
     inbox: dict[int, deque[Event]] = field(default_factory=dict)  # by request, until its caller collects
-    settled_for: Workload | None = (
-        None  # what the batch size was settled for last; none: what the plan was made for
-    )
+    settled_for: Workload | None = None  # what the batch size was last chosen for; none: what the plan is for
     fault: ZinferError | None = None  # the device is lost: what every caller is told from then on
 
     def submit(self, request: Request, text: TextState) -> None:

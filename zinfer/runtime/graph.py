@@ -29,12 +29,8 @@ from zinfer.plan.cost import has_steps
 from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 
-FEW_ROWS = (
-    64  # of a pass that is recorded when it comes again: beyond, kernels take longer than their launches
-)
-_OFTEN = (
-    8  # passes of more rows are recorded when they have come so often: that takes as long as it spares in ten
-)
+FEW_ROWS = 64  # of a pass that is recorded when it comes again: beyond, kernels outlast their launches
+_OFTEN = 8  # times that a wider pass has come before it is recorded, which takes what ten replays spare
 _MOST_KINDS = 8  # of passes whose buffers and graphs are kept
 _MOST_SEEN = 64  # and those that are recognised when they come again
 _ATTENDING = frozenset({"v", "qkv"})  # ops that end in attention

@@ -13,9 +13,7 @@ from zinfer.memory.there import memory_there
 from zinfer.units import GIB
 
 _MEMORY_S = 0.2  # of finding memory that is there: nearly 2 GB
-_LEAST_BYTES = (
-    GIB  # of memory, for a look to be worth it: what finding less takes, guests keep from the first token
-)
+_LEAST_BYTES = GIB  # for a look to be worth it: what finding less takes, guests keep from the first token
 _MOST_RATE = 4e9  # fresh memory that comes faster holds nobody up
 _STAYS_S = 3.0  # free memory goes back to the host of a virtual machine from some two seconds on
 
