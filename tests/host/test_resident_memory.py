@@ -47,7 +47,7 @@ with LLM(model, device="cpu", exact=exact, **options) as llm:
         kept, plain = [], decoder.linear
         def linear(*args, **kwargs):
             kept.append(plain(*args, **kwargs))
-            del kept[:-20]
+            del kept[:-16]
             return kept[-1]
         decoder.linear = linear
     llm.generate(prompts, params)
