@@ -1,10 +1,13 @@
 """The symbolic activation bytes of an encoder against a count of live bytes in a real pass."""
 
+from dataclasses import replace
+
 import encoder_oracle
 import pytest
 import torch
 from text_models import CONFIGS
 
+from zinfer.kernels.products import with_product_sizes
 from zinfer.models.encoder import EncoderFlow, run_op
 from zinfer.runtime.live_bytes import LiveBytes
 from zinfer.spec.encoder_cost import encoder_activation_bytes, encoder_peak_bytes
@@ -40,7 +43,7 @@ def measure(spec, lengths, exact):
 @pytest.mark.parametrize("family", ["bert", "electra"])
 def test_stated_bytes_bound_what_is_alive(family, lengths, exact):
     wide = WIDE | ({"embedding_size": 128} if family == "electra" else {})
-    spec = read_spec(CONFIGS[family] | wide)
+    spec = with_product_sizes(read_spec(CONFIGS[family] | wide), "cpu")
     measure(spec, lengths, exact)  # exact products test themselves at their first use
     measured = measure(spec, lengths, exact)
     stated = encoder_activation_bytes(spec, sum(lengths), len(lengths), max(lengths), exact=exact)
@@ -51,3 +54,11 @@ def test_stated_bytes_bound_what_is_alive(family, lengths, exact):
     assert whole <= 1.6 * max(measured.values()), (
         "a bound far above what is needed refuses budgets that suffice"
     )
+
+
+@pytest.mark.parametrize(("sizes", "filled"), [((), 0), ((1, 16), 0), ((16, 32), 16), ((64,), 64)])
+def test_a_heads_one_row_is_counted_as_it_is_filled_up(sizes, filled):
+    plain = replace(read_spec(CONFIGS["bert"] | WIDE), product_sizes=(("dense", ()),))
+    spec = replace(plain, product_sizes=(("dense", sizes),))
+    more = [encoder_activation_bytes(each, 330, 1, 330, exact=True)["dense"] for each in (spec, plain)]
+    assert more[0] - more[1] == filled * 2 * 256 * 4

@@ -25,6 +25,17 @@ needs_products = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(params=["matrix unit", "vector unit"])
+def unit(request):
+    """Dense products of a processor that has both on either; the vector unit's are everybody's."""
+    found = calls.kernels()
+    if request.param == "matrix unit" and not found.has_amx:
+        pytest.skip("no AMX here")
+    found.allow_amx(request.param == "matrix unit")
+    yield request.param
+    found.allow_amx(True)
+
+
 def library(folder):
     return build.library(calls._SOURCES, calls._FLAGS, folder)
 
@@ -180,8 +191,8 @@ def _seen(name, run, seen):
 @needs_products
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 31), (33, 32), (37, 70), (130, 4099)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13])
-def test_a_product_agrees_with_torch(rows, outputs, inputs, with_bias):
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 13, 17, 33, 80])
+def test_a_product_agrees_with_torch(rows, outputs, inputs, with_bias, unit):
     x, weight, bias = noise(rows, inputs), noise(outputs, inputs, seed=1), noise(outputs, seed=2)
     want = x.float() @ weight.float().t() + (bias.float() if with_bias else 0)
     found = calls.kernels().dense(x, weight, bias if with_bias else None)
@@ -191,7 +202,7 @@ def test_a_product_agrees_with_torch(rows, outputs, inputs, with_bias):
 
 @needs_products
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_a_products_bits_depend_on_the_row_alone(threads):
+def test_a_products_bits_depend_on_the_row_alone(threads, unit):
     """Weights that cancel leave what one order of adding leaves, and no other."""
     x, weight = products.cancelling(130, 4099, BF16, "cpu")
     x = x.repeat(8, 1)[:38]  # tiles of 5 and 6 rows
@@ -215,7 +226,7 @@ def test_a_products_bits_depend_on_the_row_alone(threads):
 @needs_products
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 4099), (3, 17_500), (1201, 70), (517, 1024), (64, 4099)])
-def test_the_bits_of_one_row_depend_on_no_thread(outputs, inputs, with_bias):
+def test_the_bits_of_one_row_depend_on_no_thread(outputs, inputs, with_bias, unit):
     """Outputs are shared in runs there, in tiles where rows are several."""
     found, before = calls.kernels(), torch.get_num_threads()
     x, weight = products.cancelling(outputs, inputs, BF16, "cpu")
@@ -236,7 +247,7 @@ def test_the_bits_of_one_row_depend_on_no_thread(outputs, inputs, with_bias):
 
 @needs_products
 @pytest.mark.parametrize("rows", [255, 256, 257, 600])
-def test_many_rows_are_multiplied_in_blocks(rows):
+def test_many_rows_are_multiplied_in_blocks(rows, unit):
     """Each row by itself is the slow twin; 600 are three blocks, and no tile reaches from one into the next."""
     x, weight, bias = noise(rows, 100), noise(75, 100, seed=1), noise(75, seed=2)
     found = calls.kernels()
@@ -249,7 +260,7 @@ def test_many_rows_are_multiplied_in_blocks(rows):
 @needs_products
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 5, 24, 257])
-def test_a_product_goes_into_columns_of_a_wider_matrix(rows, dtype):
+def test_a_product_goes_into_columns_of_a_wider_matrix(rows, dtype, unit):
     """What lies beside them stays, and numbers in float32 are rounded to bfloat16 all the same."""
     x, weight, bias = noise(rows, 100), noise(75, 100, seed=1), noise(75, seed=2)
     found, wide = calls.kernels(), torch.full((rows, 80), 7.0, dtype=dtype)
@@ -261,13 +272,43 @@ def test_a_product_goes_into_columns_of_a_wider_matrix(rows, dtype):
 
 
 @needs_products
-def test_rows_may_be_packed_by_every_piece():
+def test_rows_may_be_packed_by_every_piece(unit):
     """Without scratch memory the same bits: the packed rows are read in one order."""
     x, weight, y = noise(23, 100), noise(75, 100, seed=1), torch.empty(23, 75, dtype=BF16)
     calls.kernels()._do(
         "zinfer_dense", *(t.data_ptr() for t in (x, weight)), None, y.data_ptr(), None, 23, 75, 100, 75, False
     )
     assert torch.equal(y, calls.kernels().dense(x, weight))
+
+
+@needs_products
+def test_both_units_multiply_the_same_numbers():
+    """What they round alike shows that both were used; what they round otherwise, that they are two."""
+    found = calls.kernels()
+    if not found.has_amx:
+        pytest.skip("no AMX here")
+    x, weight = noise(40, 4099), noise(70, 4099, seed=1)
+    cancelled = products.cancelling(130, 4099, BF16, "cpu")
+    on_matrix, left = found.dense(x, weight), found.dense(*cancelled)
+    found.allow_amx(False)
+    try:
+        assert relative(on_matrix, found.dense(x, weight).float()) < 4e-3
+        assert not torch.equal(left, found.dense(*cancelled))
+    finally:
+        found.allow_amx(True)
+
+
+@needs_products
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_nothing_beyond_a_weights_edge_is_multiplied(rows, unit):
+    """A row that ends in the middle of a tile lies before the next one, whose numbers may be anything."""
+    whole = torch.full((40, 70), torch.nan, dtype=BF16)
+    whole[:37, :] = noise(37, 70, seed=1)
+    x = noise(rows, 70)
+    want = x.float() @ whole[:37].float().t()
+    assert relative(calls.kernels().dense(x, whole[:37]), want) < 4e-3
+    whole[:-3, -1] = torch.nan  # the mutation: a NaN inside is seen
+    assert bool(calls.kernels().dense(x, whole[:37]).isnan().all())
 
 
 @needs_products

@@ -17,6 +17,7 @@ EXACT_ROWS = 256  # most rows of one exact product; more go piece by piece
 EXACT_SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)  # what they may be padded to, where a machine lets them
 MOST_ROWS = 1024  # the same without exact: libraries keep buffers of their own for the rows of a call
 FEW_ROWS = 6  # of a product: more are packed first, for the compiled kernel to read in its order
+_TILE_ROWS = 16  # of the matrix unit, whose tiles are of one height: some rows are in two of them
 ACTIVATION_PIECE = 2**20  # elements; exact activations of more go piece by piece
 KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product reads the same rows
 
@@ -43,7 +44,9 @@ def quantised_product_bytes(rows: int, op: Op) -> int:
 
 def packed_rows(rows: int, inputs: int) -> tuple[int, int]:
     """The shape in which the compiled kernel packs the rows of a product: 256 at a time, inputs in registers of 32."""
-    return (min(rows, EXACT_ROWS), round_up(inputs, 32)) if rows > FEW_ROWS else (0, 0)
+    if rows <= FEW_ROWS:
+        return (0, 0)
+    return (min(rows + _TILE_ROWS - 1, EXACT_ROWS), round_up(inputs, 32))
 
 
 def converted_bytes(spec: ModelSpec) -> int:

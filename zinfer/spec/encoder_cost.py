@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import ceil
 
-from zinfer.spec.cost import ACTIVATION_PIECE, EXACT_ROWS, MOST_ROWS
+from zinfer.spec.cost import ACTIVATION_PIECE, EXACT_ROWS, EXACT_SIZES, MOST_ROWS
+from zinfer.spec.cover import cover
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 
 _FP32 = 4
@@ -38,7 +39,7 @@ def encoder_activation_bytes(
     # Without exact the copies of texts of equal length: at worst all but one text's.
     attention = 6 * stream + 5 * text if exact else 8 * stream + 2 * text
     piece = ACTIVATION_PIECE * width if exact and rows * spec.mlp_dim > ACTIVATION_PIECE else 0
-    modes = len(spec.encoder.pooling)
+    modes, labels = len(spec.encoder.pooling), len(spec.encoder.labels)
     first, pooled = texts * spec.model_dim, texts * spec.model_dim * modes
     peaks = {
         "embed": (roles + 3) * embedding + (joined * stream if spec.embed_dim else 0),
@@ -50,6 +51,16 @@ def encoder_activation_bytes(
         "down": (1 + joined) * stream + mlp + wide,
         "pool": 2 * stream + text + (first + pooled) * (3 * width + _FP32),
         "dense": (4 * first + pooled) * (width + _FP32),
-        "classify": (2 * first + pooled + 2 * texts * len(spec.encoder.labels)) * (width + _FP32),
+        "classify": (2 * first + pooled + 2 * texts * labels) * (width + _FP32),
     }
+    if exact:  # a head's few rows are filled up before the product, and so is its result
+        for kind, outputs in (("dense", spec.model_dim), ("classify", labels)):
+            peaks[kind] += _filled_rows(spec, kind, texts) * (spec.model_dim + outputs) * width
     return {kind: ceil(peak) for kind, peak in peaks.items()}
+
+
+def _filled_rows(spec: ModelSpec, kind: str, rows: int) -> int:
+    """Rows of the largest piece in which an exact product of so many rows is multiplied; 0 where none is filled up."""
+    sizes = dict(spec.product_sizes).get(kind, EXACT_SIZES)
+    pieces = cover(rows, sizes) if sizes else []
+    return max((size for start, stop, size in pieces if size > stop - start), default=0)

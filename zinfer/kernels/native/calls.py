@@ -28,11 +28,13 @@ from zinfer.spec.quant import GROUP
 _SOURCES = (
     "attention.c",
     "activations.c",
+    "amx.c",
     "columns.c",
     "products.c",
     "rows.c",
     "tape.c",
     "common.h",
+    "dense.h",
     "kernels.h",
 )
 _FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
@@ -131,7 +133,14 @@ class Kernels:
         for name, kinds in (_ROWS | (_PRODUCTS if self.has_products else {})).items():
             function = getattr(self._code, name)
             function.argtypes, function.restype = kinds, None
+        self.has_amx = self.has_products and bool(self._code.zinfer_has_amx())
         self._code.zinfer_play.argtypes, self._code.zinfer_play.restype = [_POINTER, _SIZE, _THREADS], None
+
+    def allow_amx(self, is_wanted: bool) -> None:
+        """Whether dense products may use the matrix unit where there is one (`has_amx`): the vector unit, their slow
+        twin, gives other bits.  For tests and timings."""
+        if self.has_products:
+            self._code.zinfer_allow_amx(is_wanted)
 
     def play(self, tape: int, num_steps: int) -> None:
         """Carry out the steps that lie at address `tape`, in their order."""

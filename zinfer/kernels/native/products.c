@@ -1,7 +1,7 @@
 /* Products of a few bfloat16 rows with a weight.  Python side: zinfer.kernels.native.
  *
  * Every element of y is one sum over the inputs in one order, whatever the number of rows and threads. */
-#include "kernels.h"
+#include "dense.h"
 
 int zinfer_has_products(void) {
 #ifdef __AVX512BF16__
@@ -12,25 +12,11 @@ int zinfer_has_products(void) {
 }
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
-#include <stdlib.h>
-
-#define LANES 32 /* bfloat16 in a register */
 #define TALL 6   /* most rows of a tile of a dense product */
 #define WIDE 4   /* and outputs */
-#define BLOCK 256 /* most rows that are multiplied at a time */
-#define LEAST 16  /* outputs of a piece that several tiles meet */
+#define LEAST 16 /* outputs of a piece that several tiles meet */
 #define KEPT (320 * 1024) /* so many bytes of weights stay in the second cache meanwhile */
 #define RUN (256 * 1024)  /* and so many a thread takes at a time for a row, or a tile, by itself */
-#define UNROLL _Pragma("GCC unroll 32")
-
-typedef struct {
-    const bf16 *x, *weight, *bias;
-    bf16 *y, *packed; /* packed: NULL where every piece packs its rows itself */
-    float *wide;      /* in place of y: the same numbers in single precision */
-    size_t stride;    /* elements from one row of the result to the next */
-    size_t rows, tiles, outputs, inputs, piece, num_threads;
-} dense_t;
 
 /* Tiles are of about one height: a last row by itself would ask for all weights once more. */
 static inline size_t first_row(const dense_t *job, size_t tile) { return tile * job->rows / job->tiles; }
@@ -49,15 +35,6 @@ static inline __m512 sums_of(const __m512 *x) {
     const __m512 cd = _mm512_add_ps(_mm512_shuffle_ps(x[2], x[3], 0x44), _mm512_shuffle_ps(x[2], x[3], 0xee));
     const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
     return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
-}
-
-/* The same as narrow() of each. */
-static inline __m256i narrow_16(__m512 wide) {
-    const __m512i bits = _mm512_castps_si512(wide), one = _mm512_set1_epi32(1);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    const __m512i above = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(_mm512_srli_epi32(above, 16), is_nan, 0x7fc0));
 }
 
 /* Up to four rows' sums of four outputs from `output` on. */
@@ -144,8 +121,6 @@ typedef void (*tile_t)(const dense_t *, const bf16 *, size_t, size_t, const bf16
 static const tile_t NARROW_TILES[TALL] = {NULL, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
 static const tile_t WIDE_TILES[TALL] = {NULL, NULL, tile_3_4, tile_4_4, tile_5_4, tile_6_4};
 
-static inline size_t padded(size_t inputs) { return (inputs + LANES - 1) / LANES * LANES; }
-
 /* `tall` rows of x, 32 inputs of each in turn, zeros beyond the last: what a tile reads one after the other. */
 static void pack(const dense_t *job, bf16 *packed, size_t row, size_t tall) {
     for (size_t m = 0; m < tall; m++) {
@@ -225,11 +200,12 @@ static size_t outputs_per_piece(const dense_t *job) {
 
 /* x [rows, inputs] times the transposed weight [outputs, inputs], plus bias [outputs] unless it is NULL, to rows of y that
  * begin `stride` elements after each other; with `is_wide` y holds floats, rounded to bfloat16 all the same.  scratch:
- * room for min(rows, 256) rows, their inputs rounded up to 32, aligned to 64 bytes; rows are packed there once.  NULL:
+ * room for min(rows + 15, 256) rows, their inputs rounded up to 32, aligned to 64 bytes; rows are packed there once.  NULL:
  * every piece packs them anew, on its thread's stack, which is why inputs are at most 65536. */
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,
                   size_t outputs, size_t inputs, size_t stride, size_t is_wide, unsigned num_threads) {
-    const size_t blocks = (rows + BLOCK - 1) / BLOCK;
+    const int has_amx = zinfer_has_amx();
+    const size_t most = has_amx && !scratch ? ALONE : BLOCK, blocks = (rows + most - 1) / most;
     for (size_t block = 0; block < blocks; block++) {
         const size_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
         dense_t job = {.x = x + row * inputs, .weight = weight, .bias = bias, .packed = scratch, .stride = stride,
@@ -239,6 +215,10 @@ void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, 
             job.wide = (float *)y + row * stride;
         else
             job.y = (bf16 *)y + row * stride;
+        if (has_amx) {
+            zinfer_dense_amx(&job);
+            continue;
+        }
         job.piece = job.tiles > 1 ? outputs_per_piece(&job) : outputs_per_run(&job);
         if (scratch && count > 1) share(pack_piece, &job, job.tiles, num_threads);
         share_runs(count == 1 ? row_run : tiles_run, &job, outputs, job.piece, num_threads);
