@@ -299,6 +299,21 @@ def test_both_units_multiply_the_same_numbers():
 
 
 @needs_products
+@pytest.mark.parametrize("rows", [1, 20, 50, 257])
+@pytest.mark.parametrize(("outputs", "inputs"), [(300, 2048), (37, 70), (130, 4128)])
+def test_where_a_weight_lies_changes_no_bit(rows, outputs, inputs, unit):
+    """In a published file it lies across the lines of the cache, which many rows meet in a copy."""
+    x, weight = noise(rows, inputs), noise(outputs, inputs, seed=1)
+    around = torch.zeros(weight.numel() + 40, dtype=BF16)
+    across = around[28 : 28 + weight.numel()].view(outputs, inputs).copy_(weight)
+    assert across.data_ptr() % 64 and not weight.data_ptr() % 64
+    want = calls.kernels().dense(x, weight)
+    assert torch.equal(calls.kernels().dense(x, across), want)
+    across[-1, -1] += 1  # the mutation: the last element of the last tile
+    assert not torch.equal(calls.kernels().dense(x, across), want)
+
+
+@needs_products
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_nothing_beyond_a_weights_edge_is_multiplied(rows, unit):
     """A row that ends in the middle of a tile lies before the next one, whose numbers may be anything."""

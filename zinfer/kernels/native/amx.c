@@ -168,9 +168,11 @@ static void meet_one(const dense_t *job, const bf16 *x, size_t output) {
     if (output + EDGE < job->outputs) put_tile(job, 0, output + EDGE, sums[1]);
 }
 
-/* Two tiles of outputs and two of rows, inputs [start, stop), which go on with `sums` unless they are the first. */
-static inline void meet_two(const dense_t *job, size_t tile, size_t output, size_t start, size_t stop,
+/* Two tiles of outputs and two of rows, inputs [start, stop), which go on with `sums` unless they are the first.
+ * laid: the weights' tiles, one after the other; NULL: where they are. */
+static inline void meet_two(const dense_t *job, size_t tile, size_t output, size_t start, size_t stop, const bf16 *laid,
                             float (*sums)[EDGE * EDGE]) {
+    const size_t next = (stop - start + LANES - 1) / LANES * EDGE * LANES; /* tile of outputs */
     const size_t tall = height(job), bytes = tall * sizeof(float);
     const bf16 *x = job->packed + tile * tile_size(job) + start * tall, *z = x + tile_size(job);
     _Alignas(LINE) bf16 edges[2][EDGE * LANES];
@@ -186,7 +188,11 @@ static inline void meet_two(const dense_t *job, size_t tile, size_t output, size
         _tile_zero(3);
     }
     for (size_t i = start; i < stop; i += LANES, x += tall * LANES, z += tall * LANES) {
-        const tile_t a = weights_at(job, output, i, edges[0]), b = weights_at(job, output + EDGE, i, edges[1]);
+        tile_t a = {laid, LINE}, b = {laid + next, LINE};
+        if (laid)
+            laid += EDGE * LANES;
+        else
+            a = weights_at(job, output, i, edges[0]), b = weights_at(job, output + EDGE, i, edges[1]);
         _tile_loadd(6, x, bytes);
         _tile_loadd(4, a.at, a.stride);
         _tile_dpbf16ps(0, 4, 6);
@@ -219,17 +225,35 @@ static void lone_run(void *data, size_t start, size_t stop) {
     _tile_release();
 }
 
-/* The same with all tiles of rows, in pairs; rows of many inputs part by part, sums waiting for the next part. */
+/* Inputs [input, end) of pairs of tiles of outputs [start, stop): tiles of one piece each. */
+static void lay(const dense_t *job, bf16 *laid, size_t start, size_t stop, size_t input, size_t end) {
+    for (size_t output = 2 * start * EDGE; output < 2 * stop * EDGE; output += EDGE)
+        for (size_t i = input; i < end; i += LANES, laid += EDGE * LANES) {
+            const tile_t tile = weights_at(job, output, i, laid);
+            if (tile.at == laid) continue;
+            UNROLL for (size_t o = 0; o < EDGE; o++)
+                _mm512_store_si512(laid + o * LANES, _mm512_loadu_si512(tile.at + o * job->inputs));
+        }
+    FENCE(laid);
+}
+
+/* The same with all tiles of rows, in pairs; rows of many inputs part by part, sums waiting for the next part.  Where
+ * several pairs meet weights that lie across the lines of the cache, as in a published file, those are laid out once. */
 static void pairs_run(void *data, size_t start, size_t stop) {
     const dense_t *job = data;
+    const size_t is_across = ((uintptr_t)job->weight | job->inputs * sizeof(bf16)) % LINE, is_laid = is_across && job->tiles > 2;
+    __m512i laid[is_laid ? (stop - start) * 2 * EDGE * DEEP / LANES : 1];
+    bf16 *to = is_laid ? (bf16 *)laid : NULL;
     _Alignas(LINE) float sums[PIECE / 2 * BLOCK / EDGE * 2][EDGE * EDGE];
     shape_tiles(height(job));
     for (size_t input = 0; input < job->inputs; input += DEEP) {
         const size_t end = input + DEEP < job->inputs ? input + DEEP : job->inputs;
+        const size_t pair_size = (end - input + LANES - 1) / LANES * 2 * EDGE * LANES;
         size_t waiting = 0;
+        if (to) lay(job, to, start, stop, input, end);
         for (size_t tile = 0; tile < job->tiles; tile += 2)
             for (size_t pair = start; pair < stop; pair++) {
-                meet_two(job, tile, 2 * pair * EDGE, input, end, sums + waiting);
+                meet_two(job, tile, 2 * pair * EDGE, input, end, to ? to + (pair - start) * pair_size : NULL, sums + waiting);
                 waiting += job->inputs > DEEP ? 4 : 0;
             }
     }
