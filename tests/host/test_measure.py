@@ -13,6 +13,7 @@ from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import any_linear
 from zinfer.memory import measure as measuring
+from zinfer.memory import measure_products
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_links import typical
 from zinfer.plan.cost import OpCosts, PassLoad, quantised_seconds_per_byte
@@ -42,13 +43,16 @@ class Idle:
     def replay(self, context, *, exact):
         return None
 
+    def recorded(self, run, *, exact):
+        return None
+
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setattr(measuring, "_MANY_TOKENS", 96)
     monkeypatch.setattr(measuring, "_PREFILL_ROWS", 8)
     monkeypatch.setattr(measuring, "_POOL_BYTES", MIB)
-    monkeypatch.setattr(measuring, "ROWS", (1, 16, 4))
+    monkeypatch.setattr(measure_products, "ROWS", (1, 16, 4))
 
 
 @pytest.fixture
@@ -90,6 +94,30 @@ def test_what_a_recorded_op_costs_is_measured_where_passes_are_recorded(files, a
     assert (recorded.step_cost(exact=True).replayed_op_s is None) is (replay is None), "exact passes are too"
     for _ in range(3 if replay else 0):
         replay()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_products_of_few_rows_are_timed_as_recorded_passes_have_them(exact):
+    """Python calls them once, for the recording; more rows, and other dtypes, are called every time."""
+    small = SmallModel(torch.device("cpu"))
+    is_recorded = small.replay(64, exact=exact) is not None
+    for dtype, rows, is_once in (
+        (torch.bfloat16, 3, is_recorded),
+        (torch.bfloat16, 65, False),
+        (torch.float32, 3, False),
+    ):
+        pool = [torch.randn(shape).to(dtype) for shape in SHAPES * 2]
+        seen = []
+
+        def product(x_TI, weight, *, exact, seen=seen):
+            seen.append(weight)
+            return linear(x_TI, weight, exact=exact)
+
+        turns = measure_products.Turns(product, pool, len(SHAPES), small.recorded, exact)
+        assert turns.seconds_per_gb(rows, 0.02) > 0
+        called = len(seen)
+        assert turns.seconds_per_gb(rows, 0.02) > 0
+        assert (called == len(seen) - called == len(pool)) is is_once
     assert SmallModel(torch.device("cpu"), "F32").replay(64, exact=False) is None
 
 

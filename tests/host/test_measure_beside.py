@@ -69,11 +69,11 @@ class Bench:
 
 @pytest.mark.parametrize("turns", [0, 1, 4])
 def test_reads_and_work_that_get_in_each_others_way_are_seen(files, monkeypatch, turns):
-    bench = Bench(monkeypatch, alone=(2.0, 1.5), beside=(3.5, 2.1))
+    bench = Bench(monkeypatch, alone=(2.0, 1.5), beside=(2.5, 1.8))
     seen = overlap_turns(files, bench.work, turns * measuring._TURN_S * 1.01)
-    assert [turn.disk for turn in seen] == [pytest.approx(1.75)] * max(turns, 1)
-    assert [turn.compute for turn in seen] == [pytest.approx(1.4)] * max(turns, 1)
-    assert usual_overlap(seen).disk == pytest.approx(1.75)
+    assert [turn.disk for turn in seen] == [pytest.approx(1.25)] * max(turns, 1)
+    assert [turn.compute for turn in seen] == [pytest.approx(1.2)] * max(turns, 1)
+    assert usual_overlap(seen).disk == pytest.approx(1.25)
     assert bench.num_turns == max(turns, 1), "in turns: both may have changed a second later"
 
 

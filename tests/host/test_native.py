@@ -12,7 +12,7 @@ from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
 from zinfer.kernels import products, quant
-from zinfer.kernels.native import build, calls
+from zinfer.kernels.native import build, calls, signatures
 from zinfer.kernels.panels import QuantWeight, dequantise
 from zinfer.kernels.quantise import quantise
 from zinfer.kernels.row_kernels import row_kernels
@@ -37,7 +37,7 @@ def unit(request):
 
 
 def library(folder):
-    return build.library(calls._SOURCES, calls._FLAGS, folder)
+    return build.library(signatures.SOURCES, signatures.FLAGS, folder)
 
 
 def noise(*shape, seed=0):
@@ -329,15 +329,18 @@ def test_nothing_beyond_a_weights_edge_is_multiplied(rows, unit):
 @needs_products
 @pytest.mark.parametrize("panel", [32, 64])
 @pytest.mark.parametrize("weights", ["int4", "int8"])
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 19])
-def test_a_quantised_product_agrees_with_its_twin(rows, weights, panel):
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 19, 37, 300])
+def test_a_quantised_product_agrees_with_its_twin(rows, weights, panel, unit):
     weight = quantise(noise(panel + 9, 192).float() + 0.3, weights, panel)
     x = noise(rows, 192, seed=1)
     want = x.float() @ dequantise(weight).t()
     found = calls.kernels().quant(x, weight)
     assert found.shape == (rows, panel + 9)
     assert relative(found, want) < 4e-3
-    assert torch.equal(found[-1:], calls.kernels().quant(x[-1:], weight))
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(found[row : row + 1], calls.kernels().quant(x[row : row + 1], weight))
+    x[rows // 2, 100] += 1  # the mutation
+    assert not torch.equal(found, calls.kernels().quant(x, weight))
 
 
 @needs_products
@@ -345,7 +348,7 @@ def test_a_quantised_product_agrees_with_its_twin(rows, weights, panel):
     ("weights", "part"),
     [("int4", "nibbles"), ("int4", "scales"), ("int8", "nibbles"), ("int8", "low"), ("int8", "scales")],
 )
-def test_a_quantised_product_reads_every_part(weights, part):
+def test_a_quantised_product_reads_every_part(weights, part, unit):
     weight = quantise(noise(64, 128).float() + 0.3, weights, 64)
     x = noise(2, 128, seed=1)
     want = x.float() @ dequantise(weight).t()
@@ -492,9 +495,9 @@ def test_a_library_is_made_once_for_a_machine_and_a_source(monkeypatch, tmp_path
     assert [path.name for path in first.parent.iterdir()] == [first.name]
     named = {first.name}
     monkeypatch.setattr(build, "_processor", lambda: ("another",))
-    named.add(f"attention-{build._digest(build.compiler(), calls._SOURCES)}.so")
+    named.add(f"attention-{build._digest(build.compiler(), signatures.SOURCES)}.so")
     monkeypatch.setattr(build, "fingerprint", lambda: "another torch")
-    named.add(f"attention-{build._digest(build.compiler(), calls._SOURCES)}.so")
+    named.add(f"attention-{build._digest(build.compiler(), signatures.SOURCES)}.so")
     assert len(named) == 3
 
 

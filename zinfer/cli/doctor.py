@@ -35,7 +35,8 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     Nothing of the machine's settings is changed.
     """
     from zinfer.kernels.quant import any_linear
-    from zinfer.memory.measure import DTYPES, SHAPES, measure
+    from zinfer.memory.measure import DTYPES, measure
+    from zinfer.memory.measure_products import SHAPES
     from zinfer.runtime.quant_rates import makers
     from zinfer.runtime.small_model import SmallModel
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Compute, Machine, ProductRate, StepCost
@@ -21,34 +18,29 @@ from zinfer.memory.devices import visible_devices
 from zinfer.memory.measure_beside import Beside, measure_chunk_overhead
 from zinfer.memory.measure_disk import device_of, link_now, measure_disk
 from zinfer.memory.measure_links import measure_copies, measure_host_copy, typical_seconds
+from zinfer.memory.measure_products import (
+    SHAPES,
+    Clock,
+    MakeWeight,
+    Product,
+    Shape,
+    Turns,
+    Weight,
+    dense,
+    one_round,
+    pool_of,
+    product_rates,
+)
 from zinfer.units import GIB, MIB
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 EXACT = " exact"  # marks the rates of exact mode: "BF16 exact"
-ROWS = (1, 64, 512, 8, 2, 4)  # what a plan needs most first
-_MAX_POOL = 1024  # matrices
 _POOL_BYTES = 640 * MIB  # rotated over, so that weights come from memory and from no cache
 _POOL_BYTES_PER_S = 100 * MIB  # of a short probe: making the pool must leave time for using it
 _GUESS = StepCost(op_overhead_s=1e-4, attention_flops_per_s=1e10, prefill_attention_flops_per_s=5e10)
 _PROMPT_ROWS = 64  # of the products beside which fresh memory is found: what loads also feeds prompts
 _FRESH_BYTES = GIB
 _FEW_TOKENS, _MANY_TOKENS, _PREFILL_ROWS = 64, 1536, 512
-
-
-class Product(Protocol):
-    """A product as layers call it: x [T, I] times weight [O, I] gives [T, O]."""
-
-    def __call__(self, x_TI: Tensor, weight: Any, *, exact: bool) -> Tensor: ...
-
-
-class Weight(Protocol):
-    """What is multiplied with: a tensor, or a weight of another format that the product knows."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-    @property
-    def nbytes(self) -> int: ...
-    def new_ones(self, *shape: int) -> Tensor: ...
 
 
 class SmallPasses(Protocol):
@@ -71,10 +63,11 @@ class SmallPasses(Protocol):
         """A recorded pass of one row that ends at `context` tokens, to be carried out; None where none is recorded."""
         ...
 
+    def recorded(self, run: Callable[[], None], *, exact: bool) -> Callable[[], None] | None:
+        """Products that `run` calls, as a recorded pass has them, to be carried out; None where none is recorded."""
+        ...
 
-Shape = tuple[int, int]  # [out, in] of a matrix
-SHAPES: tuple[Shape, ...] = ((8192, 2048), (4096, 4096), (2048, 8192))  # of layers, where no model is named
-MakeWeight = Callable[[Shape, torch.device], Weight]  # made-up numbers in one format
+
 SmallModels = Callable[[torch.device], SmallPasses]
 
 
@@ -135,8 +128,8 @@ def measure(
     limits = memory_limits()
     disk = _disk_fields(paths, seconds / 5)
     chunk_s = measure_chunk_overhead(paths, seconds / 40)
-    pool = _pool(_dense(DTYPES[dtypes[0]]), torch.device("cpu"), shapes, 0)
-    decode, prompt = (partial(_round, product, pool, rows, modes[0]) for rows in (1, _PROMPT_ROWS))
+    pool = pool_of(dense(DTYPES[dtypes[0]]), torch.device("cpu"), shapes, 0)
+    decode, prompt = (partial(one_round, product, pool, rows, modes[0]) for rows in (1, _PROMPT_ROWS))
     beside = Beside(paths, decode, prompt, seconds)
     if clock.allows("reads beside products"):
         beside.take_turns(clock.left_s)
@@ -176,26 +169,6 @@ def measure(
     return machine.model_copy(update={"skipped": tuple(clock.skipped)})
 
 
-class Clock:
-    """Time for a measurement.  What is not `allowed` because none is left is noted, for the profile."""
-
-    def __init__(self, seconds: float, skipped: list[str] | None = None) -> None:
-        self.end_s = time.perf_counter() + seconds
-        self.skipped: list[str] = [] if skipped is None else skipped
-
-    @property
-    def left_s(self) -> float:
-        """Seconds left, never negative."""
-        return max(self.end_s - time.perf_counter(), 0.0)
-
-    def allows(self, what: str, need_s: float = 0.0) -> bool:
-        """Whether there is time for it."""
-        if self.left_s > need_s:
-            return True
-        self.skipped.append(what)
-        return False
-
-
 def measure_compute(
     product: Product,
     small_model: SmallModels,
@@ -219,28 +192,27 @@ def measure_compute(
         series = len(modes) * (len(makers) + 0.5) - len(products) - len(steps) / 2
         return clock.left_s / max(series, 0.5)
 
-    makers = {**{dtype: _dense(DTYPES[dtype]) for dtype in dtypes}, **formats}
+    makers = {**{dtype: dense(DTYPES[dtype]) for dtype in dtypes}, **formats}
     with torch.no_grad():
+        small = small_model(device)
         for dtype, make in makers.items():
             nbytes = min(_POOL_BYTES, free_bytes, int(_POOL_BYTES_PER_S * clock.left_s))
             names = [(dtype + EXACT if exact else dtype, exact) for exact in modes]
             names = [pair for at, pair in enumerate(names) if not products or clock.allows(pair[0])]
-            pool = _pool(make, device, shapes, nbytes) if names else []
+            pool = pool_of(make, device, shapes, nbytes) if names else []
             for name, exact in names:
                 # Exact mode tests itself when it meets a shape.
                 if all(
                     _meets(product, weight, exact, clock, products, name) for weight in pool[: len(shapes)]
                 ):
-                    products[name] = _product_rates(
-                        product, pool, len(shapes), exact, Clock(share_s(), clock.skipped), name
-                    )
+                    turns = Turns(product, pool, len(shapes), small.recorded, exact)
+                    products[name] = product_rates(turns, Clock(share_s(), clock.skipped), name)
             del pool
             if dtype != next(iter(makers)):
                 continue
             for exact in modes:
                 name = "fixed costs and attention" + EXACT * exact
                 if clock.allows(name):
-                    small = small_model(device)
                     steps.append(_step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name))
     plain = steps[0] if steps else _GUESS
     return Compute(products=products, exact=steps[-1] if steps and modes[-1] else None, **plain.model_dump())
@@ -257,7 +229,7 @@ def _meets(
     """One product with a weight of a new shape; False when there is no time left for it, unless it is the first."""
     if products and name not in clock.skipped and not clock.allows(name):
         return False
-    _round(product, [weight], 1, exact)
+    one_round(product, [weight], 1, exact)
     return name not in clock.skipped
 
 
@@ -296,57 +268,6 @@ def _disk_fields(paths: Sequence[Path], seconds: float) -> dict[str, Any]:
         "disk_row_latency_s": disk.row_latency_s,
         "disk_device": device_of(paths),
     }
-
-
-def _dense(dtype: torch.dtype) -> MakeWeight:
-    """Ordinary numbers, for denormal ones are slow; a short piece is repeated."""
-    noise = torch.randn(65_537, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-    def make(shape: Shape, device: torch.device) -> Tensor:
-        size = shape[0] * shape[1]
-        return noise.repeat(-(-size // noise.numel()))[:size].view(shape).to(device)
-
-    return make
-
-
-def _pool(make: MakeWeight, device: torch.device, shapes: Sequence[Shape], nbytes: int) -> list[Weight]:
-    """Weights of the shapes in turn, `nbytes` in all or more."""
-    pool: list[Weight] = []
-    made = 0
-    for shape in islice(cycle(shapes), _MAX_POOL):
-        # Whole turns of all shapes: each round of the timing has then the same bytes.
-        if made >= nbytes and pool and len(pool) % len(shapes) == 0:
-            break
-        pool.append(make(shape, device))
-        made += pool[-1].nbytes
-    return pool
-
-
-def _round(product: Product, weights: Iterable[Weight], rows: int, exact: bool) -> None:
-    """One product with each weight; blocks until they are done."""
-    outputs = [product(weight.new_ones(rows, weight.shape[1]), weight, exact=exact) for weight in weights]
-    outputs[-1][0, 0].item()  # waits for a device
-
-
-def _product_rates(
-    product: Product, pool: Sequence[Weight], num_shapes: int, exact: bool, clock: Clock, name: str
-) -> tuple[ProductRate, ...]:
-    """Seconds per 10**9 bytes of weights, the pool taken in turn; points for which there is no time are left out."""
-    rates: list[ProductRate] = []
-    round_bytes = sum(weight.nbytes for weight in pool[:num_shapes])
-    turns = cycle(pool)
-    share_s, longest = clock.left_s / len(ROWS), (1, 0.0)  # rows and seconds
-
-    def one_round(rows: int) -> None:
-        _round(product, islice(turns, num_shapes), rows, exact)
-
-    for rows in ROWS:
-        need_s = longest[1] * rows / longest[0] if rows > longest[0] else 0.0
-        if len(rates) < 2 or clock.allows(f"{name}, {rows} rows", need_s):
-            round_s = typical_seconds(partial(one_round, rows), share_s)
-            longest = max(longest, (rows, round_s))
-            rates.append(ProductRate(rows=rows, seconds_per_gb=round_s / round_bytes * 1e9))
-    return tuple(sorted(rates, key=lambda rate: rate.rows))
 
 
 def _step_cost(small: SmallPasses, exact: bool, clock: Clock, name: str) -> StepCost:

@@ -55,14 +55,14 @@ def chunk_seconds(
 ) -> list[ChunkSeconds]:
     """Seconds of every chunk of the table, in its order; a row table costs nothing.
 
-    Where all chunks stay, a pass that is recorded is replayed as one.
+    A pass that is recorded is replayed: as one where all chunks stay, part by part where they come and go.
     """
-    costs = OpCosts(spec, compute, load, exact=exact, machine=machine, all_stay=all_stay)
+    costs = OpCosts(spec, compute, load, exact=exact, machine=machine)
     seconds = []
     for chunk in table.chunks:
         work = sum(costs.work(spec.program[index]) for index in chunk.ops)
-        # What is replayed has leases that outlast a pass.
-        chunk_s = compute.chunk_overhead_s if chunk.ops and not costs.is_replayed else 0.0
+        # Where all stays leases outlast a pass.
+        chunk_s = 0.0 if costs.is_replayed and all_stay else compute.chunk_overhead_s * bool(chunk.ops)
         overhead = len(chunk.ops) * costs.overhead_s + chunk_s
         seconds.append(ChunkSeconds(work, overhead))
     return seconds
@@ -85,7 +85,6 @@ class OpCosts:
         *,
         exact: bool,
         machine: Machine | None = None,
-        all_stay: bool = False,
     ) -> None:
         self._spec = spec
         self._load = load
@@ -93,7 +92,7 @@ class OpCosts:
         self._machine = machine
         cost = compute.step_cost(exact=exact)
         replayed_s = cost.replayed_op_s
-        self.is_replayed = all_stay and replayed_s is not None and is_recorded(spec, load)
+        self.is_replayed = replayed_s is not None and is_recorded(spec, load)
         self.overhead_s = cost.op_overhead_s if replayed_s is None or not self.is_replayed else replayed_s
         self._per_byte = _rates(compute, spec, load.rows, exact=exact)
         self._per_head_byte = _rates(compute, spec, min(load.sequences, load.rows), exact=exact)

@@ -8,7 +8,7 @@ import torch
 
 from zinfer.kernels.panels import QuantWeight
 from zinfer.kernels.quant import made_up, native_layout
-from zinfer.memory.measure import MakeWeight, Shape
+from zinfer.memory.measure_products import MakeWeight, Shape
 from zinfer.spec.quant import FORMATS, GROUP, PANELS, RATE_NAMES
 
 

@@ -88,6 +88,13 @@ class SmallModel:
         replay = graphs.record(lambda: self._run_ops(batch, view, flow, exact=exact))
         return None if replay is None else partial(self._carry_out, replay, read)
 
+    def recorded(self, run: Callable[[], None], *, exact: bool) -> Callable[[], None] | None:
+        """Products that `run` calls, recorded as a pass's are; None where the host records none, or not such ones."""
+        graphs = graphs_for(self._spec, self._device, exact=exact, most_bytes=_MOST_BYTES)
+        if graphs is None or self._device.type != "cpu":
+            return None
+        return graphs.record(run)
+
     def _carry_out(self, replay: Callable[[], None], _read: object) -> None:
         """Whoever may call this keeps what is read alive."""
         replay()

@@ -4,26 +4,21 @@
  * unit wants pair by pair, so they are what is packed.  Every element of y is one sum over the inputs, 32 at a time in
  * their order, whatever the number of rows and threads: other bits than the vector unit's, the same on one machine. */
 #define _GNU_SOURCE /* syscall */
-#include "dense.h"
+#include "amx.h"
 
 #ifdef __AVX512BF16__
 
 static int is_allowed = 1; /* written by zinfer_allow_amx alone, while nothing is multiplied */
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#ifdef HAS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define EDGE 16        /* rows of x, or outputs, of a tile */
-#define LINE 64        /* bytes of a tile's row */
 #define DEEP 2048      /* inputs that several tiles of rows meet at a time: packed rows stay in the second cache */
 #define PIECE 8        /* tiles of outputs of a piece that several tiles of rows meet */
 #define RUN (512 * 1024) /* bytes of weights that a thread takes at a time for a tile of rows by itself */
 #define ASK 0x1023     /* arch_prctl: ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18   /* the feature that must be asked for */
-/* Tiles are read and written behind the compiler's back: all stores to `at` are done before, and none begins before. */
-#define FENCE(at) __asm__ volatile("" ::"r"(at) : "memory")
-
 int zinfer_has_amx(void) {
     static _Atomic int answer = -1;
     if (answer < 0) answer = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
@@ -32,17 +27,12 @@ int zinfer_has_amx(void) {
 
 /* 0 to 3: sums, [outputs, rows].  4 and 5: weights.  6 and 7: rows. */
 static void shape_tiles(size_t tall) {
-    struct {
-        uint8_t palette, start, zeros[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shapes = {.palette = 1};
+    shapes_t shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.rows[i] = EDGE;
         shapes.bytes[i] = i == 4 || i == 5 ? LINE : (uint16_t)(tall * sizeof(float));
     }
-    FENCE(&shapes);
-    _tile_loadconfig(&shapes);
+    use_shapes(&shapes);
 }
 
 /* Sixteen registers of sixteen words, turned. */

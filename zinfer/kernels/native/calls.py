@@ -19,60 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.kernels.native.build import library
+from zinfer.kernels.native.signatures import FLAGS, POINTER, PRODUCTS, ROW_KERNELS, SIZE, SOURCES, THREADS
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.kernels.remembered import remembered
 from zinfer.log import logger
 from zinfer.spec.cost import packed_rows
 from zinfer.spec.quant import GROUP
 
-_SOURCES = (
-    "attention.c",
-    "activations.c",
-    "amx.c",
-    "columns.c",
-    "products.c",
-    "rows.c",
-    "tape.c",
-    "common.h",
-    "dense.h",
-    "kernels.h",
-)
-_FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
 MOST_INPUTS = 2**16  # of a dense product, whose threads keep some rows on their stacks
 _VECTOR, _MOST_DIM, _MOST_QUERIES, _MOST_ELEMENTS = 16, 256, 64, 8192  # attention.c
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 NUMBERS = 2**16  # of bfloat16
 _CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
-_POINTER, _SIZE, _THREADS = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
-_ROWS = {
-    "zinfer_norm": [*[_POINTER] * 3, ctypes.c_double, *[_SIZE] * 2, _THREADS],
-    "zinfer_layer_norm": [*[_POINTER] * 4, ctypes.c_double, *[_SIZE] * 2, _THREADS],
-    "zinfer_rotate": [*[_POINTER] * 4, *[_SIZE] * 6, _THREADS],
-    "zinfer_attend": [*[_POINTER] * 6, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
-    "zinfer_attend_tiles": [*[_POINTER] * 8, *[ctypes.c_double] * 2, *[_SIZE] * 7, _THREADS],
-    "zinfer_activate": [*[_POINTER] * 3, _SIZE, _THREADS],
-    "zinfer_gate": [*[_POINTER] * 4, *[_SIZE] * 4, _THREADS],
-}
-_PRODUCTS = {
-    "zinfer_dense": [*[_POINTER] * 5, *[_SIZE] * 5, _THREADS],
-    "zinfer_columns": [*[_POINTER] * 4, *[_SIZE] * 3, _THREADS],
-    "zinfer_quant": [*[_POINTER] * 6, *[_SIZE] * 5, _THREADS],
-}
-STEPS = (  # of a tape, in the order of tape.c
-    "zinfer_norm",
-    "zinfer_layer_norm",
-    "zinfer_rotate",
-    "zinfer_attend",
-    "zinfer_activate",
-    "zinfer_gate",
-    "add",
-    "widen",
-    "move",
-    "zinfer_dense",
-    "zinfer_columns",
-    "zinfer_quant",
-)
-
 Note = Callable[..., None]  # the name of a step and its arguments but the number of threads
 _noting = threading.local()
 
@@ -98,7 +56,7 @@ def kernels() -> Kernels | None:
 
     What was found wrong is tried again.  A library that is trusted to be run is trusted to be the one that was tried.
     """
-    path, threads = library(_SOURCES, _FLAGS), _openmp()
+    path, threads = library(SOURCES, FLAGS), _openmp()
     if path is None or threads is None:
         return None
     try:
@@ -130,15 +88,15 @@ class Kernels:
         ctypes.CDLL(str(threads), mode=ctypes.RTLD_GLOBAL)  # the library takes its names from there
         self._code = ctypes.CDLL(str(path))
         self.has_products = bool(self._code.zinfer_has_products())  # not every processor has what those need
-        for name, kinds in (_ROWS | (_PRODUCTS if self.has_products else {})).items():
+        for name, kinds in (ROW_KERNELS | (PRODUCTS if self.has_products else {})).items():
             function = getattr(self._code, name)
             function.argtypes, function.restype = kinds, None
         self.has_amx = self.has_products and bool(self._code.zinfer_has_amx())
-        self._code.zinfer_play.argtypes, self._code.zinfer_play.restype = [_POINTER, _SIZE, _THREADS], None
+        self._code.zinfer_play.argtypes, self._code.zinfer_play.restype = [POINTER, SIZE, THREADS], None
 
     def allow_amx(self, is_wanted: bool) -> None:
-        """Whether dense products may use the matrix unit where there is one (`has_amx`): the vector unit, their slow
-        twin, gives other bits.  For tests and timings."""
+        """Whether products may use the matrix unit where there is one (`has_amx`): the vector unit, their slow twin,
+        gives other bits.  For tests and timings."""
         if self.has_products:
             self._code.zinfer_allow_amx(is_wanted)
 

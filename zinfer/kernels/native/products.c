@@ -1,7 +1,7 @@
 /* Products of a few bfloat16 rows with a weight.  Python side: zinfer.kernels.native.
  *
  * Every element of y is one sum over the inputs in one order, whatever the number of rows and threads. */
-#include "dense.h"
+#include "products.h"
 
 int zinfer_has_products(void) {
 #ifdef __AVX512BF16__
@@ -225,27 +225,7 @@ void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, 
     }
 }
 
-#define GROUP 64 /* inputs that share a scale and a zero: zinfer.spec.quant */
-#define ROWS 8   /* rows of a tile of a quantised product */
-
-typedef struct {
-    const uint32_t *x; /* pairs of inputs: tiles of rows, a pair of each row in turn */
-    const float *sums; /* of each group's inputs: the same */
-    const uint8_t *nibbles, *low;
-    const bf16 *scales;
-    bf16 *y;
-    size_t rows, outputs, inputs, half, width;
-} quant_t;
-
-/* bfloat16 of v - 8, and of 16 (v - 8), for v = 0 .. 15: twice over, for an index has a fifth bit. */
-static const bf16 STEPS[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                               0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-static const bf16 STEPS_16[16] = {0xc300, 0xc2e0, 0xc2c0, 0xc2a0, 0xc280, 0xc240, 0xc200, 0xc180,
-                                  0x0000, 0x4180, 0x4200, 0x4240, 0x4280, 0x42a0, 0x42c0, 0x42e0};
-
-static inline __m512i twice(const bf16 *table) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)table));
-}
+#define ROWS 8 /* rows of a tile of a quantised product */
 
 /* 16 octets of each of two inputs, pair by pair, in 16 bits each. */
 static inline __m512i pairs(const uint8_t *first, const uint8_t *second) {
@@ -255,13 +235,6 @@ static inline __m512i pairs(const uint8_t *first, const uint8_t *second) {
 
 static inline __m512bh look_up(__m512i index, __m512i table) {
     return (__m512bh)_mm512_permutexvar_epi16(index, table);
-}
-
-static inline void put_16(const quant_t *job, size_t row, size_t output, __m512 total) {
-    if (output >= job->outputs) return;
-    const size_t left = job->outputs - output;
-    const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-    _mm256_mask_storeu_epi16(job->y + row * job->outputs + output, mask, (__m256i)_mm512_cvtneps_pbh(total));
 }
 
 /* Rows [row, row + M) times 32 outputs: 16 in the lower halves of the octets from `at` on, 16 in the upper ones. */
@@ -274,7 +247,7 @@ static inline void put_16(const quant_t *job, size_t row, size_t output, __m512 
         __m512 totals[M][2];                                                                                       \
         UNROLL for (int m = 0; m < M; m++) totals[m][0] = totals[m][1] = _mm512_setzero_ps();                      \
         for (size_t group = 0; group < job->inputs / GROUP; group++) {                                             \
-            const uint32_t *x = job->x + (row * job->inputs + group * GROUP * M) / 2;                              \
+            const uint32_t *x = job->pairs + (row * job->inputs + group * GROUP * M) / 2;                              \
             __m512 sums[M][2];                                                                                     \
             UNROLL for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();                      \
             for (size_t i = group * GROUP; i < (group + 1) * GROUP; i += 2, x += M) {                              \
@@ -345,6 +318,15 @@ static void pack_pairs(const bf16 *x, uint32_t *packed, float *sums, size_t rows
     }
 }
 
+/* Each group's inputs, row by row. */
+static void add_up(const bf16 *x, float *sums, size_t rows, size_t inputs) {
+    for (size_t i = 0; i < rows * inputs; i += GROUP) {
+        float sum = 0;
+        for (size_t k = 0; k < GROUP; k += 2) sum += widen(x[i + k]) + widen(x[i + k + 1]);
+        sums[i / GROUP] = sum;
+    }
+}
+
 /* x [rows, inputs] times a matrix in panels of 2 * half outputs; low is NULL for int4.  inputs: a multiple of 64,
  * half: of 16.  scratch: rows * inputs of 2 bytes and rows * inputs / 64 of 4, aligned to 64 bytes. */
 void zinfer_quant(const bf16 *x, const uint8_t *nibbles, const uint8_t *low, const bf16 *scales, bf16 *y,
@@ -352,8 +334,13 @@ void zinfer_quant(const bf16 *x, const uint8_t *nibbles, const uint8_t *low, con
                   unsigned num_threads) {
     uint32_t *packed = scratch;
     float *sums = (float *)(packed + rows * inputs / 2);
+    quant_t job = {x, packed, sums, nibbles, low, scales, y, rows, outputs, inputs, half, num_panels * 2 * half};
+    if (zinfer_has_amx()) {
+        add_up(x, sums, rows, inputs);
+        zinfer_quant_amx(&job, num_panels * (half / 16), num_threads);
+        return;
+    }
     pack_pairs(x, packed, sums, rows, inputs);
-    quant_t job = {packed, sums, nibbles, low, scales, y, rows, outputs, inputs, half, num_panels * 2 * half};
     share(quant_piece, &job, num_panels, num_threads);
 }
 #endif

@@ -4,7 +4,7 @@
  * A pass of one row is some five hundred calls of microseconds; from Python each costs as much again. */
 #include "kernels.h"
 
-/* The order of zinfer.kernels.native.calls.STEPS. */
+/* The order of zinfer.kernels.native.signatures.STEPS. */
 enum { NORM, LAYER_NORM, ROTATE, ATTEND, ACTIVATE, GATE, ADD, WIDEN, MOVE, DENSE, COLUMNS, QUANT };
 
 typedef struct {

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zinfer.kernels.native.calls import STEPS, Kernels, notes
+from zinfer.kernels.native.calls import Kernels, notes
+from zinfer.kernels.native.signatures import STEPS
 from zinfer.plan.cost import RECORDED_ROWS
 from zinfer.units import MIB, round_up
 
