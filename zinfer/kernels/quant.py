@@ -26,7 +26,7 @@ from zinfer.spec.quant import GPU_SLOT_BYTES, GROUP, PANELS, SLOT_BYTES, slot_ou
 from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
 
-_CROSSINGS = (1, 2, 4, 8, 16, 32, 64)  # row counts at which the two paths are compared
+_CROSSINGS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # row counts at which the two paths are compared
 _TIMED_OUTPUTS = 2048
 _NATIVE_PANEL = 32  # the compiled kernel takes 16 octets at a time
 _CLOSE = 0.02

@@ -14,11 +14,12 @@ static int is_allowed = 1; /* written by zinfer_allow_amx alone, while nothing i
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define DEEP 2048      /* inputs that several tiles of rows meet at a time: packed rows stay in the second cache */
-#define PIECE 8        /* tiles of outputs of a piece that several tiles of rows meet */
+#define DEEP 2048 /* inputs that several tiles of rows meet at a time: packed rows stay in the second cache */
+#define PIECE 4   /* pairs of tiles of outputs that they meet in turn */
 #define RUN (512 * 1024) /* bytes of weights that a thread takes at a time for a tile of rows by itself */
-#define ASK 0x1023     /* arch_prctl: ARCH_REQ_XCOMP_PERM */
-#define TILE_DATA 18   /* the feature that must be asked for */
+#define ASK 0x1023   /* arch_prctl: ARCH_REQ_XCOMP_PERM */
+#define TILE_DATA 18 /* the feature that must be asked for */
+
 int zinfer_has_amx(void) {
     static _Atomic int answer = -1;
     if (answer < 0) answer = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
@@ -162,7 +163,7 @@ static void meet_one(const dense_t *job, const bf16 *x, size_t output) {
  * laid: the weights' tiles, one after the other; NULL: where they are. */
 static inline void meet_two(const dense_t *job, size_t tile, size_t output, size_t start, size_t stop, const bf16 *laid,
                             float (*sums)[EDGE * EDGE]) {
-    const size_t next = (stop - start + LANES - 1) / LANES * EDGE * LANES; /* tile of outputs */
+    const size_t next = (stop - start + LANES - 1) / LANES * EDGE * LANES; /* to the same inputs of the second tile */
     const size_t tall = height(job), bytes = tall * sizeof(float);
     const bf16 *x = job->packed + tile * tile_size(job) + start * tall, *z = x + tile_size(job);
     _Alignas(LINE) bf16 edges[2][EDGE * LANES];
@@ -178,11 +179,13 @@ static inline void meet_two(const dense_t *job, size_t tile, size_t output, size
         _tile_zero(3);
     }
     for (size_t i = start; i < stop; i += LANES, x += tall * LANES, z += tall * LANES) {
-        tile_t a = {laid, LINE}, b = {laid + next, LINE};
-        if (laid)
+        tile_t a, b;
+        if (laid) {
+            a = (tile_t){laid, LINE}, b = (tile_t){laid + next, LINE};
             laid += EDGE * LANES;
-        else
+        } else {
             a = weights_at(job, output, i, edges[0]), b = weights_at(job, output + EDGE, i, edges[1]);
+        }
         _tile_loadd(6, x, bytes);
         _tile_loadd(4, a.at, a.stride);
         _tile_dpbf16ps(0, 4, 6);
@@ -231,19 +234,21 @@ static void lay(const dense_t *job, bf16 *laid, size_t start, size_t stop, size_
  * several pairs meet weights that lie across the lines of the cache, as in a published file, those are laid out once. */
 static void pairs_run(void *data, size_t start, size_t stop) {
     const dense_t *job = data;
-    const size_t is_across = ((uintptr_t)job->weight | job->inputs * sizeof(bf16)) % LINE, is_laid = is_across && job->tiles > 2;
-    __m512i laid[is_laid ? (stop - start) * 2 * EDGE * DEEP / LANES : 1];
-    bf16 *to = is_laid ? (bf16 *)laid : NULL;
-    _Alignas(LINE) float sums[PIECE / 2 * BLOCK / EDGE * 2][EDGE * EDGE];
+    const size_t is_across = ((uintptr_t)job->weight | job->inputs * sizeof(bf16)) % LINE;
+    const size_t is_laid = is_across && job->tiles > 2;
+    __m512i room[is_laid ? (stop - start) * 2 * EDGE * DEEP / LANES : 1];
+    bf16 *laid = is_laid ? (bf16 *)room : NULL;
+    _Alignas(LINE) float sums[2 * PIECE * BLOCK / EDGE][EDGE * EDGE];
     shape_tiles(height(job));
     for (size_t input = 0; input < job->inputs; input += DEEP) {
         const size_t end = input + DEEP < job->inputs ? input + DEEP : job->inputs;
         const size_t pair_size = (end - input + LANES - 1) / LANES * 2 * EDGE * LANES;
         size_t waiting = 0;
-        if (to) lay(job, to, start, stop, input, end);
+        if (laid) lay(job, laid, start, stop, input, end);
         for (size_t tile = 0; tile < job->tiles; tile += 2)
             for (size_t pair = start; pair < stop; pair++) {
-                meet_two(job, tile, 2 * pair * EDGE, input, end, to ? to + (pair - start) * pair_size : NULL, sums + waiting);
+                const bf16 *tiles = laid ? laid + (pair - start) * pair_size : NULL;
+                meet_two(job, tile, 2 * pair * EDGE, input, end, tiles, sums + waiting);
                 waiting += job->inputs > DEEP ? 4 : 0;
             }
     }
@@ -253,9 +258,9 @@ static void pairs_run(void *data, size_t start, size_t stop) {
 /* Pairs of tiles of outputs of a piece: enough for going on to the next to cost little, few enough to be shared. */
 static size_t pairs_per_piece(const dense_t *job, size_t count) {
     const size_t elements = 2 * EDGE * job->inputs, fair = count / ((job->tiles > 1 ? 4 : 2) * job->num_threads);
-    const size_t kept = job->tiles > 1 ? PIECE / 2 : RUN / (elements * sizeof(bf16));
+    const size_t kept = job->tiles > 1 ? PIECE : RUN / (elements * sizeof(bf16));
     const size_t most = kept < fair ? kept : fair, worth = SHARE / elements;
-    const size_t least = worth < PIECE / 2 ? worth : PIECE / 2;
+    const size_t least = worth < PIECE ? worth : PIECE;
     return most > least ? most : least > 0 ? least : 1;
 }
 

@@ -10,8 +10,8 @@
 
 #define MOST_ROWS 128 /* that one look-up of a group serves */
 #define STEPS_PER_GROUP (GROUP / LANES)
-#define UNITS 2 /* of 32 outputs at a time: as many streams, which one stream's look-ahead cannot replace */
-#define AHEAD 4 /* groups: scales lie far apart, and the look-ahead of one stream is short */
+#define UNITS 2 /* of 32 outputs at a time: what the unit holds sums of */
+#define AHEAD 4 /* groups that are asked for: scales lie far apart, and a lone stream's look-ahead is short */
 #define KINDS (2 * UNITS) /* of 16 outputs: those in the lower halves of a unit's octets and those in the upper ones */
 
 typedef bf16 tile_t[EDGE * LANES];
@@ -112,9 +112,10 @@ static inline void look_up_group(rows_t *rows, size_t group) {
     for (size_t u = 0; u < UNITS; u++) {
         const size_t panel = rows->units[u] / per_panel, within = rows->units[u] % per_panel * EDGE;
         const size_t at = (panel * job->inputs + group * GROUP) * job->half + within;
-        for (size_t kind = 0; kind < 2; kind++)
-            _mm_prefetch((const char *)(job->scales + 2 * ((group + AHEAD) * job->width + output_of(job, rows->units[u], kind))),
-                         _MM_HINT_T0);
+        for (size_t kind = 0; kind < 2; kind++) {
+            const size_t output = output_of(job, rows->units[u], kind);
+            _mm_prefetch((const char *)(job->scales + 2 * ((group + AHEAD) * job->width + output)), _MM_HINT_T0);
+        }
         look_up(job->nibbles + at, job->half, steps, high[2 * u], high[2 * u + 1]);
         if (job->low) look_up(job->low + at, job->half, low_steps, low[2 * u], low[2 * u + 1]);
     }
@@ -184,9 +185,9 @@ static void quant_run(void *data, size_t start, size_t stop) {
 
 void zinfer_quant_amx(quant_t *job, size_t units, unsigned num_threads) {
     quant_run_t run = {job, units, (job->rows + MOST_ROWS - 1) / MOST_ROWS};
-    const size_t pairs = (units + UNITS - 1) / UNITS, elements = UNITS * 32 * job->inputs;
-    const size_t fair = pairs / (4 * (size_t)num_threads), worth = SHARE / elements;
-    share_runs(quant_run, &run, pairs, fair < worth || fair < 1 ? worth + 1 : fair < 4 ? fair : 4, num_threads);
+    const size_t pairs = (units + UNITS - 1) / UNITS, fair = pairs / (4 * (size_t)num_threads);
+    const size_t most = fair < 4 ? fair : 4, least = SHARE / (UNITS * 32 * job->inputs) + 1;
+    share_runs(quant_run, &run, pairs, most > least ? most : least, num_threads);
 }
 #else
 void zinfer_quant_amx(quant_t *job, size_t units, unsigned num_threads) { (void)job, (void)units, (void)num_threads; }
