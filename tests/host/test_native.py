@@ -377,6 +377,19 @@ def test_a_few_rows_go_where_they_are_faster(monkeypatch):
 
 
 @needs_products
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_more_rows_than_are_timed_go_where_blocks_of_them_are_faster(has_amx, monkeypatch):
+    seen = []
+    dense = calls.kernels().dense
+    monkeypatch.setattr(calls.kernels(), "dense", lambda *args: seen.append(args[0].shape[0]) or dense(*args))
+    monkeypatch.setattr(calls.kernels(), "has_amx", has_amx)
+    for few in (128, 256):
+        monkeypatch.setattr(products, "few_rows", lambda *case, few=few: few)
+        products.linear(noise(300, 64), noise(40, 64), exact=False)
+        assert seen == ([300] if has_amx and few == 256 else [])
+
+
+@needs_products
 def test_exact_rows_are_the_compiled_kernels_at_any_number():
     """Whatever has no padding has no row counts to agree on either: the plan is told so."""
     weight, x = noise(40, 64), noise(300, 64, seed=1)

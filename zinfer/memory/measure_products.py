@@ -16,6 +16,7 @@ from zinfer.memory.measure_links import typical_seconds
 
 ROWS = (1, 64, 512, 8, 2, 4)  # what a plan needs most first
 _MAX_POOL = 1024  # matrices
+_PAST_A_LINE = 8  # bytes: what a header of safetensors is a multiple of
 _RECORDED_ROWS = (
     64  # decode passes of so many rows are recorded when they come again: their products cost no call
 )
@@ -69,12 +70,16 @@ class Clock:
 
 
 def dense(dtype: torch.dtype) -> MakeWeight:
-    """Ordinary numbers, for denormal ones are slow; a short piece is repeated."""
+    """Ordinary numbers, for denormal ones are slow; a short piece is repeated.
+
+    They begin where a published file's do: anywhere, and so across the lines of a host's cache.
+    """
     noise = torch.randn(65_537, generator=torch.Generator().manual_seed(0)).to(dtype)
+    past = _PAST_A_LINE // dtype.itemsize
 
     def make(shape: Shape, device: torch.device) -> Tensor:
-        size = shape[0] * shape[1]
-        return noise.repeat(-(-size // noise.numel()))[:size].view(shape).to(device)
+        size = shape[0] * shape[1] + past
+        return noise.repeat(-(-size // noise.numel())).to(device)[past:size].view(shape)
 
     return make
 
