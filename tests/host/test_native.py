@@ -377,6 +377,18 @@ def test_a_few_rows_go_where_they_are_faster(monkeypatch):
 
 
 @needs_products
+def test_nothing_is_timed_while_a_pass_is_recorded(monkeypatch):
+    """Its steps would be written down, and what it makes up is no step."""
+    noted = []
+    for name in ("few_rows", "row_kernel"):
+        monkeypatch.setattr(products, name, lambda *case: pytest.fail("timed"))
+    with calls.notes(lambda name, *arguments: noted.append(name)):
+        for rows in (1, 3, 300):
+            products.linear(noise(rows, 64), noise(40, 64), exact=False)
+    assert noted == ["zinfer_dense"] * 3
+
+
+@needs_products
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_more_rows_than_are_timed_go_where_blocks_of_them_are_faster(has_amx, monkeypatch):
     seen = []

@@ -86,10 +86,15 @@ def _put(y_TO: Tensor, into_TO: Tensor | None) -> Tensor:
 def _few(num_rows: int, case: tuple[torch.dtype, str, int, int, bool, bool]) -> Product:
     if num_rows == 1:  # on a tape the compiled kernel costs no call
         return _native if is_noting() else KERNELS[row_kernel(*case)]
-    few, found = few_rows(*case), kernels()
-    # More are multiplied in blocks of so many: on the matrix unit those are as fast as the library's.
-    is_any = few == FEW[-1] and found is not None and found.has_amx
-    return _native if is_noting() or num_rows <= few or is_any else F.linear
+    return _native if is_noting() or _are_few(num_rows, few_rows(*case)) else F.linear
+
+
+def _are_few(num_rows: int, most: int) -> bool:
+    """More than are timed are multiplied in blocks of so many, which the matrix unit does as fast as the library."""
+    if num_rows <= most or most < FEW[-1]:
+        return num_rows <= most
+    found = kernels()
+    return found is not None and found.has_amx
 
 
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:

@@ -17,9 +17,7 @@ from zinfer.memory.measure_links import typical_seconds
 ROWS = (1, 64, 512, 8, 2, 4)  # what a plan needs most first
 _MAX_POOL = 1024  # matrices
 _PAST_A_LINE = 8  # bytes: what a header of safetensors is a multiple of
-_RECORDED_ROWS = (
-    64  # decode passes of so many rows are recorded when they come again: their products cost no call
-)
+_RECORDED_ROWS = 64  # decode passes of so many are recorded when they come again: products cost no call then
 
 
 class Product(Protocol):
