@@ -114,10 +114,12 @@ def test_products_of_few_rows_are_timed_as_recorded_passes_have_them(exact):
             return linear(x_TI, weight, exact=exact)
 
         turns = measure_products.Turns(product, pool, len(SHAPES), small.recorded, exact)
-        assert turns.seconds_per_gb(rows, 0.02) > 0
-        called = len(seen)
-        assert turns.seconds_per_gb(rows, 0.02) > 0
-        assert (called == len(seen) - called == len(pool)) is is_once
+        assert turns.seconds_per_gb(rows, 0.02 if is_once else 0) > 0
+        if is_once:
+            assert len(seen) == len(pool)
+        else:  # one round, and the first product of a recording that was refused
+            refused = dtype != torch.bfloat16 and is_recorded
+            assert len(seen) == len(SHAPES) + refused
     assert SmallModel(torch.device("cpu"), "F32").replay(64, exact=False) is None
 
 

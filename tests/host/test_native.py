@@ -27,7 +27,7 @@ needs_products = pytest.mark.skipif(
 
 @pytest.fixture(params=["matrix unit", "vector unit"])
 def unit(request):
-    """Dense products of a processor that has both on either; the vector unit's are everybody's."""
+    """Products of a processor that has both on either; the vector unit's are everybody's."""
     found = calls.kernels()
     if request.param == "matrix unit" and not found.has_amx:
         pytest.skip("no AMX here")

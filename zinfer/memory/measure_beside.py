@@ -23,8 +23,8 @@ from zinfer.memory.there import held_there
 from zinfer.plan.records import Budget, Placement, Tier
 from zinfer.units import round_up
 
-# A slowdown beyond this was somebody else's work: streamed passes took 1.0 to 1.2 times as long as reads or products
-# alone, in noisy minutes too, in which two seconds of turns said up to 1.63 (docs/experiments.md).
+# A slowdown beyond this was mostly somebody else's work: where turns said 1.38 to 1.63, passes took 0.96 to 1.66 times
+# as long as reads alone, 1.3 in the middle (docs/experiments.md).
 _MOST = 1.3
 _NUM_CHUNKS = 16
 _TURN_S = 0.3  # of measuring overlap: some rounds of reads beside work, some alone before and after them

@@ -319,7 +319,10 @@ def _wrong(found: Kernels) -> str:
         nibbles, scales = pack_nibbles(values, 64), noise(2, 64, 2)
         turned = weight.t().contiguous()
         pairs["product of columns"] = (found.columns(x, turned, bias), wide @ turned.float() + bias.float())
-        pairs["product"] = (found.dense(x, weight, bias), wide @ weight.float().t() + bias.float())
+        for count in (1, 8):  # few rows, and several tiles of them
+            rows = x.repeat(count, 1)
+            want = rows.float() @ weight.float().t() + bias.float()
+            pairs[f"product of {len(rows)} rows"] = (found.dense(rows, weight, bias), want)
         for name, low in (("int4", None), ("int8", nibbles.flip(1))):
             packed = QuantWeight(nibbles, scales, low, 60)
             rows = x[:, : 2 * GROUP].contiguous()
