@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,13 +79,19 @@ class PagePool:
 
     def give_back(self, runs: Iterable[Run]) -> None:
         """Return pages that `take` gave; a page that is already free is an InternalError ZI-2502."""
-        joined: list[Run] = []
-        for run in sorted([*self._free, *runs]):
-            if joined and run.start < joined[-1].stop:
+        for run in runs:
+            low = high = bisect(self._free, run)
+            start, stop = run.start, run.stop
+            if low and self._free[low - 1].stop >= start:
+                low -= 1
+                start = self._free[low].start
+            if high < len(self._free) and self._free[high].start <= stop:
+                stop = self._free[high].stop
+                high += 1
+            if stop - start != run.count + sum(other.count for other in self._free[low:high]):
                 raise InternalError("ZI-2502", f"KV pages {run} were given back twice")
-            _append(joined, run)
-        self._free = joined
-        self.free_pages = sum(run.count for run in joined)
+            self._free[low:high] = [Run(start, stop - start)]
+            self.free_pages += run.count
 
     def _cut(self, run: Run, start: int, most: int) -> Run:
         """Take at most `most` pages from `start` on out of a free run."""

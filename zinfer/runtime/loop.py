@@ -17,6 +17,7 @@ from zinfer.errors import BudgetError
 from zinfer.kvcache.cache import PagedKv
 from zinfer.log import logger
 from zinfer.memory.faults import FULL, TOO_FULL, explained
+from zinfer.memory.upload import indices
 from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.batch import pack_rows, split_rows, view_of
 from zinfer.runtime.executor import Executor
@@ -138,25 +139,25 @@ class Loop:
         self, pieces: Sequence[Piece], logits_RV: Tensor, draws_of_micro: Sequence[Draw]
     ) -> Iterator[Event]:
         """Advance the requests of one micro-batch; its logits lie in the order of its pieces."""
-        parts, draws = _by_piece(pieces, logits_RV), iter(draws_of_micro)
-        for piece, part in zip(pieces, parts, strict=True):
+        draws = iter(draws_of_micro)
+        for piece, rows in _logit_rows(pieces):
             is_sampling = piece.request.is_sampling_at(piece.stop)
             piece.request.num_committed = piece.stop
             if is_sampling:
                 yield self._advance(piece.request, next(draws))
             elif piece.request.on_logits is not None:
-                yield from self._scored(piece.request, part)
+                yield from self._scored(piece.request, logits_RV[rows])
 
     def _draw(self, pieces: Sequence[Piece], whole_RV: Tensor) -> Drawn:
         """A token per request that samples now, on the logits' device; no copy where no row belongs to a score."""
-        rows = [
-            (piece.request, part)
-            for piece, part in zip(pieces, _by_piece(pieces, whole_RV), strict=True)
+        found = [
+            (piece.request, rows.start)
+            for piece, rows in _logit_rows(pieces)
             if piece.request.is_sampling_at(piece.stop)
         ]
-        is_whole = len(rows) == len(whole_RV)
-        logits_SV = whole_RV if is_whole else torch.cat([whole_RV[:0], *(part for _, part in rows)])
-        return draw(logits_SV, [request for request, _ in rows], self.executor.spec.eos_ids)
+        is_whole = len(found) == len(whole_RV)
+        logits_SV = whole_RV if is_whole else whole_RV[indices([row for _, row in found], whole_RV.device)]
+        return draw(logits_SV, [request for request, _ in found], self.executor.spec.eos_ids)
 
     def _scored(self, request: Request, logits_nV: Tensor) -> Iterator[Event]:
         assert request.on_logits is not None, "only a request that wants logits is scored"
@@ -180,8 +181,9 @@ class Loop:
         return Event(request, draw.token_id, delta, is_finished)
 
 
-def _by_piece(pieces: Sequence[Piece], logits_RV: Tensor) -> tuple[Tensor, ...]:
-    """The rows of logits that each piece has: views."""
-    return torch.split(
-        logits_RV, [request.num_logit_rows(start, start + len(ids)) for request, ids, start in pieces]
-    )
+def _logit_rows(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, slice]]:
+    """The pieces of a micro-batch, each with its rows among the logits, as they are when it is asked for."""
+    stop = 0
+    for piece in pieces:
+        start, stop = stop, stop + piece.request.num_logit_rows(piece.start, piece.stop)
+        yield piece, slice(start, stop)

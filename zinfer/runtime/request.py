@@ -127,6 +127,10 @@ class Request:
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """Tokens start .. stop - 1, branch by branch."""
+        if not self.forks:
+            if start < stop:
+                yield Part(start, stop - start, None, self.num_tokens)
+            return
         for begin, end in pairwise((0, *self.forks, self.num_tokens)):
             low, high = max(start, begin), min(stop, end)
             if low < high:

@@ -183,11 +183,13 @@ class Scheduler:
 
     def _joining(self, room: _Room) -> Iterator[Piece]:
         """Preempted requests first, then those that wait, while sequences, rows and pages are free."""
+        growth = sum(map(_next_page, self._running))
         while len(self._running) < self.max_batch and room.rows > 0:
             queue = self._preempted or self._waiting
-            if not queue or not self._admit(queue[0]):
+            if not queue or not self._admit(queue[0], growth):
                 return
             request = self._preempted.pop(0) if queue is self._preempted else self._waiting.popleft()
+            growth += _next_page(request)
             insort(self._running, request, key=lambda other: other.id)
             if request.is_decoding:
                 room.take(1, 1)
@@ -195,15 +197,15 @@ class Scheduler:
             elif piece := self._piece(request, room):
                 yield piece
 
-    def _admit(self, request: Request) -> bool:
+    def _admit(self, request: Request, growth: int) -> bool:
         """Open pages for what the request must feed before it samples; False when they lack.
 
-        While others run, each keeps a page to grow into as long as it may still grow: a request that joins only to be
-        preempted has gained nothing.
+        While others run, each keeps a page to grow into as long as it may still grow, `growth` pages in all: a request
+        that joins only to be preempted has gained nothing.
         """
         pages = pages_for(request.num_tokens)
         if self._running:
-            pages += sum(map(_next_page, self._running)) + _next_page(request)
+            pages += growth + _next_page(request)
         if pages * PAGE_TOKENS > self.pages.free_tokens:
             return False
         if request.id in self._is_spilled:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zinfer.errors import MachineError
+from zinfer.kernels.native.calls import kernels
 from zinfer.memory.upload import indices, upload
 from zinfer.sampling.params import SamplingParams
 from zinfer.sampling.philox import uniform
@@ -138,6 +139,8 @@ def _largest(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
     if logits_SV.device.type != "cpu":
         tops_S, ids_S = logits_SV.max(-1)
         return tops_S, ids_S
+    if logits_SV.dtype == torch.float32 and (compiled := kernels()) is not None:
+        return compiled.largest(logits_SV)
     # numpy looks through a row some four times faster than torch, which would wake its threads for every slab.
     ids_S = torch.from_numpy(logits_SV.numpy().argmax(-1))
     return logits_SV.gather(-1, ids_S[:, None])[:, 0], ids_S

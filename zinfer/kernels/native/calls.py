@@ -189,6 +189,14 @@ class Kernels:
         )
         return y_TF
 
+    def largest(self, x_SV: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every row of float32 numbers the largest and its place (int64), of equals the first; the first NaN."""
+        x_SV, num_rows = x_SV.contiguous(), len(x_SV)
+        tops_S, ids_S = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.long)
+        where = (x_SV.data_ptr(), ids_S.data_ptr(), tops_S.data_ptr())
+        self._do("zinfer_largest", *where, num_rows, x_SV.shape[1])
+        return tops_S, ids_S
+
     @staticmethod
     def attends(heads: int, kv_heads: int, dim: int) -> bool:
         """Whether `attend` takes heads of that kind."""
@@ -308,6 +316,9 @@ def _wrong(found: Kernels) -> str:
             _rotated(octets.float(), octets[:, 0, :35].float(), octets[:, 1, :35].float()),
         ),
     }
+    tall, odd = wide.repeat(1, 6), torch.tensor([[1, torch.nan, 2]])  # equals far apart; and what is no number
+    pairs["largest"] = (torch.stack([*found.largest(tall)]), torch.stack([*tall.max(-1)]))
+    pairs["largest of what is none"] = (found.largest(odd)[1], torch.tensor([1]))
     pages = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
     q, k, v = noise(2, 2, 32), noise(8, 1, 32), noise(8, 1, 32)
     pairs["attention"] = (

@@ -20,6 +20,7 @@ void zinfer_attend_tiles(const bf16 *q, const bf16 *keys, const bf16 *values, co
 void zinfer_activate(const bf16 *x, const bf16 *table, bf16 *y, size_t count, unsigned num_threads);
 void zinfer_gate(const bf16 *gate, const bf16 *up, const bf16 *table, bf16 *y, size_t gate_stride, size_t up_stride,
                  size_t rows, size_t width, unsigned num_threads);
+void zinfer_largest(const float *x, int64_t *ids, float *tops, size_t rows, size_t width, unsigned num_threads);
 int zinfer_has_products(void);
 #ifdef __AVX512BF16__
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,

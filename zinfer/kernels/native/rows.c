@@ -105,3 +105,56 @@ void zinfer_rotate(const bf16 *x, const bf16 *cosines, const bf16 *sines, bf16 *
     rotate_t job = {x, cosines, sines, y, row_stride, head_stride, rows, heads, dim, half, rows_per_piece(heads * dim)};
     share(rotate_piece, &job, (rows + job.step - 1) / job.step, num_threads);
 }
+
+#define STRETCH 1024 /* numbers of a row whose largest is known before the next ones are looked at */
+#define ABREAST 64   /* of them at once */
+
+typedef struct {
+    const float *x;
+    int64_t *ids;
+    float *tops;
+    size_t width;
+} largest_t;
+
+/* The largest of x[start, stop), or a NaN where there is one. */
+static float largest_of(const float *restrict x, size_t start, size_t stop) {
+    float most[ABREAST], top = -INFINITY;
+    int32_t odd[ABREAST] = {0}, is_odd = 0;
+    for (size_t lane = 0; lane < ABREAST; lane++) most[lane] = -INFINITY;
+    size_t i = start;
+    for (; i + ABREAST <= stop; i += ABREAST)
+        for (size_t lane = 0; lane < ABREAST; lane++) {
+            const float value = x[i + lane];
+            most[lane] = value > most[lane] ? value : most[lane];
+            odd[lane] |= value != value;
+        }
+    for (size_t lane = 0; lane < ABREAST; lane++) {
+        top = most[lane] > top ? most[lane] : top;
+        is_odd |= odd[lane];
+    }
+    for (; i < stop; i++) {
+        top = x[i] > top ? x[i] : top;
+        is_odd |= x[i] != x[i];
+    }
+    return is_odd ? NAN : top;
+}
+
+static void largest_piece(void *data, size_t row) {
+    const largest_t *job = data;
+    const float *x = job->x + row * job->width;
+    float top = largest_of(x, 0, end_of(0, STRETCH, job->width));
+    size_t at = 0;
+    for (size_t start = STRETCH; start < job->width && top == top; start += STRETCH) {
+        const float found = largest_of(x, start, end_of(start / STRETCH, STRETCH, job->width));
+        if (!(found <= top)) top = found, at = start;
+    }
+    while (x[at] != top && (x[at] == x[at] || top == top)) at++;
+    job->ids[row] = (int64_t)at;
+    job->tops[row] = top;
+}
+
+/* Of every row the largest number and where it is, of equals the first; a row that holds a NaN: the first NaN. */
+void zinfer_largest(const float *x, int64_t *ids, float *tops, size_t rows, size_t width, unsigned num_threads) {
+    largest_t job = {x, ids, tops, width};
+    share(largest_piece, &job, rows, rows * width < SHARE ? 1 : num_threads);
+}

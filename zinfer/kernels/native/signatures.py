@@ -28,6 +28,7 @@ ROW_KERNELS = {
     "zinfer_attend_tiles": [*[POINTER] * 8, *[ctypes.c_double] * 2, *[SIZE] * 7, THREADS],
     "zinfer_activate": [*[POINTER] * 3, SIZE, THREADS],
     "zinfer_gate": [*[POINTER] * 4, *[SIZE] * 4, THREADS],
+    "zinfer_largest": [*[POINTER] * 3, *[SIZE] * 2, THREADS],
 }
 PRODUCTS = {
     "zinfer_dense": [*[POINTER] * 5, *[SIZE] * 5, THREADS],
