@@ -8,6 +8,7 @@ import torch
 from fakes import DenseKv, begin_flow, op_weights, run_pass
 
 from zinfer.layers.packed import Packed
+from zinfer.models import decoder
 from zinfer.models.decoder import run_op
 from zinfer.spec import program
 from zinfer.spec.read import read_spec
@@ -84,6 +85,33 @@ def test_only_wanted_rows_reach_the_head(saved, name):
     assert run_pass(spec, tensors, kv, pieces, logit_rows=[]).shape == (0, spec.vocab_size)
     after = run_pass(spec, tensors, kv, [tokens(1, 3), tokens(1, 4)])
     assert after.shape == (2, spec.vocab_size)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama-mha", "opt-350m", "gpt2", "neox-parallel", "phi3-window"])
+def test_behind_the_last_attention_only_wanted_rows_are_multiplied(saved, name, monkeypatch):
+    spec, tensors, _ = saved(name, torch.bfloat16)
+    rows = {}
+
+    def counted(op, spec, flow, weights, *, exact):
+        rows.setdefault((op.layer == spec.num_layers - 1, op.kind), set()).add(len(flow.input))
+        return product(op, spec, flow, weights, exact=exact)
+
+    product = decoder._product
+    monkeypatch.setattr(decoder, "_product", counted)
+    pieces = [tokens(5, 1), tokens(7, 2)]
+    wanted = run_pass(spec, tensors, fresh(spec, 2), pieces, logit_rows=[3, 11])
+    behind = {"o", "gate", "up", "gate_up", "down"}
+    assert {kind for is_last, kind in rows if is_last} & behind
+    for (is_last, kind), counts in rows.items():
+        is_few = (is_last and kind in behind) or kind in ("head", "project_out")
+        assert counts == {2 if is_few else 12}, kind
+    # Another row of the last attention would be seen.
+    select = torch.Tensor.index_select
+    monkeypatch.setattr(
+        torch.Tensor, "index_select", lambda x, dim, at: select(x, dim, (at - 1).clamp(min=0))
+    )
+    assert not torch.equal(run_pass(spec, tensors, fresh(spec, 2), pieces, logit_rows=[3, 11]), wanted)
 
 
 @torch.no_grad()

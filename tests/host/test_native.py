@@ -140,6 +140,28 @@ def test_a_rows_attention_depends_on_no_batch_mate():
 
 
 @needs_kernels
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("odd", [None, float("nan"), float("-inf"), float("inf")])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_largest_is_the_first_of_equals_wherever_it_lies(width, odd, threads):
+    draw = torch.Generator().manual_seed(width)
+    rows = torch.randint(-2, 3, (40, width), generator=draw).float()  # most have several of the largest
+    if odd is not None:
+        rows[torch.rand(rows.shape, generator=draw) < 2 / width] = odd
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tops, at = calls.kernels().largest(rows)
+    finally:
+        torch.set_num_threads(before)
+    want = torch.from_numpy(rows.numpy().argmax(-1))
+    assert at.tolist() == want.tolist()
+    assert torch.equal(tops.nan_to_num(9), rows.gather(-1, want[:, None])[:, 0].nan_to_num(9))
+    last = width - 1 - rows.numpy()[:, ::-1].argmax(-1)
+    assert width == 1 or last.tolist() != at.tolist()  # taking the last of equals would be seen
+
+
+@needs_kernels
 def test_which_heads_it_takes():
     for heads, kv_heads, dim in [(32, 4, 64), (71, 71, 64), (64, 1, 128), (8, 8, 256), (32, 32, 80)]:
         assert calls.Kernels.attends(heads, kv_heads, dim)

@@ -260,9 +260,6 @@ def test_any_value_of_any_key_gives_a_spec_or_a_refusal(config, data):
 
 def test_costs_grow_as_they_should():
     spec = read_spec(TINY)
-    up = next(op for op in spec.program if op.kind == "up")
-    assert cost.op_flops(up, 10) == 2 * 10 * 64 * 128
-    assert cost.op_flops(spec.program[0], 10) == 0
     peaks = [cost.activation_peak_bytes(spec, rows, 1, 1024) for rows in (1, 64, 512, 1024)]
     assert peaks == sorted(peaks)
     assert set(cost.activation_bytes(spec, 8, 1, 8)) == {op.kind for op in spec.program}

@@ -128,7 +128,6 @@ def _enter(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor], b
     stream = flow.take("stream")
     if op.layer == spec.num_layers:
         flow.rotary = None
-        stream = stream.index_select(0, batch.on("logit_rows", stream.device))
     if not op.normed:
         entered = stream
     elif spec.norm == "rms":
@@ -254,7 +253,10 @@ def _by_head(rows: Tensor, width: int) -> Tensor:
 def _attention(
     layer: int, spec: ModelSpec, flow: Flow, value: Tensor, batch: Packed, kv: KvView, *, exact: bool
 ) -> Tensor:
-    """[T, H * D]: every new row over its sequence's past and the rows before it."""
+    """[T, H * D]: every new row over its sequence's past and the rows before it.
+
+    Behind the last layer's attention only rows whose logits are wanted go on, [R, H * D]: no other row will be read.
+    """
     is_windowed = spec.window_layers is None or spec.window_layers[layer]
     attended = attend(
         flow.take("query"),
@@ -267,4 +269,9 @@ def _attention(
         window=spec.sliding_window if is_windowed else None,
         exact=exact,
     )
-    return attended.flatten(1)
+    attended = attended.flatten(1)
+    if layer < spec.num_layers - 1 or len(batch.logit_rows) == len(attended):
+        return attended
+    wanted = batch.on("logit_rows", attended.device)
+    flow.stream = flow.take("stream").index_select(0, wanted)
+    return attended.index_select(0, wanted)

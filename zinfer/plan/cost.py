@@ -16,6 +16,7 @@ from zinfer.units import round_up
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
 _HEADS = ("head", "dense", "classify")  # one row per sequence
+_BEHIND_ATTENTION = ("o", "gate", "up", "gate_up", "down")
 RECORDED_ROWS = 256  # the most of a pass that a host records
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
@@ -73,8 +74,8 @@ class OpCosts:
 
     seconds(op) = weight bytes * seconds_per_byte(dtype, rows) + attention FLOPs / rate + overhead, the product's
     rate being a measured point at that many rows, so that it covers both regimes: bytes at few rows, FLOPs at many.
-    The head multiplies one row per sequence.  Where the cache is not in the compute tier, attention costs what the
-    links of `machine` and the attending side take.
+    The head, and what lies behind the last layer's attention, multiply one row per sequence.  Where the cache is not
+    in the compute tier, attention costs what the links of `machine` and the attending side take.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class OpCosts:
     def work(self, op: Op) -> float:
         """Product, and attention behind the op that completes keys and values."""
         spec = self._spec
-        per_byte = self._per_head_byte if op.kind in _HEADS else self._per_byte
+        per_byte = self._per_head_byte if is_narrow(spec, op) else self._per_byte
         work = op_bytes(spec, op) * per_byte[bool(op.stored)]
         if op.kind in _ATTENTION_AFTER and op.block == op.blocks - 1:
             keys = visible_keys(spec, op.layer, self._load)
@@ -109,6 +110,12 @@ class OpCosts:
                 return work + far_attention_s(spec, self._machine, self._load, keys, exact=self._exact)
             work += attention_flops(spec, self._load.rows, keys) / self._attention_rate
         return work
+
+
+def is_narrow(spec: ModelSpec, op: Op) -> bool:
+    """Whether an op multiplies only rows whose logits are wanted, or one of each text."""
+    is_last = op.layer == spec.num_layers - 1 and spec.encoder is None
+    return op.kind in _HEADS or (is_last and op.kind in _BEHIND_ATTENTION)
 
 
 def has_steps(spec: ModelSpec) -> bool:

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 from zinfer.config.machine import Compute, Machine
-from zinfer.plan.cost import OpCosts, PassLoad
+from zinfer.plan.cost import OpCosts, PassLoad, is_narrow
 from zinfer.plan.records import Workload
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 
@@ -72,12 +72,12 @@ def compute_curve(
 
     Ops of one shape cost the same, so that a model of a hundred layers costs no more than one of a few.
     """
-    alike: Counter[tuple[str, int, bool, bool]] = Counter()
-    example: dict[tuple[str, int, bool, bool], Op] = {}
+    alike: Counter[tuple[str, int, bool, bool, bool]] = Counter()
+    example: dict[tuple[str, int, bool, bool, bool], Op] = {}
     for op in spec.program:
         is_windowed = spec.window_layers is not None and 0 <= op.layer < spec.num_layers
         windowed = bool(is_windowed and spec.window_layers and spec.window_layers[op.layer])
-        key = (op.kind, op.weight_numel, op.block == op.blocks - 1, windowed)
+        key = (op.kind, op.weight_numel, op.block == op.blocks - 1, windowed, is_narrow(spec, op))
         alike[key] += 1
         example.setdefault(key, op)
     rows = _row_counts(workload)

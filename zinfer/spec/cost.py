@@ -56,11 +56,6 @@ def converted_bytes(spec: ModelSpec) -> int:
     return max(sum(part.numel for part in op.reads) for op in spec.program) * DTYPE_BYTES[spec.dtype]
 
 
-def op_flops(op: Op, rows: int) -> int:
-    """Multiplications and additions of the op's product; the head's rows are those whose logits are wanted."""
-    return 2 * rows * op.matrix.numel if op.matrix else 0
-
-
 def attention_flops(spec: ModelSpec, rows: int, context: int) -> int:
     """Of one layer: scores and weighted values of `rows` new rows that each see `context` keys."""
     return 4 * rows * context * spec.num_heads * spec.head_dim
@@ -116,6 +111,7 @@ def activation_bytes(
     flow = _FlowBytes(spec, rows, logit_rows, context, exact, kv_dtype)
     costs: dict[str, OpBytes] = {}
     # Two layers stand for all: the first makes the rotary tables and, where norms come behind, has one norm less.
+    # The last one, where only rows that want logits go on behind attention, needs less.
     for op in spec.program:
         if op.block == 0 and (op.layer < 2 or op.layer == spec.num_layers):
             cost, other = flow.run(op), costs.get(op.kind, OpBytes(0, 0))
@@ -162,6 +158,9 @@ class _FlowBytes:
 
     def run(self, op: Op) -> OpBytes:
         """All blocks of one matrix; `op` is the first."""
+        if op.layer == self.spec.num_layers and "stream" in self.live:  # since the last layer's attention
+            self.rows = self.logit_rows
+            self.live["stream"] = self._size(self.spec.model_dim)
         self.peak = sum(self.live.values())
         if "input" not in self.live:
             self._enter(op)
@@ -190,9 +189,6 @@ class _FlowBytes:
             return
         if op.layer == spec.num_layers:
             self._drop("rotary")
-            whole, self.rows = self.live["stream"], self.logit_rows
-            self.live["stream"] = self._size(spec.model_dim)
-            self._touch(whole)
         width = self._size(spec.model_dim)
         if op.normed:
             moments = 2 * FP32 * self.rows  # mean and deviation

@@ -316,9 +316,10 @@ def _wrong(found: Kernels) -> str:
             _rotated(octets.float(), octets[:, 0, :35].float(), octets[:, 1, :35].float()),
         ),
     }
-    tall, odd = wide.repeat(1, 6), torch.tensor([[1, torch.nan, 2]])  # equals far apart; and what is no number
+    tall = wide.repeat(1, 6)  # equals far apart
     pairs["largest"] = (torch.stack([*found.largest(tall)]), torch.stack([*tall.max(-1)]))
-    pairs["largest of what is none"] = (found.largest(odd)[1], torch.tensor([1]))
+    odd = torch.tensor([[1, torch.nan, 2]])
+    pairs["largest of what is no number"] = (found.largest(odd)[1], torch.tensor([1]))
     pages = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
     q, k, v = noise(2, 2, 32), noise(8, 1, 32), noise(8, 1, 32)
     pairs["attention"] = (
