@@ -96,6 +96,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["matrix unit", "vector unit"])
+def unit(request):
+    """Compiled kernels of a processor that has both on either; the vector unit's are everybody's."""
+    from zinfer.kernels.native.calls import kernels
+
+    if (found := kernels()) is None:
+        pytest.skip("no C compiler here")
+    if request.param == "matrix unit" and not found.has_amx:
+        pytest.skip("no AMX here")
+    found.allow_amx(request.param == "matrix unit")
+    yield request.param
+    found.allow_amx(True)
+
+
 @pytest.fixture
 def torch_kernels():
     """Torch does the work, also where kernels could be compiled."""

@@ -25,17 +25,6 @@ needs_products = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["matrix unit", "vector unit"])
-def unit(request):
-    """Products of a processor that has both on either; the vector unit's are everybody's."""
-    found = calls.kernels()
-    if request.param == "matrix unit" and not found.has_amx:
-        pytest.skip("no AMX here")
-    found.allow_amx(request.param == "matrix unit")
-    yield request.param
-    found.allow_amx(True)
-
-
 def library(folder):
     return build.library(signatures.SOURCES, signatures.FLAGS, folder)
 
@@ -105,18 +94,23 @@ def test_a_rows_bits_depend_on_the_row_alone(threads):
         {"cap": 2.0},
         {"heads": 6, "kv_heads": 2, "dim": 48},
         {"heads": 8, "kv_heads": 1, "dim": 64, "window": 3},
+        {"heads": 8, "kv_heads": 1, "dim": 64, "cap": 2.0, "page_tokens": 1},
+        {"heads": 4, "kv_heads": 2, "dim": 32, "page_tokens": 8},
         {"heads": 4, "kv_heads": 4, "dim": 128},
+        {"heads": 64, "kv_heads": 2, "dim": 96},
+        {"heads": 2, "kv_heads": 1, "dim": 256},
     ],
     ids=str,
 )
-def test_attention_over_pages_agrees_with_its_twin(shape):
-    assert paged_error("cpu", BF16, [1, 32, 33, 130], native=calls.kernels(), **shape) < CLOSE[BF16]
+def test_attention_over_pages_agrees_with_its_twin(shape, unit):
+    assert paged_error("cpu", BF16, [1, 32, 33, 130, 300], native=calls.kernels(), **shape) < CLOSE[BF16]
 
 
 @needs_kernels
 @pytest.mark.parametrize("wrong", ["table", "lengths", "keys", "values"])
-def test_attention_that_reads_one_thing_wrongly_would_be_seen(wrong):
-    q, (plane,), pages = pages_case("cpu", BF16, [40, 130])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_attention_that_reads_one_thing_wrongly_would_be_seen(dim, wrong, unit):
+    q, (plane,), pages = pages_case("cpu", BF16, [40, 130], dim=dim)
     k, v = plane.unbind()
     given = {"keys": k, "values": v, "table": pages.table, "lengths": pages.lengths}
     options = {"scale": 0.25, "window": None, "cap": 0.0}
@@ -129,14 +123,56 @@ def test_attention_that_reads_one_thing_wrongly_would_be_seen(wrong):
 
 
 @needs_kernels
-def test_a_rows_attention_depends_on_no_batch_mate():
-    q, (plane,), pages = pages_case("cpu", BF16, [5, 70, 200])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_a_rows_attention_depends_on_no_batch_mate(dim, unit):
+    q, (plane,), pages = pages_case("cpu", BF16, [5, 70, 200], dim=dim)
     options = {"scale": 0.25, "window": None, "cap": 0.0}
     together = calls.kernels().attend(q, *plane.unbind(), pages.table, pages.lengths, 16, **options)
     alone = calls.kernels().attend(
         q[1:2], *plane.unbind(), pages.table[1:2], pages.lengths[1:2], 16, **options
     )
     assert torch.equal(together[1:2], alone)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(32, 4, 64), (4, 4, 128), (71, 71, 64), (8, 1, 48)], ids=str)
+def test_a_tile_may_have_any_number_of_rows(shape, unit):
+    """More than a unit takes at a time are cut where they are attended: the same bits."""
+    (heads, kv_heads, dim), num_rows = shape, 300
+    lengths = list(range(20, 20 + num_rows))
+    q, (plane,), pages = pages_case("cpu", BF16, lengths[-1:], heads=heads, kv_heads=kv_heads, dim=dim)
+    q = noise(num_rows, heads, dim)
+    found, every = calls.kernels(), torch.tensor(lengths, dtype=torch.int32)
+    assert num_rows > found.tile_rows(heads, kv_heads, dim)
+
+    def attended(bounds):
+        tiles = torch.tensor(bounds, dtype=torch.int32), torch.zeros(len(bounds) - 1, dtype=torch.int32)
+        options = {"scale": dim**-0.5, "window": 90, "cap": 0.0, "tiles": tiles}
+        return found.attend(q, *plane.unbind(), pages.table, every, 16, **options)
+
+    assert torch.equal(attended([0, num_rows]), attended(range(num_rows + 1)))
+
+
+@needs_kernels
+def test_both_units_attend_the_same_rows():
+    """Close to each other, and not the same: who attends is known."""
+    found = calls.kernels()
+    if not found.has_amx:
+        pytest.skip("no AMX here")
+    q, (plane,), pages = pages_case("cpu", BF16, [70, 200], dim=64)
+
+    def attended():
+        options = {"scale": 0.25, "window": None, "cap": 0.0}
+        return found.attend(q, *plane.unbind(), pages.table, pages.lengths, 16, **options)
+
+    matrix = attended()
+    found.allow_amx(False)
+    try:
+        vector = attended()
+    finally:
+        found.allow_amx(True)
+    assert not torch.equal(matrix, vector)
+    assert (matrix.float() - vector.float()).abs().max() < CLOSE[BF16]
 
 
 @needs_kernels
@@ -167,10 +203,12 @@ def test_which_heads_it_takes():
         assert calls.Kernels.attends(heads, kv_heads, dim)
     for heads, kv_heads, dim in [(71, 1, 64), (8, 8, 24), (8, 8, 512), (64, 1, 256)]:
         assert not calls.Kernels.attends(heads, kv_heads, dim)
-    for heads, kv_heads, dim in [(32, 4, 64), (64, 1, 128), (8, 8, 256)]:
-        rows, group = calls.Kernels.tile_rows(heads, kv_heads, dim), heads // kv_heads
-        assert rows * group <= 64 and rows * group * dim <= 8192
-        assert (rows + 1) * group > 64 or (rows + 1) * group * dim > 8192
+    found = calls.kernels()
+    for heads, kv_heads, dim in [(32, 4, 64), (64, 1, 128), (8, 8, 256), (8, 8, 48)]:
+        rows, group = found.tile_rows(heads, kv_heads, dim), heads // kv_heads
+        queries, elements = (256, 16384) if found.has_amx and dim % 32 == 0 else (64, 8192)
+        assert rows * group <= queries and rows * group * dim <= elements
+        assert (rows + 1) * group > queries or (rows + 1) * group * dim > elements
 
 
 @needs_kernels

@@ -17,7 +17,7 @@ ROWS, SEQUENCES = 2048, 16
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 4096,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 64,

@@ -79,7 +79,7 @@ def fed(cuts, *, window=None, exact=True, heads=4, mates=(), **options):
 @pytest.mark.parametrize(
     "shape", [{}, {"heads": 6, "kv_heads": 1, "dim": 48}, {"heads": 4, "kv_heads": 4, "dim": 128}], ids=str
 )
-def test_rows_agree_with_a_dense_mask_and_keep_their_bits(shape, window):
+def test_rows_agree_with_a_dense_mask_and_keep_their_bits(shape, window, unit):
     whole = fed([165], window=window, **shape)
     q, k, v = qkv(165, shape.get("heads", 4), shape.get("kv_heads", 2), shape.get("dim", 16), BF16)
     want = dense(q, k, v, causal(165, 165, window), 0.25)
@@ -90,9 +90,10 @@ def test_rows_agree_with_a_dense_mask_and_keep_their_bits(shape, window):
     assert torch.equal(fed([40, 165], window=window, exact=False, **shape), whole)
 
 
-def test_blocks_that_begin_elsewhere_would_be_seen():
+def test_blocks_that_begin_elsewhere_would_be_seen(unit):
     """The mutation: keys counted from another token give other bits, though the same numbers."""
-    q, k, v = qkv(90, 4, 2, 16, BF16)
+    dim = 32 if unit == "matrix unit" else 16
+    q, k, v = qkv(90, 4, 2, dim, BF16)
     table, lengths = torch.zeros(90, 1, dtype=torch.int32), torch.full((90,), 90, dtype=torch.int32)
 
     def attended(order):

@@ -23,6 +23,29 @@ static inline void use_shapes(const shapes_t *shapes) {
     FENCE(shapes);
     _tile_loadconfig(shapes);
 }
+
+/* Sixteen registers of sixteen words, turned. */
+static inline void turn(__m512i *x) {
+    __m512i y[EDGE];
+    UNROLL for (int i = 0; i < EDGE; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    UNROLL for (int i = 0; i < EDGE; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+    UNROLL for (int i = 0; i < EDGE; i += 8) UNROLL for (int k = 0; k < 4; k++) {
+        y[i + k] = _mm512_shuffle_i32x4(x[i + k], x[i + k + 4], 0x88);
+        y[i + k + 4] = _mm512_shuffle_i32x4(x[i + k], x[i + k + 4], 0xdd);
+    }
+    UNROLL for (int k = 0; k < 8; k++) {
+        x[k] = _mm512_shuffle_i32x4(y[k], y[k + 8], 0x88);
+        x[k + 8] = _mm512_shuffle_i32x4(y[k], y[k + 8], 0xdd);
+    }
+}
 #endif
 
 #endif

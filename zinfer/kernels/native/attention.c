@@ -3,7 +3,7 @@
  * A softmax that is told block by block (Milakov and Gimelshein 2018, arXiv 1805.02867), in single precision.  Blocks
  * are cut at fixed places of a sequence and every sum has one order, so a row's bits depend on that row and its own keys
  * alone: on neither the rows that share its tile nor the threads.  Vectors are those of the compiler, for any processor. */
-#include "kernels.h"
+#include "attention.h"
 #include <math.h>
 
 #define BLOCK 32       /* keys that are attended together, a multiple of LANES */
@@ -17,16 +17,6 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t whole __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-
-/* Tile t is rows [tiles[t], tiles[t + 1]) of one sequence, whose keys lie where line lines[t] of the table says; NULL: row
- * t, and line t. */
-typedef struct {
-    const bf16 *q, *keys, *values; /* [rows, heads, dim]; [slots, kv_heads, dim] */
-    const int32_t *table, *lengths, *tiles, *lines; /* [lines, table_stride], [rows], [tiles + 1], [tiles] */
-    bf16 *y;
-    float scale, cap;
-    size_t window, table_stride, heads, kv_heads, dim, page;
-} attend_t;
 
 #ifdef __clang__
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -132,19 +122,17 @@ static inline void meet(const attend_t *job, const floats *q, const floats *keys
     for (size_t d = 0; d < vectors; d++) totals[d] = mine[d];
 }
 
-/* All heads of a tile's rows that share key head `head`. */
-static inline void attend(const attend_t *job, size_t tile, size_t head, const size_t vectors) {
+/* All heads of rows [row, stop) of a sequence that share key head `head`. */
+static inline void attend(const attend_t *job, size_t row, size_t stop, const int32_t *pages, size_t head,
+                          const size_t vectors) {
     const size_t group = job->heads / job->kv_heads, dim = vectors * LANES, stride = job->kv_heads * dim;
-    const size_t row = job->tiles ? (size_t)job->tiles[tile] : tile;
-    const size_t stop = job->tiles ? (size_t)job->tiles[tile + 1] : tile + 1;
-    const int32_t *pages = job->table + (job->lines ? (size_t)job->lines[tile] : tile) * job->table_stride;
     floats q[MOST_VECTORS], totals[MOST_VECTORS];
     floats keys[BLOCK * MOST_DIM / LANES], values[BLOCK * MOST_DIM / LANES];
     float top[MOST_QUERIES], weight[MOST_QUERIES];
     size_t first[MOST_QUERIES], begin = SIZE_MAX, end = 0;
     for (size_t r = row; r < stop; r++) {
         const size_t length = (size_t)job->lengths[r];
-        first[r - row] = job->window && length > job->window ? length - job->window : 0;
+        first[r - row] = first_key(job, length);
         begin = first[r - row] < begin ? first[r - row] : begin;
         end = length > end ? length : end;
         for (size_t g = 0; g < group; g++) {
@@ -159,8 +147,7 @@ static inline void attend(const attend_t *job, size_t tile, size_t head, const s
     }
     for (size_t start = begin / BLOCK * BLOCK; start < end; start += BLOCK) {
         for (size_t i = start < begin ? begin - start : 0; i < BLOCK && start + i < end; i++) {
-            const size_t token = start + i, slot = (size_t)pages[token / job->page] * job->page + token % job->page;
-            const size_t at = slot * stride + head * dim;
+            const size_t at = slot_of(job, pages, start + i) * stride + head * dim;
             for (size_t d = 0; d < vectors; d++) {
                 keys[i * vectors + d] = widen_all(job->keys + at + d * LANES);
                 values[i * vectors + d] = widen_all(job->values + at + d * LANES);
@@ -187,11 +174,22 @@ static inline void attend(const attend_t *job, size_t tile, size_t head, const s
 
 static void attend_piece(void *data, size_t piece) {
     const attend_t *job = data;
-    const size_t tile = piece / job->kv_heads, head = piece % job->kv_heads;
-    switch (job->dim / LANES) { /* the usual sizes, for which loops can be unrolled */
-        case 4: attend(job, tile, head, 4); break;
-        case 8: attend(job, tile, head, 8); break;
-        default: attend(job, tile, head, job->dim / LANES);
+    const size_t tile = piece / job->kv_heads, head = piece % job->kv_heads, vectors = job->dim / LANES;
+    const size_t group = job->heads / job->kv_heads;
+    if (zinfer_attends_amx(job)) {
+        zinfer_attend_amx(job, tile, head);
+        return;
+    }
+    const tile_rows_t all = rows_of_tile(job, tile);
+    const size_t room = MOST_QUERIES < MOST_VECTORS / vectors ? MOST_QUERIES : MOST_VECTORS / vectors;
+    const size_t most = room / group; /* rows at a time, if a tile has more */
+    for (size_t row = all.start; row < all.stop; row += most) {
+        const size_t stop = row + most < all.stop ? row + most : all.stop;
+        switch (vectors) { /* the usual sizes, for which loops can be unrolled */
+            case 4: attend(job, row, stop, all.pages, head, 4); break;
+            case 8: attend(job, row, stop, all.pages, head, 8); break;
+            default: attend(job, row, stop, all.pages, head, vectors);
+        }
     }
 }
 

@@ -28,6 +28,7 @@ from zinfer.spec.quant import GROUP
 
 MOST_INPUTS = 2**16  # of a dense product, whose threads keep some rows on their stacks
 _VECTOR, _MOST_DIM, _MOST_QUERIES, _MOST_ELEMENTS = 16, 256, 64, 8192  # attention.c
+_MATRIX_VECTOR, _MATRIX_QUERIES, _MATRIX_ELEMENTS = 32, 256, 16384  # amx_attention.c
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 NUMBERS = 2**16  # of bfloat16
 _CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
@@ -200,12 +201,15 @@ class Kernels:
     @staticmethod
     def attends(heads: int, kv_heads: int, dim: int) -> bool:
         """Whether `attend` takes heads of that kind."""
-        return dim % _VECTOR == 0 and dim <= _MOST_DIM and Kernels.tile_rows(heads, kv_heads, dim) > 0
-
-    @staticmethod
-    def tile_rows(heads: int, kv_heads: int, dim: int) -> int:
-        """The most rows of a tile of `attend`; 0 where not even one fits."""
         group = heads // kv_heads
+        is_few = group <= _MOST_QUERIES and group * dim <= _MOST_ELEMENTS
+        return dim % _VECTOR == 0 and dim <= _MOST_DIM and is_few
+
+    def tile_rows(self, heads: int, kv_heads: int, dim: int) -> int:
+        """Rows of a sequence that `attend` wants in a tile: more are cut there, fewer leave a unit idle."""
+        group = heads // kv_heads
+        if self.has_amx and dim % _MATRIX_VECTOR == 0:
+            return min(_MATRIX_QUERIES // group, _MATRIX_ELEMENTS // (group * dim))
         return min(_MOST_QUERIES // group, _MOST_ELEMENTS // (group * dim))
 
     def attend(
@@ -225,8 +229,8 @@ class Kernels:
         """Softmax over the keys that each row sees: token t of row s lies in slot t % page_tokens of page table[s, t //
         page_tokens]; it sees lengths[s] tokens, or the last `window` of them.  [S, H, D].
 
-        With `tiles` (bounds [N + 1], lines [N], int32), rows bounds[i] to bounds[i + 1] - 1, at most `tile_rows`, are
-        of one sequence, whose pages stand in line lines[i] of the table.
+        With `tiles` (bounds [N + 1], lines [N], int32), rows bounds[i] to bounds[i + 1] - 1, best `tile_rows` of
+        them, are of one sequence, whose pages stand in line lines[i] of the table.
         """
         q_SHD, table, lengths = q_SHD.contiguous(), table.contiguous(), lengths.contiguous()
         y_SHD = torch.empty_like(q_SHD)
