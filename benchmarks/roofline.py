@@ -5,7 +5,8 @@ usage: roofline.py [--model DIR | --shape NAME] [--work DIR] [--budget 40] [--mo
 1 to 256 sequences at once (up to 512 with --most 512, minutes more), prompts of 16 ids, 8 tokens each.  A pass reads
 what the budget cannot hold, its KV taken off first, whatever the pass carries; products take longer the more rows
 there are.  The two limits cross at T*.  Both drift: the disk's rate is that right before and after each run, and so is
-the time of some products, over theirs at the start.  The last point is the planner's own choice for as many requests.
+the mean time of some products, over theirs at the start.  The last point is the planner's own choice for as many
+requests.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ WARM_UP = 3  # passes: the first two load what stays
 WITHIN, CHOSEN_AT_LEAST = 0.15, 0.85
 MOST_MEASURED = 1024  # rows; beyond in proportion
 DRIFT_ROWS, DRIFT_BYTES = 256, 300 * 10**6  # of the products that are timed beside every run
+EACH_S, DRIFT_S = 0.5, 2.0  # for which a product is timed: at each number of rows; beside a run
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -51,10 +53,10 @@ class Products:
 
 
 def measure_products(
-    bench: Bench, rows: tuple[int, ...], most_bytes: int | None = None
+    bench: Bench, rows: tuple[int, ...], least_s: float, most_bytes: int | None = None
 ) -> dict[str, dict[str, float]]:
     """By a process of its own, without a limit: products alone.  Raises RuntimeError if it fails."""
-    options = {"rows": list(rows), "most_bytes": most_bytes}
+    options = {"rows": list(rows), "least_s": least_s, "most_bytes": most_bytes}
     job = {"kind": "roof", "prompts": [], "steps": 2, "options": options}
     seen = bench.conditions.run("roofline-products", "run_roof.py", job, limited=False)
     if seen.result is None:
@@ -66,7 +68,8 @@ def measure_products(
 def some_products_s(bench: Bench) -> float:
     """Seconds of some of them, as they are now."""
     return sum(
-        found[str(DRIFT_ROWS)] for found in measure_products(bench, (DRIFT_ROWS,), DRIFT_BYTES).values()
+        found[str(DRIFT_ROWS)]
+        for found in measure_products(bench, (DRIFT_ROWS,), DRIFT_S, DRIFT_BYTES).values()
     )
 
 
@@ -163,7 +166,7 @@ def main() -> None:
     bench = start(options)
     most = min(options.most, 4) if options.quick else options.most
     fullest = min(max(PROMPT * most, 4 * most), MOST_MEASURED)  # a pass may carry all prompts
-    alone = measure_products(bench, tuple(rows for rows in ROWS if rows <= fullest))
+    alone = measure_products(bench, tuple(rows for rows in ROWS if rows <= fullest), EACH_S)
     some_s = some_products_s(bench)
     rows = []
     for sequences in (count for count in ROWS if count <= most):

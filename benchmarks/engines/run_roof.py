@@ -61,7 +61,8 @@ def measure(task: job.Job) -> dict[str, object]:
     """{product: [median, smallest, largest] seconds}, the bytes that were read, and the settings."""
     named = matrices(Path(task.model), task.options.get("most_bytes"))
     if "rows" in task.options:
-        return {"by_rows": by_rows(named, task.options["rows"]), "threads": torch.get_num_threads()}
+        found = by_rows(named, task.options["rows"], task.options["least_s"])
+        return {"by_rows": found, "threads": torch.get_num_threads()}
     weights = list(named.values())
     rows = {weight.shape[1]: torch.ones(1, weight.shape[1], dtype=weight.dtype) for weight in weights}
     products = {}
@@ -78,8 +79,12 @@ def measure(task: job.Job) -> dict[str, object]:
     return {"products": products, "weight_bytes": nbytes, "threads": torch.get_num_threads()}
 
 
-def by_rows(named: dict[str, Tensor], counts: list[int]) -> dict[str, dict[int, float]]:
-    """{"body" | "head": {rows: seconds}}: all matrices once by the fastest product at so many rows."""
+def by_rows(named: dict[str, Tensor], counts: list[int], least_s: float) -> dict[str, dict[int, float]]:
+    """{"body" | "head": {rows: seconds}}: all matrices once by the product that is fastest at so many rows.
+
+    Of each product the mean over `least_s` seconds and at least three times: a machine that others use too changes from
+    one second to the next, and a run lasts many.
+    """
     parts = {
         "head": [weight for name, weight in named.items() if "lm_head" in name],
         "body": [weight for name, weight in named.items() if "lm_head" not in name],
@@ -91,22 +96,26 @@ def by_rows(named: dict[str, Tensor], counts: list[int]) -> dict[str, dict[int, 
             if "zinfer's" in PRODUCTS:
                 products.append(PRODUCTS["zinfer's"])
             for part, weights in parts.items():
-                seconds = [
-                    once(weights, product, count)
-                    for product in products
-                    for _ in range(3 if count < 256 else 2)
-                ]
-                found[part][count] = min(seconds)
+                found[part][count] = min(mean_s(weights, product, count, least_s) for product in products)
     return found
 
 
-def once(weights: list[Tensor], product: Callable[[Tensor, Tensor], Tensor], count: int) -> float:
-    """Seconds to multiply `count` rows with every matrix."""
-    rows = {weight.shape[1]: torch.ones(count, weight.shape[1], dtype=weight.dtype) for weight in weights}
-    start = job.clock()
-    for weight in weights:
-        product(rows[weight.shape[1]], weight)
-    return job.clock() - start
+def mean_s(
+    weights: list[Tensor], product: Callable[[Tensor, Tensor], Tensor], count: int, least_s: float
+) -> float:
+    """Seconds to multiply `count` rows with every matrix; a first time does not count."""
+    draw = torch.Generator().manual_seed(count)  # rows of ones are multiplied faster than any model's
+    rows = {
+        inputs: torch.randn(count, inputs, generator=draw).to(weights[0].dtype)
+        for inputs in {weight.shape[1] for weight in weights}
+    }
+    seconds: list[float] = []
+    while len(seconds) < 4 or sum(seconds[1:]) < least_s:
+        start = job.clock()
+        for weight in weights:
+            product(rows[weight.shape[1]], weight)
+        seconds.append(job.clock() - start)
+    return statistics.fmean(seconds[1:])
 
 
 if __name__ == "__main__":
