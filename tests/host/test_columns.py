@@ -37,8 +37,8 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (31, 7), (32, 33), (70, 37), (17, 1100), (600, 64)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 31, 33, 70])
-def test_a_product_agrees_with_torch(rows, inputs, outputs, with_bias):
+@pytest.mark.parametrize("rows", [1, 2, 5, 31, 33, 70, 300])
+def test_a_product_agrees_with_torch(rows, inputs, outputs, with_bias, unit):
     x, weight, bias = noise(rows, inputs), noise(inputs, outputs, seed=1), noise(outputs, seed=2)
     want = x.float() @ weight.float() + (bias.float() if with_bias else 0)
     found = calls.kernels().columns(x, weight, bias if with_bias else None)
@@ -53,24 +53,37 @@ def test_a_product_agrees_with_torch(rows, inputs, outputs, with_bias):
     inputs=st.integers(2, 120),
     outputs=st.integers(1, 300),
     threads=st.integers(1, 5),
+    may_use_amx=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
-def test_a_rows_bits_depend_on_the_row_alone(rows, inputs, outputs, threads):
+@settings(max_examples=60, deadline=None)
+def test_a_rows_bits_depend_on_the_row_alone(rows, inputs, outputs, threads, may_use_amx):
     """Whatever the other rows, and however outputs are shared among threads: weights that cancel show any order."""
     x, weight_OI = products.cancelling(outputs, inputs, BF16, "cpu")
     x, weight = x.repeat(14, 1)[:rows], weight_OI.t().contiguous()
     found, before = calls.kernels(), torch.get_num_threads()
+    found.allow_amx(may_use_amx)
     torch.set_num_threads(1)
-    alone = torch.cat([found.columns(x[row : row + 1], weight) for row in range(min(rows, 5))])
-    torch.set_num_threads(threads)
     try:
+        alone = torch.cat([found.columns(x[row : row + 1], weight) for row in range(min(rows, 5))])
+        torch.set_num_threads(threads)
         together = found.columns(x, weight)
     finally:
         torch.set_num_threads(before)
+        found.allow_amx(True)
     assert torch.equal(together, alone.repeat(14, 1)[:rows])
 
 
-def test_another_order_of_adding_would_be_seen():
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30])
+def test_a_few_rows_have_the_bits_of_many(scale, unit):
+    """A row by itself goes through other instructions than one of many on the matrix unit, tiny numbers too."""
+    x, weight = noise(40, 200) * scale**0.5, noise(200, 150, seed=1) * scale**0.5
+    together = calls.kernels().columns(x, weight)
+    assert scale == 1e-38 or together.abs().max() > 0
+    for rows in (1, 2, 3, 4, 17):
+        assert torch.equal(calls.kernels().columns(x[:rows], weight), together[:rows]), rows
+
+
+def test_another_order_of_adding_would_be_seen(unit):
     x, weight_OI = products.cancelling(130, 1030, BF16, "cpu")
     weight, order = weight_OI.t().contiguous(), torch.arange(1030).roll(256)
     found = calls.kernels().columns(x, weight)
@@ -148,7 +161,7 @@ def test_a_plan_is_told_that_nothing_is_padded(tmp_path):
     assert sizes["qkv"] == sizes["down"] == ()
 
 
-def test_weights_at_any_address_give_the_same_bits():
+def test_weights_at_any_address_give_the_same_bits(unit):
     x, buffer = noise(5, 70), torch.zeros(70 * 48 + 40, dtype=BF16)
     weight, found = noise(70, 48, seed=1), calls.kernels()
     want, normed = found.columns(x, weight), found.layer_norm(x, x[0], x[1], 1e-5)

@@ -3,39 +3,21 @@
  * A weight's row is read along the outputs, DEPTH rows side by side, so that memory is read in long runs; two rows'
  * elements are laced together into the pairs of inputs that the processor multiplies.  Every element of y is one sum
  * over the pairs in their order, whatever the number of rows, threads and pieces. */
-#include "kernels.h"
+#include "columns.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 
-#define LANES 32      /* bfloat16 in a register: the outputs of a step */
 #define DEPTH 16      /* inputs of a step, whose laced weights stay in registers while all rows meet them */
 #define PAIRS (DEPTH / 2)
 #define TALL 32       /* rows whose sums lie together */
 #define SUMS 16384    /* of a piece: they fit the second cache, those of one row the nearest */
-#define UNROLL _Pragma("GCC unroll 16")
-
-typedef struct {
-    const bf16 *x, *weight, *bias;
-    bf16 *y;
-    size_t rows, outputs, inputs, width; /* width: outputs of a piece, and from row to row of sums */
-} columns_t;
-
-/* Elements 0 to 15 of two rows in turn, and 16 to 31. */
-static inline void lace(__m512i even, __m512i odd, __m512bh *low, __m512bh *high) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    *low = (__m512bh)_mm512_permutex2var_epi16(even, first, odd);
-    *high = (__m512bh)_mm512_permutex2var_epi16(even, second, odd);
-}
 
 /* Inputs [input, input + DEPTH) times LANES outputs of the piece, of `tall` rows; beyond `count` inputs there are
  * zeros in both. */
 static inline void step(const columns_t *job, size_t row, size_t tall, size_t input, size_t count, size_t output,
                         __mmask32 mask, float *sums) {
     const bf16 *w = job->weight + input * job->outputs + output;
-    __m512bh low[PAIRS], high[PAIRS];
+    __m512i low[PAIRS], high[PAIRS];
     UNROLL for (size_t p = 0; p < PAIRS; p++) {
         const __mmask32 first = 2 * p < count ? mask : 0, second = 2 * p + 1 < count ? mask : 0;
         _mm_prefetch((const char *)(w + (2 * p + DEPTH) * job->outputs), _MM_HINT_T1);
@@ -53,8 +35,8 @@ static inline void step(const columns_t *job, size_t row, size_t tall, size_t in
             uint32_t pair;
             memcpy(&pair, x + 2 * p, sizeof pair);
             const __m512bh values = (__m512bh)_mm512_set1_epi32((int)pair);
-            left = _mm512_dpbf16_ps(left, low[p], values);
-            right = _mm512_dpbf16_ps(right, high[p], values);
+            left = _mm512_dpbf16_ps(left, (__m512bh)low[p], values);
+            right = _mm512_dpbf16_ps(right, (__m512bh)high[p], values);
         }
         _mm512_storeu_ps(mine, left);
         _mm512_storeu_ps(mine + LANES / 2, right);
@@ -92,6 +74,10 @@ void zinfer_columns(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y
     const size_t each = outputs / (num_pieces < shared ? shared : num_pieces) + 1;
     const size_t wide = (each + LANES - 1) / LANES * LANES, width = wide < most ? wide : most;
     columns_t job = {x, weight, bias, y, rows, outputs, inputs, width};
+    if (zinfer_has_amx()) {
+        zinfer_columns_amx(&job, num_threads);
+        return;
+    }
     share(columns_piece, &job, (outputs + width - 1) / width, num_threads);
 }
 #endif
