@@ -39,7 +39,7 @@ class Flow:
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
-    stream: Tensor | None = None  # [T, M], what the residuals add up to
+    stream: Tensor | None = None  # [T, M], what the residuals add up to; [R, M] behind the last attention
     input: Tensor | None = None  # of the next product; None where a new section begins
     output: Tensor | None = None  # of a product whose blocks are not all done
     query: Tensor | None = None  # [T, H, D]

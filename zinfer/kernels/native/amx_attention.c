@@ -28,7 +28,7 @@ typedef struct {
 typedef struct {
     const attend_t *job;
     tile_rows_t rows;
-    size_t head, group, num_queries, begin, end;
+    size_t head, group, num_queries;
     group_t groups[QUERIES / EDGE];
     _Alignas(LINE) bf16 packed[ELEMENTS + EDGE * MOST_DIM];  /* queries, pair by pair: [dim / 2, 16, 2] of each group */
     _Alignas(LINE) float totals[ELEMENTS + EDGE * MOST_DIM]; /* [dim, 16] of each group */

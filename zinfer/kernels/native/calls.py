@@ -330,11 +330,20 @@ def _wrong(found: Kernels) -> str:
         found.attend(q, k, v, *pages, 4, scale=0.2, window=3, cap=0),
         torch.stack([_attended(q[0], k[4:7], v[4:7]), _attended(q[1], k[1:4], v[1:4])]),
     )
+    q, k, seen = noise(20, 2, 64), noise(150, 1, 64), torch.arange(131, 151, dtype=torch.int32)
+    tile = torch.tensor([0, 20], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    pairs["attention of a prompt"] = (
+        found.attend(q, k, k, tile[1][None], seen, 150, scale=0.2, window=None, cap=0, tiles=tile),
+        torch.stack([_attended(row, k[:end], k[:end]) for row, end in zip(q, seen.tolist(), strict=True)]),
+    )
     if found.has_products:
         values = torch.randint(0, 16, (64, 2 * GROUP), generator=draw, dtype=torch.uint8)
         nibbles, scales = pack_nibbles(values, 64), noise(2, 64, 2)
         turned = weight.t().contiguous()
-        pairs["product of columns"] = (found.columns(x, turned, bias), wide @ turned.float() + bias.float())
+        for count in (1, 5, 40):  # a row by itself, a tile of rows, several
+            rows = x.repeat(8, 1)[:count]
+            want = rows.float() @ turned.float() + bias.float()
+            pairs[f"product of columns and {count} rows"] = (found.columns(rows, turned, bias), want)
         for count in (1, 8):  # few rows, and several tiles of them
             rows = x.repeat(count, 1)
             want = rows.float() @ weight.float().t() + bias.float()
