@@ -104,7 +104,7 @@ def mean_s(
     weights: list[Tensor], product: Callable[[Tensor, Tensor], Tensor], count: int, least_s: float
 ) -> float:
     """Seconds to multiply `count` rows with every matrix; a first time does not count."""
-    draw = torch.Generator().manual_seed(count)  # rows of ones are multiplied faster than any model's
+    draw = torch.Generator().manual_seed(count)
     rows = {
         inputs: torch.randn(count, inputs, generator=draw).to(weights[0].dtype)
         for inputs in {weight.shape[1] for weight in weights}
