@@ -183,7 +183,7 @@ class Scheduler:
 
     def _joining(self, room: _Room) -> Iterator[Piece]:
         """Preempted requests first, then those that wait, while sequences, rows and pages are free."""
-        growth = sum(map(_next_page, self._running))
+        growth = sum(map(_next_page, self._running)) if self._preempted or self._waiting else 0
         while len(self._running) < self.max_batch and room.rows > 0:
             queue = self._preempted or self._waiting
             if not queue or not self._admit(queue[0], growth):

@@ -25,6 +25,7 @@ from zinfer.spec.sampling_cost import slab_rows
 
 _GREEDY_BELOW = 1e-5  # colder than this only the largest logit has any weight
 _MASS_BLOCK = 256
+_SEVERAL = 8  # rows from which threads find the largest of each sooner than numpy by itself
 
 
 class Drawable(Protocol):
@@ -139,7 +140,8 @@ def _largest(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
     if logits_SV.device.type != "cpu":
         tops_S, ids_S = logits_SV.max(-1)
         return tops_S, ids_S
-    if logits_SV.dtype == torch.float32 and (compiled := kernels()) is not None:
+    is_much = len(logits_SV) >= _SEVERAL and logits_SV.dtype == torch.float32
+    if is_much and (compiled := kernels()) is not None:
         return compiled.largest(logits_SV)
     # numpy looks through a row some four times faster than torch, which would wake its threads for every slab.
     ids_S = torch.from_numpy(logits_SV.numpy().argmax(-1))

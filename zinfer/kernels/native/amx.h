@@ -24,6 +24,16 @@ static inline void use_shapes(const shapes_t *shapes) {
     _tile_loadconfig(shapes);
 }
 
+/* The first `count` tiles have `tall` rows, the others all; a row is a line. */
+static inline void use_rows(size_t tall, int count) {
+    shapes_t shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shapes.rows[i] = i < count ? (uint8_t)tall : EDGE;
+        shapes.bytes[i] = LINE;
+    }
+    use_shapes(&shapes);
+}
+
 /* Sixteen registers of sixteen words, turned. */
 static inline void turn(__m512i *x) {
     __m512i y[EDGE];

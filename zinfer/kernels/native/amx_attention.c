@@ -38,15 +38,6 @@ typedef struct {
     _Alignas(LINE) bf16 powers[KEYS / 2][LANES];
 } work_t;
 
-static void shape_tiles(void) {
-    shapes_t shapes = {.palette = 1};
-    for (int i = 0; i < 6; i++) {
-        shapes.rows[i] = EDGE;
-        shapes.bytes[i] = LINE;
-    }
-    use_shapes(&shapes);
-}
-
 /* exponential() of each; a NaN stays one. */
 static inline __m512 powers_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87), x);
@@ -320,7 +311,7 @@ static void attend_rows(work_t *work) {
         begin = work->groups[at].least < begin ? work->groups[at].least : begin;
         end = work->groups[at].most > end ? work->groups[at].most : end;
     }
-    shape_tiles();
+    use_rows(EDGE, 8);
     for (size_t start = begin / KEYS * KEYS; start < end; start += KEYS) {
         const size_t stop = start + KEYS < end ? start + KEYS : end, count = (stop - start + EDGE - 1) / EDGE;
         keys_t keys[KEYS / EDGE];

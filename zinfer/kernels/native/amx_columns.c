@@ -28,14 +28,7 @@ typedef struct {
 } columns_work_t;
 
 /* 0 to 3: sums, [rows, outputs].  4 and 5: rows.  6 and 7: weights. */
-static void shape_tiles(size_t tall) {
-    shapes_t shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        shapes.rows[i] = i < 6 ? (uint8_t)tall : EDGE;
-        shapes.bytes[i] = LINE;
-    }
-    use_shapes(&shapes);
-}
+#define TILES_OF_ROWS 6
 
 /* Tiles of one height: the last one begins early. */
 static inline size_t first_row(const columns_work_t *work, size_t tile) {
@@ -210,7 +203,7 @@ static void columns_piece(void *data, size_t piece) {
     work.outputs = end_of(piece, job->width, job->outputs) - work.first_output;
     work.pairs = (work.outputs + 2 * EDGE - 1) / (2 * EDGE);
     const size_t part = LACED / job->width / LANES * LANES;
-    shape_tiles(work.tall);
+    use_rows(work.tall, TILES_OF_ROWS);
     for (size_t input = 0; input < job->inputs; input += part) {
         const size_t end = input + part < job->inputs ? input + part : job->inputs;
         lace_part(&work, input, end);

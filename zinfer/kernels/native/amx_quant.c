@@ -155,14 +155,7 @@ typedef struct {
 } quant_run_t;
 
 /* 0 to 3: sums, [rows, outputs].  4: rows.  5 to 7: weights. */
-static void shape_tiles(size_t tall) {
-    shapes_t shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        shapes.rows[i] = i < 5 ? (uint8_t)tall : EDGE;
-        shapes.bytes[i] = LINE;
-    }
-    use_shapes(&shapes);
-}
+#define TILES_OF_ROWS 5
 
 /* Pairs of units [start, stop). */
 static void quant_run(void *data, size_t start, size_t stop) {
@@ -176,7 +169,7 @@ static void quant_run(void *data, size_t start, size_t stop) {
             rows_t rows; /* most of it is written before it is read, and clearing it takes as long as a row */
             rows.job = job, rows.units = units, rows.row = row, rows.stop = end;
             rows.count = count, rows.tall = (end - row + count - 1) / count;
-            shape_tiles(rows.tall);
+            use_rows(rows.tall, TILES_OF_ROWS);
             rows_run(&rows, 1 + is_two);
         }
     }
