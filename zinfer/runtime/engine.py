@@ -27,6 +27,7 @@ from zinfer.plan.profile import graph_bytes
 from zinfer.plan.records import Tier, Workload
 from zinfer.plan.tokens import TokenBudget
 from zinfer.runtime.executor import Executor, Watch, unwatched
+from zinfer.runtime.garbage import OLD_OBJECTS
 from zinfer.runtime.graph import graphs_for
 from zinfer.runtime.loop import Event, Loop
 from zinfer.runtime.model import Model
@@ -61,12 +62,15 @@ class Engine:
     def submit(self, request: Request, text: TextState) -> None:
         """Queue a request.  Raises BudgetError ZI-2201 when the cache cannot hold it even alone."""
         self.loop.submit(request, text)
+        if not self.inbox:
+            OLD_OBJECTS.hold()
         self.inbox[request.id] = deque()
 
     def drop(self, request: Request) -> None:
         """Forget a request and what it was given; one that is unknown or has ended is no matter."""
         self.loop.drop(request)
-        self.inbox.pop(request.id, None)
+        if self.inbox.pop(request.id, None) is not None and not self.inbox:
+            OLD_OBJECTS.let_go()
 
     def next_events(self, requests: Sequence[Request]) -> list[Event]:
         """What these requests were given since the last call, after a pass if that is nothing."""
@@ -138,6 +142,9 @@ class Engine:
 
     def close(self) -> None:
         """Give everything back and write the trace; may be called again."""
+        if self.inbox:
+            OLD_OBJECTS.let_go()
+            self.inbox.clear()
         self._note()
         self.kv.end()
         with (
