@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from answer import BF16_GAP, compare, stream_error
 from conditions import ENGINES, PROFILE, Conditions, disk_pass_s
-from harness import ROOT, run_child, summary
+from harness import ROOT, made_store, run_child, summary
 
 WARM_UP = 2  # decode passes that are thrown away
 STREAMED, RESIDENT = "streamed", "resident"
@@ -34,13 +34,16 @@ class Engine:
     script: str
     modes: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    store: Path | None = None  # which it runs from, in the place of the published folder
 
 
-def engines(work: Path, vocab: int) -> list[Engine]:
+def engines(model: Path, work: Path, vocab: int) -> list[Engine]:
     """All engines with their best documented settings; files they need lie in `work`."""
     gguf = {"gguf": str(work / "model.gguf"), "vocab_size": vocab, "batch": 2048}
+    profile, both = {"machine": str(work / PROFILE)}, (STREAMED, RESIDENT)
     return [
-        Engine("zinfer", "run_zinfer.py", (STREAMED, RESIDENT), {"machine": str(work / PROFILE)}),
+        Engine("zinfer", "run_zinfer.py", both, profile),
+        Engine("zinfer lossless", "run_zinfer.py", both, profile, work / f"{model.name}-lossless"),
         Engine("accelerate", "run_accelerate.py", (STREAMED,), {"folder": str(work / "offload")}),
         Engine("airllm", "run_airllm.py", (STREAMED,), {"folder": str(work / "airllm")}),
         Engine("llama.cpp mmap", "run_llamacpp.py", (STREAMED, RESIDENT), gguf | {"load_mode": "auto"}),
@@ -131,6 +134,8 @@ class Contest(Conditions):
         if row.error:
             return row
         name, job = f"{engine.name}.{mode}", self.job | {"options": engine.options}
+        if engine.store is not None:
+            job["model"] = str(engine.store)
         seen = self.run(name, engine.script, job, limited=mode == STREAMED)
         if seen.why:
             row.comparable, row.why = False, seen.why
@@ -195,10 +200,10 @@ def doctor(model: Path, work: Path, seconds: float = 20.0) -> dict[str, Any]:
 
 
 def prepare(model: Path, work: Path, contestants: list[Engine]) -> dict[str, str]:
-    """What engines convert once per model, outside of any measurement; engine -> why it failed."""
+    """What engines convert once per model, outside of any measurement; engine's name -> why it failed."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "offload").mkdir(exist_ok=True)
-    failed = {}
+    failed: dict[str, str] = {}
     gguf, split = work / "model.gguf", work / "airllm"
     names = {engine.script for engine in contestants}
     steps = {
@@ -214,9 +219,16 @@ def prepare(model: Path, work: Path, contestants: list[Engine]) -> dict[str, str
         split.mkdir(exist_ok=True)
         child = run_child([sys.executable, *arguments], work / f"prepare-{script}.log", timeout_s=600)
         if child.returncode:
-            failed[script] = f"could not convert the model: {child.why}"
+            why = f"could not convert the model: {child.why}"
+            failed |= {engine.name: why for engine in contestants if engine.script == script}
         elif product.parent == split:
             product.touch()
+    for engine in contestants:
+        if engine.store is not None:
+            try:
+                made_store(model, engine.store, "lossless", work / "shard-lossless.log", 600)
+            except RuntimeError as error:
+                failed[engine.name] = str(error)
     return failed
 
 

@@ -139,7 +139,7 @@ class Record:
         return path
 
 
-def quantised_store(model: Path, folder: Path, weights: str, log: Path, timeout_s: float) -> Path:
+def made_store(model: Path, folder: Path, weights: str, log: Path, timeout_s: float) -> Path:
     """`folder` as a store of the model in this format (bf16: as published), made by `zinfer shard` if it is not there.
 
     Raises RuntimeError where it cannot be made.

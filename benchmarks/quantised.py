@@ -1,6 +1,6 @@
-"""What fewer bytes buy.  In: a checkpoint.  Out: one record: tokens per second of bf16, int8 and int4 chunks.
+"""What fewer bytes buy.  In: a checkpoint.  Out: one record: tokens per second of bf16, lossless, int8 and int4 chunks.
 
-usage: quantised.py [--model DIR | --shape NAME] [--work DIR] [--formats bf16,int8,int4] [--rounds 2] [--quick]
+usage: quantised.py [--model DIR | --shape NAME] [--work DIR] [--formats bf16,lossless,...] [--rounds 2] [--quick]
 
 All formats run from stores made by `zinfer shard`, with the same checks of what is read, and take turns: a disk that
 drifts does so for all of them.  Each gets the budget under which its plan streams 60 % of its own bytes
@@ -19,7 +19,7 @@ from typing import Any
 
 from calls import Bench, Call, num_wrong, parser, run, start
 from conditions import PROFILE, Conditions, checkpoint_bytes, embedding_bytes
-from harness import ENVIRONMENT, MIB, Record, quantised_store, summary
+from harness import ENVIRONMENT, MIB, Record, made_store, summary
 
 ROWS, PROMPT, OUTPUT = 8, 16, 24
 STREAMED_SHARE, AT_LEAST = 0.6, 0.92
@@ -29,7 +29,7 @@ def store(bench: Bench, weights: str) -> Path:
     """The store of one format, made if it is not there.  Raises RuntimeError if it fails."""
     model = bench.conditions.model
     log = bench.conditions.work / f"shard-{weights}.log"
-    return quantised_store(model, bench.conditions.work / f"{model.name}-{weights}", weights, log, 1200)
+    return made_store(model, bench.conditions.work / f"{model.name}-{weights}", weights, log, 1200)
 
 
 def pass_bytes(model: Path) -> int:
@@ -137,7 +137,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Run, print, write the record."""
     made = parser(__doc__)
-    made.add_argument("--formats", default="bf16,int8,int4")
+    made.add_argument("--formats", default="bf16,lossless,int8,int4")
     made.add_argument("--rounds", type=int, default=2, help="turns of each format, there and back")
     options = made.parse_args()
     bench = start(options)

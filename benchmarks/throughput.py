@@ -94,12 +94,12 @@ def peer(bench: Bench, engine: Engine, requests: list[Ragged], window: int) -> d
 def peers(bench: Bench, wanted: list[str], requests: list[Ragged], window: int) -> Iterator[dict[str, Any]]:
     """A row of each wanted peer; one that cannot convert the model has no figure."""
     work = bench.options.work / "known"  # what peers convert belongs to this checkpoint
-    chosen = [engine for engine in engines(work, len(bench.known.next_of)) if engine.name in PEERS]
-    chosen = [engine for engine in chosen if engine.name in wanted]
+    known = engines(bench.conditions.model, work, len(bench.known.next_of))
+    chosen = [engine for engine in known if engine.name in PEERS and engine.name in wanted]
     broken = prepare(bench.conditions.model, work, chosen)
     for engine in chosen:
-        if engine.script in broken:
-            yield {"engine": engine.name, "error": broken[engine.script], "comparable": True, "num_wrong": 0}
+        if engine.name in broken:
+            yield {"engine": engine.name, "error": broken[engine.name], "comparable": True, "num_wrong": 0}
         else:
             yield peer(bench, engine, requests, window)
 

@@ -118,6 +118,7 @@ def torch_kernels():
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it patches itself
         for module in (
             "kernels.columns",
+            "kernels.lossless",
             "kernels.products",
             "kernels.quant",
             "kernels.row_kernels",

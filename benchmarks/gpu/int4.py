@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from decode import row_of, steady
-from harness import quantised_store
+from harness import made_store
 from setting import MIB, Bench, block, saved_probe
 
 
@@ -20,7 +20,7 @@ def run(bench: Bench) -> None:
     model = bench.checkpoint()
     known, probe = bench.known(model), saved_probe(bench)
     work, most_s = bench.work, max(bench.left_s - 60, 60)
-    store = quantised_store(model, work / f"{model.name}-int4", "int4", work / "shard.log", most_s)
+    store = made_store(model, work / f"{model.name}-int4", "int4", work / "shard.log", most_s)
     prompt = known.prompts(1, bench.size.prompt, bench.size.prompt)
     common: dict[str, Any] = {
         "memory": {"host": 64 * MIB if bench.is_dry else "90%"},

@@ -379,6 +379,35 @@ def test_a_quantised_store_from_shard_to_text(model, tmp_path, capsys):
     assert "panels-32" in capsys.readouterr().out
 
 
+def test_a_lossless_store_from_shard_to_the_published_text(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ZINFER_RUNTIME_THREADS", "1")
+    store, text = tmp_path / "store", tmp_path / "text.txt"
+    text.write_text((DEMO / "heldout.txt").read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    about = ["--text", str(text)]
+    assert run(["shard", str(DEMO), "--out", str(store), "--weights", "lossless", *about]) == 0
+    out = capsys.readouterr().out
+    assert "42 matrices unpacked again: every bit is the published one" in out
+    assert "+0.00%" in out
+    assert "warning" not in out
+    assert run(["inspect", str(store), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["weights"], described["kernel_layout"]) == ("lossless", "exponents-16")
+    assert 12 < described["bits_per_weight"] < 12.2
+    assert run(["verify", str(store), "--source", str(DEMO), *about, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {row["rms"] for row in told["quality"]} == {0.0}
+    assert told["perplexity"]["rise"] == 0
+    said = []
+    for model in (DEMO, store):
+        assert run(["generate", str(model), "-p", "def add(", "--max-tokens", "12", "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0]["outputs"] == said[1]["outputs"]
+    refusal = refused(
+        capsys, ["shard", DEMO, "--out", tmp_path / "x", "--weights", "lossless", "--layout", "panels-64"]
+    )
+    assert refusal[:2] == (2, "ZI-3005")
+
+
 def test_the_quality_report_has_the_perplexity_of_a_text(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ZINFER_RUNTIME_THREADS", "1")
     store, text = tmp_path / "store", tmp_path / "text.txt"

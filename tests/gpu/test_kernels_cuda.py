@@ -16,7 +16,7 @@ from sampling_rows import mixed_rows
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
-from zinfer.kernels import choice, products, quant, served
+from zinfer.kernels import choice, lossless, products, quant, served
 from zinfer.kernels.paged import paged_decode, paged_decode_twin
 from zinfer.kernels.panels import dequantise
 from zinfer.layers.varlen import varlen_serves
@@ -138,3 +138,14 @@ def test_a_whole_model_gives_the_cpus_logits(family, exact, tmp_path):
     for mine, want in zip(found[DEVICE], found["cpu"], strict=True):
         first = [next(iter(token.values())) for token in mine.logprobs[:1]]
         assert first == pytest.approx([next(iter(token.values())) for token in want.logprobs[:1]], abs=0.1)
+
+
+def test_lossless_weights_are_unpacked_bit_for_bit():
+    weight = (0.02 * torch.randn(700, 1024)).to(torch.bfloat16)
+    weight[3, :4] = torch.tensor([torch.nan, torch.inf, 1e-40, -0.0])
+    packed = lossless.packed_without_loss(weight)
+    there = packed.to(torch.device(DEVICE))
+    assert torch.equal(lossless.unpacked(there).cpu().view(torch.int16), weight.view(torch.int16))
+    x = torch.randn(5, 1024, dtype=torch.bfloat16, device=DEVICE)
+    got, want = (lossless.lossless_linear(x, there, exact=False), x @ weight.to(DEVICE).t())
+    assert float((got.float() - want.float()).norm() / want.float().norm()) < 0.01

@@ -411,12 +411,12 @@ def test_a_store_is_made_once_and_a_failure_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(harness, "run_child", run_child)
     made = (tmp_path / "m", tmp_path / "m-int4", "int4", tmp_path / "log", 9.0)
-    assert harness.quantised_store(*made) == tmp_path / "m-int4"
+    assert harness.made_store(*made) == tmp_path / "m-int4"
     words = ["zinfer", "shard", str(tmp_path / "m"), "--out", str(tmp_path / "m-int4"), "--weights", "int4"]
     assert commands == [(words, tmp_path / "log", 9.0)]
     with pytest.raises(RuntimeError, match=r"int4 store cannot be made.*no room"):
-        harness.quantised_store(*made)
+        harness.made_store(*made)
     (tmp_path / "m-int4").mkdir()
     (tmp_path / "m-int4" / "config.json").write_text("{}")
-    assert harness.quantised_store(*made) == tmp_path / "m-int4"
+    assert harness.made_store(*made) == tmp_path / "m-int4"
     assert len(commands) == 2

@@ -13,7 +13,8 @@ from zinfer.kernels.fused_quant import MOST_ROWS, fused, num_splits
 from zinfer.kernels.panels import dequantise
 from zinfer.plan.profile import reserve_for
 from zinfer.plan.records import Workload
-from zinfer.spec.quant import FORMATS, GPU_SLOT_BYTES, SLOT_BYTES, quantised, slot_outputs, workspace_bytes
+from zinfer.spec.quant import FORMATS, GPU_SLOT_BYTES, SLOT_BYTES, slot_outputs
+from zinfer.spec.stored import as_stored, workspace_bytes
 
 pytestmark = pytest.mark.skipif(
     not interprets(), reason="Triton's interpreter is off: tests/gpu has the same cases for the device"
@@ -144,9 +145,9 @@ def test_nothing_is_fused_on_a_processor():
 
 
 def test_a_gpu_has_a_larger_slot_and_the_plan_counts_it():
-    spec = quantised(small_llama(), "int4", "panels-64")
+    spec = as_stored(small_llama(), "int4", "panels-64")
     assert slot_outputs(4096, 64, GPU_SLOT_BYTES) == 16 * slot_outputs(4096, 64, SLOT_BYTES)
     workload = Workload(batch=1, prompt_len=4, gen_len=4)
     small, large = (reserve_for(spec, workload, exact=False, device=name) for name in ("cpu", "cuda:0"))
-    more = workspace_bytes(spec, GPU_SLOT_BYTES) - workspace_bytes(spec)
+    more = workspace_bytes(spec, "cuda") - workspace_bytes(spec, "cpu")
     assert large.activations - small.activations == more

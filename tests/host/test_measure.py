@@ -11,16 +11,16 @@ from zinfer.chunks.table import PAGE
 from zinfer.config.machine import Compute, Machine, Overlap, ProductRate
 from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
-from zinfer.kernels.quant import any_linear
+from zinfer.kernels.stored import any_linear
 from zinfer.memory import measure as measuring
 from zinfer.memory import measure_products
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_links import typical
-from zinfer.plan.cost import OpCosts, PassLoad, quantised_seconds_per_byte
+from zinfer.plan.cost import OpCosts, PassLoad, stored_seconds_per_byte
 from zinfer.runtime.quant_rates import makers
 from zinfer.runtime.small_model import SmallModel
-from zinfer.spec.quant import op_bytes, quantised
 from zinfer.spec.read import read_spec
+from zinfer.spec.stored import as_stored, op_bytes
 
 MIB = 2**20
 SHAPES = ((256, 64), (64, 256), (64, 64))
@@ -236,8 +236,8 @@ def test_quantised_formats_are_measured_by_their_own_bytes(files, ample):
     )
     assert machine.skipped == ()
     assert set(machine.host.products) == {"BF16", "BF16 exact", "I4", "I4 exact"}
-    spec = quantised(read_spec(CONFIGS["llama"] | {"torch_dtype": "bfloat16"}), "int4", "panels-64")
-    measured = quantised_seconds_per_byte(machine.host, "int4", 1, exact=True)
+    spec = as_stored(read_spec(CONFIGS["llama"] | {"torch_dtype": "bfloat16"}), "int4", "panels-64")
+    measured = stored_seconds_per_byte(machine.host, "int4", 1, exact=True)
     assert measured == machine.host.seconds_per_byte("I4 exact", 1)
     op = next(op for op in spec.program if op.stored)
     costs = OpCosts(spec, machine.host, PassLoad(1, 1, 16), exact=True)
@@ -250,7 +250,7 @@ def test_a_declared_machine_unpacks():
         attention_flops_per_s=1e9,
         op_overhead_s=0,
     )
-    few, many = (quantised_seconds_per_byte(bf16, "int4", rows, exact=False) for rows in (1, 100))
+    few, many = (stored_seconds_per_byte(bf16, "int4", rows, exact=False) for rows in (1, 100))
     assert few * 0.5625 == pytest.approx((2.5625 * 0.1 + 2 * 0.1) / 1e9)
     assert many * 0.5625 == pytest.approx((2.5625 * 0.1 + 2 * 1.0) / 1e9)
 

@@ -604,7 +604,7 @@ def test_a_library_is_tried_once_and_again_when_it_or_its_caller_has_changed(mon
     monkeypatch.setattr(calls, "library", lambda sources, flags: path)
     monkeypatch.setattr(calls, "Kernels", lambda path, threads: "kernels")
     monkeypatch.setattr(calls, "__file__", str(caller))
-    monkeypatch.setattr(calls, "_wrong", lambda found: (tried.append(found), says[0])[1])
+    monkeypatch.setattr(calls.trials, "wrong", lambda found: (tried.append(found), says[0])[1])
 
     def ask():
         calls.kernels.cache_clear()

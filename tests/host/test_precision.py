@@ -16,7 +16,7 @@ from zinfer.plan.profile import reserve_for
 from zinfer.plan.records import Workload
 from zinfer.runtime import model as model_module
 from zinfer.spec.cost import converted_bytes
-from zinfer.spec.quant import quantised
+from zinfer.spec.stored import as_stored
 
 RUN = {"device": "cpu", "machine": "sim-default", "threads": 1}
 PROMPT = [5, 9, 2, 14, 3, 77, 8]
@@ -52,7 +52,7 @@ def test_a_newer_gpu_keeps_bfloat16(monkeypatch):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights_are_refused_there(weights, turing):
-    spec = quantised(replace(small_llama(), dtype="BF16"), weights, "panels-64")
+    spec = as_stored(replace(small_llama(), dtype="BF16"), weights, "panels-64")
     with pytest.raises(MachineError) as caught:
         computable(spec, "cuda:0")
     assert caught.value.code == "ZI-5361"

@@ -6,32 +6,22 @@ import pytest
 import torch
 from faulty_disk import StepDisk, disk_full
 from safetensors.torch import load_file
+from stores import contents, opened, rehash
 from tiny_models import write_tiny
-from xxhash import xxh3_64_hexdigest
 
 from zinfer import LLM, SamplingParams
 from zinfer.api import DEMO
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.manifest import read_manifest
 from zinfer.chunks.quality import check_quality
-from zinfer.chunks.store import open_store, shard, silent, verify_store
-from zinfer.chunks.table import PIECE_BYTES
+from zinfer.chunks.store import shard, silent, verify_store
 from zinfer.errors import BudgetError, CheckpointError, IntegrityError, UsageError
 from zinfer.kernels.panels import dequantise, quant_weight
 from zinfer.kernels.quantise import Quantiser
-from zinfer.spec.quant import FORMATS, PANELS, op_bytes
-from zinfer.spec.read import read_spec
+from zinfer.spec.quant import FORMATS, PANELS
+from zinfer.spec.stored import op_bytes
 
 RUN = {"device": "cpu", "machine": "sim-default", "threads": 1, "max_rows": 24}
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def opened(store):
-    index = CheckpointIndex.open(store)
-    return open_store(index, read_spec(index.config, index.generation_config, index.dtypes))
 
 
 def tensors_of(folder):
@@ -93,18 +83,6 @@ def test_an_interruption_leaves_no_trace(tmp_path):
         shard(folder, out, encoder=encoder)
         assert contents(out) == contents(tmp_path / "whole")
     assert verify_store(tmp_path / "whole") == ()
-
-
-def rehash(store):
-    """Make the checksums agree with whatever the shards hold now."""
-    manifest = json.loads((store / "zinfer.json").read_bytes())
-    for extent in manifest["extents"]:
-        data = (store / manifest["shards"][extent["shard"]]["name"]).read_bytes()
-        data = data[extent["offset"] : extent["offset"] + extent["nbytes"]]
-        extent["blocks"] = [
-            xxh3_64_hexdigest(data[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)
-        ]
-    (store / "zinfer.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("weights", FORMATS)

@@ -1,4 +1,4 @@
-"""What a quantised store asks of whoever knows its format.  In: published bytes.  Out: stored parts, and their error.
+"""What a store in another format asks of whoever knows it.  In: published bytes.  Out: stored parts, and their error.
 
 The numbers are torch's business, which begins two layers up; the store only says what it needs.
 """
@@ -38,22 +38,25 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    """Quantises one op's matrix at a time: `zinfer.kernels.quantise.Quantiser`."""
+    """Stores one op's matrix at a time: `zinfer.kernels.quantise.Quantiser` or `zinfer.kernels.packer.Packer`."""
 
     @property
     def weights(self) -> str:
-        """The format, one of `zinfer.spec.quant.FORMATS`."""
+        """The format, one of `zinfer.spec.stored.FORMATS`."""
         ...
 
     @property
     def layout(self) -> str:
-        """The layout id, one of `zinfer.spec.quant.PANELS`."""
+        """The layout id, one of the format's (`zinfer.spec.stored.layouts`)."""
         ...
 
     def encode(
         self, raw: bytearray, dtype: str, shape: tuple[int, ...], *, is_transposed: bool = False
     ) -> Encoded:
-        """Published bytes of a matrix (or of a block of its rows) in the stored form; the same bytes every time."""
+        """Published bytes of a matrix (or of a block of its rows) in the stored form; the same bytes every time.
+
+        Raises ValueError where the format cannot hold them.
+        """
         ...
 
     def repack(

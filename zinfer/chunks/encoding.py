@@ -15,8 +15,8 @@ from zinfer.chunks.encode import Encoded, Encoder, Misfit
 from zinfer.chunks.manifest import QualityRecord, QuantRecord
 from zinfer.chunks.source import Place, Unit
 from zinfer.errors import CheckpointError
-from zinfer.spec.quant import GROUP, part_of
 from zinfer.spec.records import Op
+from zinfer.spec.stored import part_of, shared_weights
 
 
 class Encoding:
@@ -39,9 +39,16 @@ class Encoding:
             return self._laid_out_anew(op, published, files)
         kept = {place.key for place in settled.places}
         (matrix,) = (place for place in published.places if place.key not in kept)
-        encoded = self.encoder.encode(
-            read_place(matrix, files), matrix.dtype, matrix.shape, is_transposed=op.transposed
-        )
+        try:
+            encoded = self.encoder.encode(
+                read_place(matrix, files), matrix.dtype, matrix.shape, is_transposed=op.transposed
+            )
+        except ValueError as error:
+            raise CheckpointError(
+                "ZI-4156",
+                f"{matrix.name!r} does not fit the format {self.encoder.weights!r}: {error}",
+                remedy=f"zinfer shard {shlex.quote(str(files[matrix.file].parent))} --out DIR   # as published",
+            ) from None
         if encoded.misfit is None or not math.isfinite(encoded.misfit.error):
             folder = files[matrix.file].parent
             raise CheckpointError(
@@ -61,7 +68,9 @@ class Encoding:
         rows = self.quality or tuple(
             QualityRecord(name=name, rms=misfit.rms, worst=misfit.worst) for name, misfit in quality.items()
         )
-        return QuantRecord(group=GROUP, layout=self.encoder.layout, quality=rows)
+        return QuantRecord(
+            group=shared_weights(self.encoder.weights), layout=self.encoder.layout, quality=rows
+        )
 
 
 def quantised_name(unit: Unit) -> str:

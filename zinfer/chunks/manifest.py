@@ -19,7 +19,7 @@ from zinfer.chunks.layout import LAYOUT_ID, Layout, extent_bytes, extent_start
 from zinfer.chunks.source import Place, Source, Unit
 from zinfer.chunks.table import ALIGN, PAGE, PIECE_BYTES, RowTable
 from zinfer.errors import IntegrityError
-from zinfer.spec.quant import FORMATS, GROUP, PANELS, PARTS, PUBLISHED, part_of
+from zinfer.spec.stored import FORMATS, PARTS, PUBLISHED, layouts, part_of, shared_weights
 
 VERSION = 1
 
@@ -202,9 +202,14 @@ def _check_format(manifest: Manifest, folder: Path) -> None:
     if manifest.layout != LAYOUT_ID or manifest.weights not in known:
         found = f"has the layout {manifest.layout!r} with weights {manifest.weights!r}"
         raise refusal("ZI-6003", folder, f"{found}; this zinfer reads {LAYOUT_ID!r} with {', '.join(known)}")
-    if quantised and (quantised.group != GROUP or quantised.layout not in PANELS):
+    known_layouts = layouts(manifest.weights)
+    if quantised and (
+        quantised.group != shared_weights(manifest.weights) or quantised.layout not in known_layouts
+    ):
         found = f"its {manifest.weights} weights are in groups of {quantised.group} for {quantised.layout!r}"
-        reads = f"this zinfer reads groups of {GROUP} for {', '.join(PANELS)}"
+        reads = (
+            f"this zinfer reads groups of {shared_weights(manifest.weights)} for {', '.join(known_layouts)}"
+        )
         fresh = shlex.quote(f"{folder}-new")
         raise IntegrityError(
             "ZI-6006",
@@ -261,6 +266,7 @@ def _check_extents(manifest: Manifest, folder: Path) -> None:
             raise refusal("ZI-6002", folder, f"{STORE_FILE}: {what}")
 
     ends = [shard.header_bytes for shard in manifest.shards]
+    outputs = layouts(manifest.weights)[manifest.quantised.layout] if manifest.quantised else 1
     last_op = -1
     for number, extent in enumerate(manifest.extents):
         demand(extent.shard < len(ends), f"extent {number} lies in no shard")
@@ -284,7 +290,7 @@ def _check_extents(manifest: Manifest, folder: Path) -> None:
             demand(piece.dtype == dtype, f"{piece.name!r} has two dtypes")
             # Scales lie as the kernel reads them: the outputs in the second place, by panels.
             count = piece.shape[1:2] if role == "scales" else piece.shape[:1]
-            unit = PANELS[manifest.quantised.layout] if manifest.quantised and role == "scales" else 1
+            unit = outputs if role == "scales" else 1
             demand(count == ((piece.stop - piece.start) * unit,), f"{piece.name!r} has other rows than shape")
             demand(
                 _nbytes(piece.shape, piece.dtype) == piece.nbytes,

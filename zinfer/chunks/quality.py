@@ -12,9 +12,9 @@ from zinfer.chunks.encoding import quantised_name, read_place, stored_parts
 from zinfer.chunks.manifest import read_manifest, source_of
 from zinfer.chunks.source import Source, Unit, checkpoint_source
 from zinfer.chunks.writer import Progress
-from zinfer.spec.quant import RMS_LIMITS, part_of
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import Op
+from zinfer.spec.stored import RMS_LIMITS, part_of
 
 _SAME = 1e-6  # sums in another order
 

@@ -28,9 +28,9 @@ from zinfer.chunks.source import Source, checkpoint_source
 from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.chunks.writer import Progress, StoreWriter, disk_full
 from zinfer.errors import CheckpointError, MachineError, UsageError, ZinferError
-from zinfer.spec.quant import PUBLISHED, quantised
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec, Op, RowLookup
+from zinfer.spec.stored import PUBLISHED, as_stored
 from zinfer.units import MIB
 
 SYNC_BYTES = 64 * MIB  # what an interruption may cost
@@ -50,7 +50,7 @@ def open_store(index: CheckpointIndex, spec: ModelSpec) -> tuple[ModelSpec, Sour
     """
     manifest = read_manifest(index.folder)
     if manifest.quantised is not None:
-        spec = quantised(spec, manifest.weights, manifest.quantised.layout)
+        spec = as_stored(spec, manifest.weights, manifest.quantised.layout)
     source = source_of(manifest, index.folder)
     wanted = [(op.index, {part.key for part in op.reads}) for op in spec.program if op.reads]
     held = [(u.op, {place.key for place in u.places}) for u in source.units if u.op is not None]
@@ -99,7 +99,13 @@ def shard(
     if origin is None:
         check_weights(index, spec)
     if encoder is not None:
-        spec = quantised(spec, encoder.weights, encoder.layout)
+        spec = as_stored(spec, encoder.weights, encoder.layout)
+        if not any(op.stored for op in spec.program):
+            raise UsageError(
+                "ZI-3006",
+                f"{model} ({spec.stored_dtype or spec.dtype}) holds no matrix that can be stored as {encoder.weights}",
+                remedy=f"zinfer shard {shlex.quote(str(model))} --out {shlex.quote(str(out))}   # as published",
+            )
     write_store(
         spec.program, spec.lookups, index, out, progress=progress, disk=disk, encoder=encoder, origin=origin
     )

@@ -26,7 +26,7 @@ from zinfer.chunks.manifest import FileRecord, Manifest, ShardRecord, extents_of
 from zinfer.chunks.source import Source
 from zinfer.chunks.table import PIECE_BYTES
 from zinfer.errors import BudgetError
-from zinfer.spec.quant import PUBLISHED, part_of
+from zinfer.spec.stored import PUBLISHED, part_of
 from zinfer.units import Bytes
 
 Key = tuple[str, int, int]

@@ -34,7 +34,7 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
 
     Nothing of the machine's settings is changed.
     """
-    from zinfer.kernels.quant import any_linear
+    from zinfer.kernels.stored import any_linear
     from zinfer.memory.measure import DTYPES, measure
     from zinfer.memory.measure_products import SHAPES
     from zinfer.runtime.quant_rates import makers
@@ -47,7 +47,7 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     spec, source = open_for_planning(model or DEMO)
     shapes = matrix_shapes(spec) if model else SHAPES
     dtypes = (spec.dtype,) if model else tuple(DTYPES)
-    formats = makers() if model is None or spec.weights != "published" else {}
+    formats = makers() if model is None else makers([spec.weights])
     seconds = seconds or (20.0 if model else 60.0)
     limits = memory_limits()
     before_s = _processor_seconds()

@@ -20,10 +20,12 @@ from zinfer.chunks.quality import Quality, check_quality
 from zinfer.chunks.store import check_sources, verify_store
 from zinfer.chunks.store import shard as write_shards
 from zinfer.cli.progress import Progress
-from zinfer.errors import IntegrityError
-from zinfer.spec.quant import FORMATS, PANELS, PUBLISHED, RMS_LIMITS, STORED_BYTES, quantised
+from zinfer.errors import IntegrityError, UsageError
+from zinfer.spec.lossless import LOSSLESS
+from zinfer.spec.quant import PANELS
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
+from zinfer.spec.stored import FORMATS, PUBLISHED, RMS_LIMITS, STORED_BYTES, as_stored, layouts
 from zinfer.units import Bytes, rate_text, seconds_text
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ text_option = click.option(
 @click.option(
     "--weights",
     type=click.Choice([PUBLISHED, *FORMATS]),
-    help="The format of the matrices; norms and embeddings stay as published.  A store keeps its own.",
+    help="The format of the matrices: lossless keeps every bit of bf16 in 3/4 of the bytes, int8 and int4 round.  "
+    "Norms and embeddings stay as published; a store keeps its own.",
 )
 @click.option(
     "--layout",
@@ -54,7 +57,7 @@ text_option = click.option(
 )
 @text_option
 def shard(model: Path, out: Path, weights: str | None, layout: str, text: Path | None) -> None:
-    """Write MODEL as a store: aligned for direct reads, checksummed, resumable, quantised where --weights says so.
+    """Write MODEL as a store: aligned for direct reads, checksummed, resumable, packed or quantised with --weights.
 
     Interrupted at any moment, the same command goes on where it stopped.
     """
@@ -205,7 +208,7 @@ def described_weights(manifest: Manifest, spec: ModelSpec) -> dict[str, Any]:
     """What `inspect` adds for a store: the one format that it holds, and bits per weight, scales included."""
     if manifest.quantised is None:
         return {"weights": manifest.weights}
-    ops = [op for op in quantised(spec, manifest.weights, manifest.quantised.layout).program if op.stored]
+    ops = [op for op in as_stored(spec, manifest.weights, manifest.quantised.layout).program if op.stored]
     parts = (part for op in ops for part in op.stored if part.dtype)
     nbytes = sum(part.numel * STORED_BYTES[part.dtype] for part in parts)
     numel = sum(op.matrix.numel for op in ops if op.matrix)
@@ -224,17 +227,31 @@ def stored_weights(model: Path) -> str:
 
 
 def encoder_for(weights: str, layout: str) -> Encoder:
-    """Who quantises, for this machine's kernel or for a named one."""
-    from zinfer.kernels.quant import native_layout
+    """Who packs or quantises, for this machine's kernel or for a named one."""
+    from zinfer.kernels.packer import Packer
     from zinfer.kernels.quantise import Quantiser
+    from zinfer.kernels.stored import layout_here
 
-    return Quantiser(weights, native_layout() if layout == "auto" else layout)
+    if layout not in ("auto", *layouts(weights)):
+        raise UsageError(
+            "ZI-3005",
+            f"--weights {weights} has no layout {layout!r}; it has {', '.join(layouts(weights))}",
+            remedy="--layout auto",
+        )
+    return (
+        Packer()
+        if weights == LOSSLESS
+        else Quantiser(weights, layout_here(weights) if layout == "auto" else layout)
+    )
 
 
 def quality_lines(store: Path) -> Iterator[str]:
-    """The quality report of a quantised store: what rounding cost, matrix by matrix where it is above the limit."""
+    """The quality report of a store: what rounding cost, matrix by matrix where it is above the limit."""
     manifest = read_manifest(store)
     if manifest.quantised is None or not manifest.quantised.quality:
+        return
+    if manifest.weights == LOSSLESS:
+        yield f"quality    {len(manifest.quantised.quality)} matrices unpacked again: every bit is the published one"
         return
     rows = sorted(manifest.quantised.quality, key=lambda row: row.rms)
     limit = RMS_LIMITS[manifest.weights]

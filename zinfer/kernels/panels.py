@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zinfer.spec.quant import GROUP, PARTS
+from zinfer.spec.quant import GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,6 @@ class QuantWeight:
 def quant_weight(parts: Mapping[str, Tensor], outputs: int) -> QuantWeight:
     """Compose the views of one op, by role."""
     return QuantWeight(parts["nibbles"], parts["scales"], parts.get("low"), outputs)
-
-
-def is_quantised(parts: Mapping[str, Tensor]) -> bool:
-    """Whether the views of an op hold a quantised matrix."""
-    return not PARTS.keys().isdisjoint(parts)
 
 
 def pack_nibbles(values_OI: Tensor, panel: int) -> Tensor:

@@ -56,13 +56,6 @@ def quant_linear(x_TI: Tensor, weight: QuantWeight, bias: Tensor | None = None, 
     return y if bias is None else y + bias
 
 
-def any_linear(x_TI: Tensor, weight: Tensor | QuantWeight, *, exact: bool) -> Tensor:
-    """The product of whichever form the weight has."""
-    if isinstance(weight, QuantWeight):
-        return quant_linear(x_TI, weight, exact=exact)
-    return linear(x_TI, weight, exact=exact)
-
-
 def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
     """Make all choices for quantised products now, as `products.prepare` does for the others."""
     if reason := _unread_layout(spec, device):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from zinfer.kernels.columns import column_linear
-from zinfer.kernels.panels import is_quantised, quant_weight
 from zinfer.kernels.products import linear
-from zinfer.kernels.quant import quant_linear
+from zinfer.kernels.stored import any_linear, is_stored, stored_weight
 from zinfer.layers import attention
 from zinfer.layers.attention import attend
 from zinfer.layers.mlp import activate, close_gate, open_gate
@@ -23,8 +22,8 @@ from zinfer.layers.norm import layer_norm, rms_norm
 from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.rotary import rotary_tables, rotate
 from zinfer.spec.program import matrix_shape
-from zinfer.spec.quant import PARTS
 from zinfer.spec.records import ModelSpec, Op
+from zinfer.spec.stored import PARTS
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 KEEP_INPUT = frozenset({"q", "k", "gate"})  # the next product reads the same rows
@@ -147,8 +146,8 @@ def _product(op: Op, spec: ModelSpec, flow: Flow, weights: Mapping[str, Tensor],
     into_TO = _place(op, spec, flow, x)
     if not x.shape[0]:
         piece = x.new_empty(0, outputs)
-    elif is_quantised(weights):
-        piece = quant_linear(x, quant_weight(weights, outputs), bias, exact=exact)
+    elif is_stored(weights):
+        piece = any_linear(x, stored_weight(weights, outputs), bias, exact=exact, into_TO=into_TO)
     elif op.transposed:
         piece = column_linear(x, weights["matrix"], bias, exact=exact)
     else:

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zinfer.kernels.panels import is_quantised, quant_weight
-from zinfer.kernels.products import linear
-from zinfer.kernels.quant import quant_linear
+from zinfer.kernels.stored import any_linear, is_stored, stored_weight
 from zinfer.layers.bidirectional import attend_whole
 from zinfer.layers.mlp import activate
 from zinfer.layers.norm import layer_norm
@@ -23,8 +21,8 @@ from zinfer.layers.packed import KvView, Packed
 from zinfer.layers.pooling import pool
 from zinfer.memory.upload import indices
 from zinfer.models.decoder import DTYPES
-from zinfer.spec.quant import PARTS
 from zinfer.spec.records import Encoder, ModelSpec, Op
+from zinfer.spec.stored import PARTS
 
 KEEP_INPUT = frozenset({"q", "k"})  # the next product reads the same rows
 ROLES = ("tokens", "positions", "segments")  # of embedding rows, in the order in which they are added
@@ -96,11 +94,9 @@ def run_op(
     if op.matrix is None:
         output = flow.take("input")
     else:
-        if is_quantised(weights):
-            matrix = quant_weight(weights, op.matrix.shape[0])
-            flow.pieces.append(quant_linear(flow.input, matrix, weights.get("bias"), exact=exact))
-        else:
-            flow.pieces.append(linear(flow.input, weights["matrix"], weights.get("bias"), exact=exact))
+        is_packed = is_stored(weights)
+        matrix = stored_weight(weights, op.matrix.shape[0]) if is_packed else weights["matrix"]
+        flow.pieces.append(any_linear(flow.input, matrix, weights.get("bias"), exact=exact))
         if op.block < op.blocks - 1:
             return
         pieces, flow.pieces = flow.pieces, []

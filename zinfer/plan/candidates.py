@@ -22,8 +22,8 @@ from zinfer.plan.place import Reserve, smallest_budget
 from zinfer.plan.profile import graph_bytes, reserve_for, turns_of
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.settle import asked_workload, shrunk_workload
-from zinfer.spec.quant import op_bytes
 from zinfer.spec.records import ModelSpec, Op
+from zinfer.spec.stored import op_bytes
 
 _WAITING_SHARE = 0.02  # of a device: less than that is not worth the links' time
 _SPARE_ROWS = 2  # rows of a pass are planned for twice T*: the first passes may show that it lies higher

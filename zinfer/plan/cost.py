@@ -9,8 +9,9 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Compute, Machine
 from zinfer.plan.records import KvPlan
 from zinfer.spec.cost import attention_flops
-from zinfer.spec.quant import PUBLISHED, RATE_NAMES, WEIGHT_BYTES, op_bytes
+from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, kv_row_bytes
+from zinfer.spec.stored import PUBLISHED, RATE_NAMES, WEIGHT_BYTES, op_bytes
 from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
@@ -18,6 +19,7 @@ _RESIDENT = KvPlan()
 _HEADS = ("head", "dense", "classify")  # one row per sequence
 _BEHIND_ATTENTION = ("o", "gate", "up", "gate_up", "down")
 RECORDED_ROWS = 256  # the most of a pass that a host records
+_UNPACKING = 1.25  # of a product's time with the weight as it was: 0.9 to 1.3 of it with compiled kernels
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 
@@ -185,22 +187,24 @@ def seconds_per_byte(compute: Compute, dtype: str, rows: int, *, exact: bool) ->
 
 
 def _rates(compute: Compute, spec: ModelSpec, rows: int, *, exact: bool) -> tuple[float, float]:
-    """Seconds per byte of published weights, and of stored bytes of quantised ones."""
+    """Seconds per byte of published weights, and of stored bytes of others."""
     published = seconds_per_byte(compute, spec.dtype, rows, exact=exact)
     if spec.weights == PUBLISHED:
         return published, published
-    return published, quantised_seconds_per_byte(compute, spec.weights, rows, exact=exact)
+    return published, stored_seconds_per_byte(compute, spec.weights, rows, exact=exact)
 
 
-def quantised_seconds_per_byte(compute: Compute, weights: str, rows: int, *, exact: bool) -> float:
+def stored_seconds_per_byte(compute: Compute, weights: str, rows: int, *, exact: bool) -> float:
     """Seconds per stored byte at so many rows.
 
-    Where the machine's quantised products were not measured: weights are unpacked, at the rate at which memory is
-    read for one row, and multiplied in bf16.
+    Where the machine's products with such weights were not measured: quantised weights are unpacked, at the rate at
+    which memory is read for one row, and multiplied in bf16; lossless ones nearer to where they are multiplied.
     """
     name = RATE_NAMES[weights]
     if name in compute.products:
         return seconds_per_byte(compute, name, rows, exact=exact)
     nbytes = WEIGHT_BYTES[weights]
+    if weights == LOSSLESS:
+        return _UNPACKING * 2 * seconds_per_byte(compute, "BF16", rows, exact=exact) / nbytes
     unpack = (nbytes + 2) * compute.seconds_per_byte("BF16", 1)
     return (unpack + 2 * seconds_per_byte(compute, "BF16", rows, exact=exact)) / nbytes

@@ -12,8 +12,8 @@ from zinfer.plan.records import Workload
 from zinfer.spec.attention_cost import arranged_bytes
 from zinfer.spec.cost import activation_bytes, attention_bytes, converted_bytes, waiting_bytes
 from zinfer.spec.encoder_cost import encoder_peak_bytes
-from zinfer.spec.quant import GPU_SLOT_BYTES, SLOT_BYTES, op_bytes, workspace_bytes
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, kv_row_bytes
+from zinfer.spec.stored import op_bytes, workspace_bytes
 from zinfer.units import KIB, round_up
 
 KV_PAGE_TOKENS = 16  # a sequence's part of the KV cache is rounded up to pages of so many tokens
@@ -95,7 +95,7 @@ def reserve_for(
     device costs host memory: pages, and what attends or gathers there; pages that come up cost the device one
     sequence's layer.
     """
-    unpacking = workspace_bytes(spec, GPU_SLOT_BYTES if device.startswith("cuda") else SLOT_BYTES)
+    unpacking = workspace_bytes(spec, device)
     unpacking += converted_bytes(spec)
     rows, kv = workload.rows_at_once, workload.kv
     logit_rows = max(workload.logit_rows or 0, workload.batch)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from zinfer.errors import ZinferError
-from zinfer.kernels import columns, products, quant
+from zinfer.kernels import columns, products, stored
 from zinfer.kvcache.cache import PagedKv
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.kvcache.spill import spill_folder
@@ -245,7 +245,7 @@ def open_executor(
     give_freed_memory_back()
     device_type = "cuda" if plan.device.startswith("cuda") else "cpu"
     try:
-        for prepare in (products.prepare, columns.prepare, quant.prepare):
+        for prepare in (products.prepare, columns.prepare, stored.prepare):
             prepare(model.spec, device_type, exact=plan.exact)
         if model.spec.encoder is None:
             kv_dtype = plan.workload.kv.dtype

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zinfer.config.machine import Machine
-from zinfer.kernels.quant import any_linear
+from zinfer.kernels.stored import any_linear
 from zinfer.memory.measure import probe
 from zinfer.plan.profile import matrix_shapes
 from zinfer.runtime.quant_rates import makers

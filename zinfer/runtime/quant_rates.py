@@ -1,4 +1,4 @@
-"""Quantised weights to be timed.  In: format names.  Out: what `measure` makes its products' rates from."""
+"""Weights in a store's formats to be timed.  In: format names.  Out: what `measure` makes its products' rates from."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from collections.abc import Iterable
 
 import torch
 
-from zinfer.kernels.panels import QuantWeight
+from zinfer.kernels import lossless
 from zinfer.kernels.quant import made_up, native_layout
+from zinfer.kernels.stored import StoredWeight
 from zinfer.memory.measure_products import MakeWeight, Shape
-from zinfer.spec.quant import FORMATS, GROUP, PANELS, RATE_NAMES
+from zinfer.spec.lossless import LOSSLESS
+from zinfer.spec.quant import GROUP, PANELS
+from zinfer.spec.stored import FORMATS, RATE_NAMES
 
 
 def makers(formats: Iterable[str] = FORMATS) -> dict[str, MakeWeight]:
-    """By the name under which a profile has the format ("I8", "I4"); what is not quantised is left out."""
+    """By the name under which a profile has the format ("BF12", "I8", "I4"); what is published is left out."""
 
     def maker(weights: str) -> MakeWeight:
-        def make(shape: Shape, device: torch.device) -> QuantWeight:
+        def make(shape: Shape, device: torch.device) -> StoredWeight:
+            if weights == LOSSLESS:
+                return lossless.made_up(*shape).to(device)
             inputs = max(shape[1] // GROUP, 1) * GROUP
             return made_up(weights, PANELS[native_layout()], shape[0], inputs).to(device)
 

@@ -17,6 +17,7 @@ EXACT_ROWS = 256  # most rows of one exact product; more go piece by piece
 EXACT_SIZES = (1, 4, 16, 32, 64, 128, EXACT_ROWS)  # what they may be padded to, where a machine lets them
 MOST_ROWS = 1024  # the same without exact: libraries keep buffers of their own for the rows of a call
 FEW_ROWS = 6  # of a product: more are packed first, for the compiled kernel to read in its order
+_AGREEING_ROWS = 16  # that a library may need for its fewest rows to agree with more
 _TILE_ROWS = 16  # of the matrix unit, whose tiles are of one height: some rows are in two of them
 ACTIVATION_PIECE = 2**20  # elements; exact activations of more go piece by piece
 KEEP_INPUT = frozenset({"q", "k", "gate"})  # kinds after which the next product reads the same rows
@@ -35,11 +36,14 @@ class OpBytes:
 
 
 def quantised_product_bytes(rows: int, op: Op) -> int:
-    """Beside input and output: the input in bf16, once more with its groups' sums behind it, one more output."""
-    if op.matrix is None or not op.stored:
+    """Beside input and output: the input in bf16, once more with its groups' sums behind it, one more output.
+
+    Where no kernel was compiled a library's product of a few rows is one of more, as many as agree with others.
+    """
+    if op.matrix is None or not any(part.role == "nibbles" for part in op.stored):
         return 0
     outputs, inputs = op.matrix.shape[:: -1 if op.transposed else 1]
-    return DTYPE_BYTES["BF16"] * rows * (2 * inputs + inputs // GROUP + outputs)
+    return DTYPE_BYTES["BF16"] * max(rows, _AGREEING_ROWS) * (2 * inputs + inputs // GROUP + outputs)
 
 
 def packed_rows(rows: int, inputs: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Quantised weights as integers.  In: a ModelSpec and a format.  Out: the same model, with what its store holds.
+"""Quantised weights as integers.  In: an op and a format.  Out: what its store holds of it.
 
 A matrix is cut along its inputs into groups of GROUP weights that share a scale and a zero.  The tensors that a store
 holds in its place, for P panels of `panel` outputs:
@@ -16,44 +16,23 @@ so that int8 is two int4 products with one set of scales: 16 x times the nibbles
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
-from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op, WeightRef
+from zinfer.spec.records import ModelSpec, Op, WeightRef
 from zinfer.units import MIB
 
 GROUP = 64
-PUBLISHED = "published"
 FORMATS = ("int8", "int4")
 PANELS = {
     "panels-64": 64,
     "panels-32": 32,
 }  # layout id -> outputs per panel: what AVX-512 and AVX2 kernels read
 PARTS = {"nibbles": "U8", "low": "U8", "scales": "BF16"}  # role -> dtype
-STORED_BYTES = DTYPE_BYTES | {"U8": 1}
 SLOT_BYTES = 4 * MIB  # of bf16 into which a piece of a matrix is unpacked; one panel at least
 GPU_SLOT_BYTES = 64 * MIB  # the same on a GPU, where a small product costs as much as a larger one
 RMS_LIMITS = {"int8": 0.006, "int4": 0.11}  # relative RMS error of a matrix that looks trained, at most
 PERPLEXITY_LIMITS = {"int8": 0.01, "int4": 0.06}  # by what share it may rise for a model that is trained
 WEIGHT_BYTES = {"int8": 8.5 / 8, "int4": 4.5 / 8}  # scale and zero of a group are 32 bits
 RATE_NAMES = {"int8": "I8", "int4": "I4"}  # under which a machine's profile has their products
-
-Format = Literal["published", "int8", "int4"]
-
-
-def quantised(spec: ModelSpec, weights: str, layout: str) -> ModelSpec:
-    """The spec of the same model with its matrices stored in the format `weights` (one of FORMATS).
-
-    Embedding tables, a head tied to one, norms, biases, routers and matrices whose inputs are no multiple of GROUP
-    stay as published.
-    """
-    tables = {lookup.name for lookup in spec.lookups}
-    program = tuple(_stored(op, tables, weights, PANELS[layout]) for op in spec.program)
-    return replace(spec, weights=weights, program=program)
-
-
-def op_bytes(spec: ModelSpec, op: Op) -> int:
-    """Bytes of all that the op reads, as stored."""
-    return sum(part.numel * STORED_BYTES[part.dtype or spec.dtype] for part in op.reads)
 
 
 def slot_outputs(inputs: int, panel: int, slot_bytes: int = SLOT_BYTES) -> int:
@@ -70,13 +49,8 @@ def workspace_bytes(spec: ModelSpec, slot_bytes: int = SLOT_BYTES) -> int:
     return max((2 * numel + 2 * numel // GROUP + numel for numel in pieces), default=0)
 
 
-def part_of(name: str) -> str:
-    """The role that a stored tensor's name ends in, or nothing where it is a published tensor."""
-    suffix = name.rpartition(".")[2]
-    return suffix if suffix in PARTS else ""
-
-
-def _stored(op: Op, tables: set[str], weights: str, panel: int) -> Op:
+def stored_op(op: Op, tables: set[str], weights: str, panel: int) -> Op:
+    """The op with its matrix in panels of `panel` outputs; itself where it stays as published."""
     matrix = op.matrix
     if matrix is None or op.kind == "router" or matrix.name in tables:
         return op

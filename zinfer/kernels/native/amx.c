@@ -232,8 +232,10 @@ static void pairs_run(void *data, size_t start, size_t stop) {
     _tile_release();
 }
 
-/* Pairs of tiles of outputs of a piece: enough for going on to the next to cost little, few enough to be shared. */
+/* Pairs of tiles of outputs of a piece: enough for going on to the next to cost little, few enough to be shared.  What is
+ * unpacked first should be in the nearest cache when it is multiplied. */
 static size_t pairs_per_piece(const dense_t *job, size_t count) {
+    if (job->from) return 1;
     const size_t elements = 2 * EDGE * job->inputs, fair = count / ((job->tiles > 1 ? 4 : 2) * job->num_threads);
     const size_t kept = job->tiles > 1 ? PIECE : RUN / (elements * sizeof(bf16));
     const size_t most = kept < fair ? kept : fair, worth = SHARE / elements;
@@ -246,7 +248,7 @@ void zinfer_dense_amx(dense_t *job) {
     job->tiles = tiles > 1 ? (tiles + 1) / 2 * 2 : 1;
     job->piece = pairs_per_piece(job, pairs);
     if (job->packed) share(pack_piece, job, job->tiles, (unsigned)job->num_threads);
-    share_runs(job->tiles > 1 ? pairs_run : lone_run, job, pairs, job->piece, (unsigned)job->num_threads);
+    share_outputs(job->tiles > 1 ? pairs_run : lone_run, job, 2 * EDGE);
 }
 #else
 int zinfer_has_amx(void) { return 0; }

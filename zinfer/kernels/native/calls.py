@@ -9,18 +9,18 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.kernels.native import trials
 from zinfer.kernels.native.build import library
 from zinfer.kernels.native.signatures import FLAGS, POINTER, PRODUCTS, ROW_KERNELS, SIZE, SOURCES, THREADS
-from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
+from zinfer.kernels.panels import QuantWeight
 from zinfer.kernels.remembered import remembered
 from zinfer.log import logger
 from zinfer.spec.cost import packed_rows
@@ -31,7 +31,6 @@ _VECTOR, _MOST_DIM, _MOST_QUERIES, _MOST_ELEMENTS = 16, 256, 64, 8192  # attenti
 _MATRIX_VECTOR, _MATRIX_QUERIES, _MATRIX_ELEMENTS = 32, 256, 16384  # amx_attention.c
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 NUMBERS = 2**16  # of bfloat16
-_CLOSE = 0.02  # of the largest number: a few roundings of bfloat16
 Note = Callable[..., None]  # the name of a step and its arguments but the number of threads
 _noting = threading.local()
 
@@ -62,7 +61,7 @@ def kernels() -> Kernels | None:
         return None
     try:
         found = Kernels(path, threads)
-        wrong = remembered(_as_it_is(path), lambda answer: answer == "", lambda: _wrong(found))
+        wrong = remembered(_as_it_is(path), lambda answer: answer == "", lambda: trials.wrong(found))
     except (OSError, AttributeError) as error:
         logger.warning("the compiled kernels do not load (%s): slower torch code replaces them", error)
         return None
@@ -74,7 +73,8 @@ def kernels() -> Kernels | None:
 
 def _as_it_is(path: Path) -> str:
     """The library and what calls it: whatever may be wrong in one of them, and was not when they were tried."""
-    found, caller = path.stat(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    found, files = path.stat(), (Path(__file__), Path(trials.__file__))
+    caller = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"compiled kernels {path.name} {found.st_size} {found.st_mtime_ns} {caller[:16]}"
 
 
@@ -265,6 +265,34 @@ class Kernels:
         self._do("zinfer_dense", *where, num_rows, outputs, inputs, y_TO.stride(0), is_wide)
         return y_TO
 
+    def lossless(
+        self,
+        x_TI: Tensor,
+        parts: Sequence[Tensor],
+        outputs: int,
+        bias: Tensor | None = None,
+        into_TO: Tensor | None = None,
+    ) -> Tensor:
+        """`dense` with a weight that is packed without loss: its rest, codes and exponents (`zinfer.spec.lossless`)."""
+        num_rows, inputs = x_TI.shape
+        packed = packed_rows(num_rows, inputs)
+        scratch = x_TI.new_empty(packed) if any(packed) else None
+        x_TI = x_TI.contiguous()
+        y_TO = x_TI.new_empty(num_rows, outputs) if into_TO is None else into_TO
+        tensors = (x_TI, *parts, bias, y_TO, scratch)
+        where = [None if part is None else part.data_ptr() for part in tensors]
+        is_wide = y_TO.dtype == torch.float32
+        self._do("zinfer_lossless", *where, num_rows, outputs, inputs, y_TO.stride(0), is_wide)
+        return y_TO
+
+    def unpack(self, parts: Sequence[Tensor], outputs: int) -> Tensor:
+        """Such a weight as it was: bf16 [O, I]."""
+        inputs = parts[0].shape[-1]
+        y_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+        where = [part.data_ptr() for part in parts]
+        self._do("zinfer_unpack", *where, y_OI.data_ptr(), outputs, inputs)
+        return y_OI
+
     def columns(self, x_TI: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a weight that is published the other way round, plus bias: [T, O]."""
         num_rows, inputs = x_TI.shape
@@ -295,83 +323,6 @@ class Kernels:
             weight.nibbles.shape[0],
         )
         return y_TO
-
-
-def _wrong(found: Kernels) -> str:
-    """The first kernel that is not right on a small case; empty where all are."""
-    draw = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(torch.bfloat16)
-
-    x, weight, bias, octets = noise(5, 200), noise(37, 200), noise(37), noise(2, 3, 70)
-    table = noise(NUMBERS)
-    wide = x.float()
-    pairs = {
-        "norm": (found.norm(x, weight[0], 1e-5), F.rms_norm(wide, (200,), weight[0].float(), 1e-5)),
-        "layer norm": (
-            found.layer_norm(x, weight[0], weight[1], 1e-5),
-            F.layer_norm(wide, (200,), weight[0].float(), weight[1].float(), 1e-5),
-        ),
-        "activation": (found.activated(x, table), _looked_up(table, x)),
-        "gate": (found.gated(x, weight[:5], table), _looked_up(table, x) * weight[:5].float()),
-        "rotation": (
-            found.rotate(octets, octets[:, 0, :35], octets[:, 1, :35]),
-            _rotated(octets.float(), octets[:, 0, :35].float(), octets[:, 1, :35].float()),
-        ),
-    }
-    tall = wide.repeat(1, 6)  # equals far apart
-    pairs["largest"] = (torch.stack([*found.largest(tall)]), torch.stack([*tall.max(-1)]))
-    odd = torch.tensor([[1, torch.nan, 2]])
-    pairs["largest of what is no number"] = (found.largest(odd)[1], torch.tensor([1]))
-    pages = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
-    q, k, v = noise(2, 2, 32), noise(8, 1, 32), noise(8, 1, 32)
-    pairs["attention"] = (
-        found.attend(q, k, v, *pages, 4, scale=0.2, window=3, cap=0),
-        torch.stack([_attended(q[0], k[4:7], v[4:7]), _attended(q[1], k[1:4], v[1:4])]),
-    )
-    q, k, seen = noise(20, 2, 64), noise(150, 1, 64), torch.arange(131, 151, dtype=torch.int32)
-    tile = torch.tensor([0, 20], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    pairs["attention of a prompt"] = (
-        found.attend(q, k, k, tile[1][None], seen, 150, scale=0.2, window=None, cap=0, tiles=tile),
-        torch.stack([_attended(row, k[:end], k[:end]) for row, end in zip(q, seen.tolist(), strict=True)]),
-    )
-    if found.has_products:
-        values = torch.randint(0, 16, (64, 2 * GROUP), generator=draw, dtype=torch.uint8)
-        nibbles, scales = pack_nibbles(values, 64), noise(2, 64, 2)
-        turned = weight.t().contiguous()
-        for count in (1, 5, 40):  # a row by itself, a tile of rows, several
-            rows = x.repeat(8, 1)[:count]
-            want = rows.float() @ turned.float() + bias.float()
-            pairs[f"product of columns and {count} rows"] = (found.columns(rows, turned, bias), want)
-        for count in (1, 8):  # few rows, and several tiles of them
-            rows = x.repeat(count, 1)
-            want = rows.float() @ weight.float().t() + bias.float()
-            pairs[f"product of {len(rows)} rows"] = (found.dense(rows, weight, bias), want)
-        for name, low in (("int4", None), ("int8", nibbles.flip(1))):
-            packed = QuantWeight(nibbles, scales, low, 60)
-            rows = x[:, : 2 * GROUP].contiguous()
-            pairs[name] = (found.quant(rows, packed), rows.float() @ dequantise(packed).t())
-    return next((name for name, (y, want) in pairs.items() if not _is_close(y, want)), "")
-
-
-def _looked_up(table: Tensor, x: Tensor) -> Tensor:
-    return table[x.view(torch.int16).long() % NUMBERS].float()
-
-
-def _attended(q_HD: Tensor, k_n1D: Tensor, v_n1D: Tensor) -> Tensor:
-    weights_Hn = (0.2 * q_HD.float() @ k_n1D[:, 0].float().t()).softmax(-1)
-    return weights_Hn @ v_n1D[:, 0].float()
-
-
-def _rotated(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x_THD.chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
-
-
-def _is_close(y: Tensor, want: Tensor) -> bool:
-    return bool((y.float() - want).abs().max() <= _CLOSE * want.abs().max())
 
 
 def _openmp() -> Path | None:

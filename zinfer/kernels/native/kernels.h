@@ -21,10 +21,15 @@ void zinfer_activate(const bf16 *x, const bf16 *table, bf16 *y, size_t count, un
 void zinfer_gate(const bf16 *gate, const bf16 *up, const bf16 *table, bf16 *y, size_t gate_stride, size_t up_stride,
                  size_t rows, size_t width, unsigned num_threads);
 void zinfer_largest(const float *x, int64_t *ids, float *tops, size_t rows, size_t width, unsigned num_threads);
+void zinfer_unpack(const uint8_t *rest, const uint8_t *codes, const uint8_t *exponents, bf16 *y, size_t outputs,
+                   size_t inputs, unsigned num_threads);
 int zinfer_has_products(void);
 #ifdef __AVX512BF16__
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,
                   size_t outputs, size_t inputs, size_t stride, size_t is_wide, unsigned num_threads);
+void zinfer_lossless(const bf16 *x, const uint8_t *rest, const uint8_t *codes, const uint8_t *exponents, const bf16 *bias,
+                     void *y, bf16 *scratch, size_t rows, size_t outputs, size_t inputs, size_t stride, size_t is_wide,
+                     unsigned num_threads);
 void zinfer_columns(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *y, size_t rows, size_t outputs,
                     size_t inputs, unsigned num_threads);
 void zinfer_quant(const bf16 *x, const uint8_t *nibbles, const uint8_t *low, const bf16 *scales, bf16 *y,

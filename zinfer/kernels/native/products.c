@@ -17,6 +17,7 @@ int zinfer_has_products(void) {
 #define LEAST 16 /* outputs of a piece that several tiles meet */
 #define KEPT (320 * 1024) /* so many bytes of weights stay in the second cache meanwhile */
 #define RUN (256 * 1024)  /* and so many a thread takes at a time for a row, or a tile, by itself */
+#define UNPACKED (128 * 1024) /* and so many that it unpacks first, whatever they meet */
 
 /* Tiles are of about one height: a last row by itself would ask for all weights once more. */
 static inline size_t first_row(const dense_t *job, size_t tile) { return tile * job->rows / job->tiles; }
@@ -187,13 +188,14 @@ static void row_run(void *data, size_t start, size_t stop) {
 /* Of a piece: long enough that going on to the next costs little, short enough for every thread to take a few. */
 static size_t outputs_per_run(const dense_t *job) {
     const size_t row_bytes = job->inputs * sizeof(bf16), outputs = job->outputs / (2 * job->num_threads);
-    const size_t most = outputs * row_bytes < RUN ? outputs : RUN / row_bytes, least = SHARE / job->inputs;
+    const size_t run = job->from ? UNPACKED : RUN;
+    const size_t most = outputs * row_bytes < run ? outputs : run / row_bytes, least = SHARE / job->inputs;
     return most > least ? most : least > 1 ? least : 1;
 }
 
 /* Of a piece that several tiles meet: few enough for the cache, and for every thread to take several pieces. */
 static size_t outputs_per_piece(const dense_t *job) {
-    const size_t kept = KEPT / (job->inputs * sizeof(bf16)), fair = job->outputs / (4 * job->num_threads);
+    const size_t kept = (job->from ? UNPACKED : KEPT) / (job->inputs * sizeof(bf16)), fair = job->outputs / (4 * job->num_threads);
     const size_t most = (kept < fair ? kept : fair) / WIDE * WIDE;
     return most > LEAST ? most : LEAST;
 }
@@ -202,13 +204,13 @@ static size_t outputs_per_piece(const dense_t *job) {
  * begin `stride` elements after each other; with `is_wide` y holds floats, rounded to bfloat16 all the same.  scratch:
  * room for min(rows + 15, 256) rows, their inputs rounded up to 32, aligned to 64 bytes; rows are packed there once.  NULL:
  * every piece packs them anew, on its thread's stack, which is why inputs are at most 65536. */
-void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,
-                  size_t outputs, size_t inputs, size_t stride, size_t is_wide, unsigned num_threads) {
+static void dense(const bf16 *x, const bf16 *weight, const lossless_t *from, const bf16 *bias, void *y, bf16 *scratch,
+                  size_t rows, size_t outputs, size_t inputs, size_t stride, size_t is_wide, unsigned num_threads) {
     const int has_amx = zinfer_has_amx();
     const size_t most = has_amx && !scratch ? ALONE : BLOCK, blocks = (rows + most - 1) / most;
     for (size_t block = 0; block < blocks; block++) {
         const size_t row = block * rows / blocks, count = (block + 1) * rows / blocks - row;
-        dense_t job = {.x = x + row * inputs, .weight = weight, .bias = bias, .packed = scratch, .stride = stride,
+        dense_t job = {.x = x + row * inputs, .weight = weight, .from = from, .bias = bias, .packed = scratch, .stride = stride,
                        .rows = count, .tiles = (count + TALL - 1) / TALL, .outputs = outputs, .inputs = inputs,
                        .num_threads = num_threads};
         if (is_wide)
@@ -221,8 +223,21 @@ void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, 
         }
         job.piece = job.tiles > 1 ? outputs_per_piece(&job) : outputs_per_run(&job);
         if (scratch && count > 1) share(pack_piece, &job, job.tiles, num_threads);
-        share_runs(count == 1 ? row_run : tiles_run, &job, outputs, job.piece, num_threads);
+        share_outputs(count == 1 ? row_run : tiles_run, &job, 1);
     }
+}
+
+void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,
+                  size_t outputs, size_t inputs, size_t stride, size_t is_wide, unsigned num_threads) {
+    dense(x, weight, NULL, bias, y, scratch, rows, outputs, inputs, stride, is_wide, num_threads);
+}
+
+/* The same with a weight that is packed without loss: the same bits.  inputs: a multiple of 64, at most 32768. */
+void zinfer_lossless(const bf16 *x, const uint8_t *rest, const uint8_t *codes, const uint8_t *exponents, const bf16 *bias,
+                     void *y, bf16 *scratch, size_t rows, size_t outputs, size_t inputs, size_t stride, size_t is_wide,
+                     unsigned num_threads) {
+    const lossless_t from = {rest, codes, exponents, inputs};
+    dense(x, NULL, &from, bias, y, scratch, rows, outputs, inputs, stride, is_wide, num_threads);
 }
 
 #define ROWS 8 /* rows of a tile of a quantised product */

@@ -3,6 +3,7 @@
 #define ZINFER_PRODUCTS_H
 
 #include "kernels.h"
+#include "lossless.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -14,11 +15,35 @@
 
 typedef struct {
     const bf16 *x, *weight, *bias;
+    const lossless_t *from; /* unless it is NULL what `weight` is unpacked from, piece by piece */
     bf16 *y, *packed; /* packed: NULL where every piece packs its rows itself */
     float *wide;      /* in place of y: the same numbers in single precision */
     size_t stride;    /* elements from one row of the result to the next */
     size_t rows, tiles, outputs, inputs, piece, num_threads;
+    void (*run)(void *job, size_t start, size_t stop); /* of a piece, in units of so many outputs */
+    size_t unit;
 } dense_t;
+
+/* A piece whose weights are unpacked first, onto the thread's stack, and then multiplied as if all had been there. */
+static void unpacked_run(void *data, size_t start, size_t stop) {
+    dense_t job = *(const dense_t *)data;
+    const size_t first = start * job.unit, end = stop * job.unit < job.outputs ? stop * job.unit : job.outputs;
+    __m512i room[(end - first) * job.inputs / LANES];
+    zinfer_unpack_rows(job.from, (bf16 *)room, first, end);
+    job.weight = (const bf16 *)room;
+    job.outputs = end - first;
+    if (job.bias) job.bias += first;
+    if (job.wide) job.wide += first;
+    if (job.y) job.y += first;
+    job.run(&job, 0, stop - start);
+}
+
+/* All outputs, `job->piece` times `unit` at a time. */
+static inline void share_outputs(void (*run)(void *, size_t, size_t), dense_t *job, size_t unit) {
+    job->run = run, job->unit = unit;
+    share_runs(job->from ? unpacked_run : run, job, (job->outputs + unit - 1) / unit, job->piece,
+               (unsigned)job->num_threads);
+}
 
 /* Inputs with the zeros that fill their last register. */
 static inline size_t padded(size_t inputs) { return (inputs + LANES - 1) / LANES * LANES; }

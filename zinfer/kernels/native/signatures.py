@@ -12,6 +12,7 @@ SOURCES = (
     "amx_columns.c",
     "amx_quant.c",
     "columns.c",
+    "lossless.c",
     "products.c",
     "rows.c",
     "tape.c",
@@ -20,6 +21,7 @@ SOURCES = (
     "columns.h",
     "common.h",
     "kernels.h",
+    "lossless.h",
     "products.h",
 )
 FLAGS = ("-std=c11", "-fno-math-errno", "-fno-trapping-math")
@@ -32,10 +34,12 @@ ROW_KERNELS = {
     "zinfer_attend_tiles": [*[POINTER] * 8, *[ctypes.c_double] * 2, *[SIZE] * 7, THREADS],
     "zinfer_activate": [*[POINTER] * 3, SIZE, THREADS],
     "zinfer_gate": [*[POINTER] * 4, *[SIZE] * 4, THREADS],
+    "zinfer_unpack": [*[POINTER] * 4, *[SIZE] * 2, THREADS],
     "zinfer_largest": [*[POINTER] * 3, *[SIZE] * 2, THREADS],
 }
 PRODUCTS = {
     "zinfer_dense": [*[POINTER] * 5, *[SIZE] * 5, THREADS],
+    "zinfer_lossless": [*[POINTER] * 7, *[SIZE] * 5, THREADS],
     "zinfer_columns": [*[POINTER] * 4, *[SIZE] * 3, THREADS],
     "zinfer_quant": [*[POINTER] * 6, *[SIZE] * 5, THREADS],
 }
@@ -52,4 +56,5 @@ STEPS = (  # of a tape, in the order of tape.c
     "zinfer_dense",
     "zinfer_columns",
     "zinfer_quant",
+    "zinfer_lossless",
 )

@@ -5,7 +5,7 @@
 #include "kernels.h"
 
 /* The order of zinfer.kernels.native.signatures.STEPS. */
-enum { NORM, LAYER_NORM, ROTATE, ATTEND, ACTIVATE, GATE, ADD, WIDEN, MOVE, DENSE, COLUMNS, QUANT };
+enum { NORM, LAYER_NORM, ROTATE, ATTEND, ACTIVATE, GATE, ADD, WIDEN, MOVE, DENSE, COLUMNS, QUANT, LOSSLESS };
 
 typedef struct {
     uint64_t kind, words[15]; /* arguments but the number of threads: addresses, sizes, doubles by their bits */
@@ -91,6 +91,10 @@ void zinfer_play(const void *tape, size_t count, unsigned threads) {
             case COLUMNS: zinfer_columns(AT(0), AT(1), AT(2), AT(3), w[4], w[5], w[6], threads); break;
             case QUANT:
                 zinfer_quant(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), w[6], w[7], w[8], w[9], w[10], threads);
+                break;
+            case LOSSLESS:
+                zinfer_lossless(AT(0), AT(1), AT(2), AT(3), AT(4), AT(5), AT(6), w[7], w[8], w[9], w[10], w[11],
+                                threads);
                 break;
 #endif
         }
