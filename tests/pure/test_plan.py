@@ -22,7 +22,9 @@ from zinfer.plan.explain import alternatives, explain, explained_dict
 from zinfer.plan.make import Plan, as_read
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
 from zinfer.plan.records import Budget, KvPlan, Tier, Workload
+from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.records import DTYPE_BYTES
+from zinfer.spec.stored import as_stored, layouts
 
 MIB, GIB = 2**20, 2**30
 
@@ -303,10 +305,26 @@ def test_an_alternative_is_what_planning_with_its_flags_gives():
     flags = {"device": "cpu", "runtime__lookahead": 2}
     plan = plan_of(spec, memory__host="250MiB", **flags)
     for other in alternatives(spec, plan):
-        if other.pass_s is not None:
+        if other.pass_s is not None and other.kind == "budgets":
             size = re.fullmatch(r"--host-mem (\w+)", other.flags)[1]
             again = plan_of(spec, memory__host=size, **flags)
             assert again.forecast.pass_s <= other.pass_s * 1.05
+
+
+def test_what_a_store_would_buy_is_what_planning_with_it_gives():
+    spec, flags = small_llama(), {"device": "cpu", "runtime__lookahead": 2, "memory__host": "250MiB"}
+    plan = plan_of(spec, **flags)
+    stores = {other.flags.split()[-1]: other for other in alternatives(spec, plan) if other.kind == "stores"}
+    assert stores.keys() == {LOSSLESS, "int4"}
+    assert stores["int4"].pass_s < stores[LOSSLESS].pass_s < 0.8 * plan.forecast.pass_s
+    for weights, other in stores.items():
+        again = plan_of(as_stored(spec, weights, next(iter(layouts(weights)))), **flags)
+        assert again.forecast.pass_s == pytest.approx(other.pass_s, rel=0.15)
+    text = "\n".join(explain(plan, list(stores.values())))
+    assert re.search(r"stores +zinfer shard --weights lossless .* · the same bits", text)
+    assert re.search(r"int4 .* · weights are rounded", text)
+    resident = plan_of(spec, **flags | {"memory__host": "4GiB"})
+    assert {other.kind for other in alternatives(spec, resident)} == {"budgets"}, "what stays gains nothing"
 
 
 FLAT = Compute(

@@ -1,8 +1,7 @@
 """Products with a weight that is packed without loss.  In: rows of activations, a LosslessWeight.  Out: rows.
 
 The format is that of `zinfer.spec.lossless`.  The compiled kernel unpacks some outputs at a time onto its threads'
-stacks and multiplies them as any other weight: the same bits.  Where there is none, or rows are so many that weights
-would be unpacked again for each block of them, a slot takes a piece of the matrix.
+stacks and multiplies them as any other weight: the same bits.  Where there is none a slot takes a piece of the matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from zinfer.kernels.native.calls import Kernels, kernels
 from zinfer.kernels.products import linear, row_sizes
-from zinfer.spec.cost import EXACT_ROWS
 from zinfer.spec.lossless import HEAD, LISTED, RUN, SHARED, most_exceptions, slot_outputs
 from zinfer.spec.records import ModelSpec
 
@@ -84,8 +82,8 @@ def lossless_linear(
 
     In exact mode, where kernels are compiled, with the very same bits.
     """
-    native, is_few = reader(x_TI.device.type), x_TI.shape[0] <= EXACT_ROWS
-    if native is not None and is_few and x_TI.dtype == torch.bfloat16:
+    native = reader(x_TI.device.type)
+    if native is not None and x_TI.dtype == torch.bfloat16:
         parts = (weight.rest, weight.codes, weight.exponents)
         return native.lossless(x_TI, parts, weight.outputs, bias, into_TO)
     y_TO = x_TI.new_empty(x_TI.shape[0], weight.outputs) if into_TO is None else into_TO

@@ -1,11 +1,12 @@
-"""Say a plan in words.  In: a Plan.  Out: lines for people, and what other budgets would buy, also as plain records."""
+"""Say a plan in words.  In: a Plan.  Out: lines for people, and what other budgets or stores would buy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
+from zinfer.chunks.table import PAGE, Chunk, ChunkTable, Read
 from zinfer.errors import BudgetError
 from zinfer.plan.forecast import decode_load, simulate_load
 from zinfer.plan.make import Plan
@@ -13,26 +14,31 @@ from zinfer.plan.place import place, size_flag
 from zinfer.plan.records import Budget, Forecast, KvPlan, Tier
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.shares import COMPUTE, ROWS, largest_share, link_seconds, num_share_slots, ways_up
+from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.records import ModelSpec
-from zinfer.units import Bytes, rate_text, seconds_text
+from zinfer.spec.stored import PUBLISHED, as_stored, layouts, op_bytes, workspace_bytes
+from zinfer.units import Bytes, rate_text, round_up, seconds_text
 
 _MAP_WIDTH = 72
+_OFFERED = (LOSSLESS, "int4")  # the most exact format and the smallest
 _LETTERS = {Tier.DEVICE: "D", Tier.HOST: "H", Tier.DISK: "."}
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Another budget, as flags, and the decode pass it would buy; None: it does not fit."""
+    """Another budget, or another format of the weights, as flags, and the decode pass it would buy; None: no fit."""
 
     flags: str
     pass_s: float | None
     tokens_per_s: float | None
+    kind: Literal["budgets", "stores"] = "budgets"
 
 
 def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
-    """Half and twice the compute tier's budget, twice the host's, and all weights in the compute tier.
+    """Half and twice the compute tier's budget, twice the host's, and all weights in the compute tier; of published
+    weights that stream also two formats in which a store would hold them, at the plan's budget.
 
-    Same chunks, cache and lookahead as the plan; for an exact answer plan again with the flags.
+    Same chunks, cache and lookahead as the plan; for an exact answer plan again with the flags, or for the store.
     """
     tier = plan.placement.compute_tier
     have, host = (plan.budget.host, 0) if tier is Tier.HOST else (plan.budget.device, plan.budget.host)
@@ -41,7 +47,9 @@ def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
     budgets = [Budget(host=size) if tier is Tier.HOST else Budget(host, size) for size in sizes]
     if host:
         budgets.append(Budget(host * 2, have))
-    return [_alternative(spec, plan, budget) for budget in budgets]
+    found = [_alternative(spec, plan, budget) for budget in budgets]
+    streams = plan.placement.slots > 0 and spec.weights == PUBLISHED
+    return [*found, *(_store(spec, plan, weights) for weights in _OFFERED)] if streams else found
 
 
 def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
@@ -116,14 +124,41 @@ def _alternative(spec: ModelSpec, plan: Plan, budget: Budget) -> Alternative:
     flags = size_flag(Tier.HOST, budget.host)
     if tier is Tier.DEVICE:
         flags = f"{size_flag(tier, budget.device)} {flags}"
-    lookahead = plan.placement.lookahead or 1
+    pass_s = _pass_s(spec, plan, plan.table, budget)
+    return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None)
+
+
+def _store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative:
+    """What `zinfer shard` would buy, wherever the layout is that of this machine's kernel."""
+    stored = as_stored(spec, weights, next(iter(layouts(weights))))
+    table = replace(plan.table, chunks=tuple(_rewritten(spec, stored, chunk) for chunk in plan.table.chunks))
+    unpacking = workspace_bytes(stored, plan.device)
+    reserve = replace(plan.reserve, activations=plan.reserve.activations + unpacking)
+    is_other = any(op.stored for op in stored.program)
+    pass_s = _pass_s(stored, replace(plan, reserve=reserve), table, plan.budget) if is_other else None
+    speed = plan.workload.batch / pass_s if pass_s else None
+    return Alternative(f"zinfer shard --weights {weights}", pass_s, speed, "stores")
+
+
+def _rewritten(spec: ModelSpec, stored: ModelSpec, chunk: Chunk) -> Chunk:
+    """The same ops in one read of as many bytes as a store would hold of them."""
+    if not chunk.ops:
+        return chunk
+    before, after = (sum(op_bytes(one, one.program[op]) for op in chunk.ops) for one in (spec, stored))
+    nbytes = round_up(chunk.nbytes - before + after, PAGE)
+    return replace(chunk, nbytes=nbytes, weight_bytes=after, reads=(Read(0, 0, nbytes, 0, nbytes),), moves=())
+
+
+def _pass_s(spec: ModelSpec, plan: Plan, table: ChunkTable, budget: Budget) -> float | None:
+    """A decode pass of these chunks under this budget; None where they do not fit."""
+    tier, lookahead = plan.placement.compute_tier, plan.placement.lookahead or 1
     try:
-        placement = place(plan.table, budget, compute_tier=tier, reserve=plan.reserve, lookahead=lookahead)
+        placement = place(table, budget, compute_tier=tier, reserve=plan.reserve, lookahead=lookahead)
     except BudgetError:
-        return Alternative(flags, None, None)
-    schedule, load = build_schedule(plan.table, placement), decode_load(plan.workload)
-    _, steady = simulate_load(spec, plan.table, placement, schedule, plan.machine, load, exact=plan.exact)
-    return Alternative(flags, steady.seconds, plan.workload.batch / steady.seconds)
+        return None
+    schedule, load = build_schedule(table, placement), decode_load(plan.workload)
+    _, steady = simulate_load(spec, table, placement, schedule, plan.machine, load, exact=plan.exact)
+    return steady.seconds
 
 
 def _tier_lines(plan: Plan) -> list[str]:
@@ -182,10 +217,20 @@ def _alternative_lines(others: Sequence[Alternative]) -> list[str]:
     if not others:
         return []
     width = max(len(other.flags) for other in others)
-    lines = [""]
+    lines, said = [""], ""
     for other in others:
         bought = "does not fit"
         if other.pass_s is not None:
             bought = f"{seconds_text(other.pass_s):>8} per pass · {other.tokens_per_s:.3g} tokens/s"
-        lines.append(f"{'budgets' if len(lines) == 1 else '':<11}{other.flags:<{width}}  {bought}")
+        lines.append(
+            f"{other.kind if other.kind != said else '':<11}{other.flags:<{width}}  {bought}{_price(other)}"
+        )
+        said = other.kind
     return [*lines, ""]
+
+
+def _price(other: Alternative) -> str:
+    """What a store's format costs beside the disk."""
+    if other.kind == "budgets" or other.pass_s is None:
+        return ""
+    return " · the same bits" if other.flags.endswith(LOSSLESS) else " · weights are rounded"

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from zinfer.spec.records import DTYPE_BYTES, Op, WeightRef
-from zinfer.units import MIB
+from zinfer.units import KIB, MIB
 
 LOSSLESS = "lossless"
 LAYOUT = "exponents-16"
@@ -31,9 +31,9 @@ RUN = 64  # weights whose codes lie together: inputs are a multiple of it
 MOST_INPUTS = 2**15  # a kernel's thread unpacks some outputs onto its stack
 ROLES = ("rest", "codes", "exponents")
 WEIGHT_BYTES = 1.51  # a list and room for exceptions included
-# Of bf16 into which outputs are unpacked where no kernel reads them packed, or rows are many; on a GPU a small step
-# costs as much as a larger one.
-SLOT_BYTES = MIB
+# Of bf16 into which outputs are unpacked where no kernel reads them packed; on a GPU a small step costs as much as a
+# larger one.
+SLOT_BYTES = 256 * KIB
 GPU_SLOT_BYTES = 8 * MIB
 _WORK_BYTES = 14  # of each weight in the slot, while torch unpacks it
 _DTYPE = "BF16"
