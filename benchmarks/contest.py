@@ -169,12 +169,12 @@ class Contest(Conditions):
         if not row.answer or row.is_right:
             row.answer = answer
 
-    def rounds(self, contestants: list[Engine], modes: tuple[str, ...], count: int) -> Iterator[Row]:
-        """All engines in all modes, `count` times; yields each row as it is done.  A failing engine stays out."""
+    @staticmethod
+    def turns(contestants: list[Engine], modes: tuple[str, ...], count: int) -> Iterator[tuple[Engine, str]]:
+        """All engines in all modes, `count` times, in alternating order."""
         turns = [(engine, mode) for mode in modes for engine in contestants if mode in engine.modes]
         for number in range(count):
-            for engine, mode in turns if number % 2 == 0 else reversed(turns):
-                yield self.enter(engine, mode)
+            yield from turns if number % 2 == 0 else reversed(turns)
 
     def ratio(self, row: Row) -> float | None:
         """How many times longer a pass takes than zinfer's in the same mode; None where it may not be formed."""

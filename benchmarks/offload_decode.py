@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from contest import (
     random_prompts,
 )
 from harness import MIB, Record, end_on_signals, summary
-from roofs import Roofs, add_model_options, measure
+from roofs import Roofs, add_model_options, measure, products_now
 
+OURS = ("zinfer", RESIDENT)  # what is held to the products
 TARGETS = {  # what the project wants of these rows: engine -> (mode, at least this many times longer than zinfer)
     "accelerate": (STREAMED, 3.5),
     "airllm": (STREAMED, 8.0),
@@ -96,9 +99,19 @@ def compete(options: argparse.Namespace, kind: str, prompts: tuple[int, int]) ->
     for engine in contestants:
         for mode in engine.modes if engine.name in broken else ():
             contest.rows[engine.name, mode] = Row(engine.name, mode, error=broken[engine.name])
-    for row in contest.rounds(contestants, tuple(options.modes.split(",")), options.rounds):
+    for engine, mode in contest.turns(contestants, tuple(options.modes.split(",")), options.rounds):
+        with products_beside(roofs, model, options.work) if (engine.name, mode) == OURS else nullcontext():
+            row = contest.enter(engine, mode)  # one that failed once stays out
         print(line(contest, row), flush=True)
     return contest, roofs
+
+
+@contextmanager
+def products_beside(roofs: Roofs, model: Path, work: Path) -> Iterator[None]:
+    """Time the products right before and right after a run."""
+    roofs.beside.append(products_now(model, work, 3)["products"])
+    yield
+    roofs.beside.append(products_now(model, work, 3)["products"])
 
 
 def line(contest: Contest, row: Row) -> str:
@@ -137,6 +150,7 @@ def limits(contest: Contest, roofs: Roofs) -> dict[str, Any]:
         "load_all_s": load_s,
         "resident_s": roofs.weights_once_s,
         "resident_products_s": roofs.products,
+        "resident_products_beside_s": roofs.beside,
         "weight_bytes": roofs.weight_bytes,
     }
     if streamed and streamed.median and bound:

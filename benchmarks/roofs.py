@@ -12,8 +12,10 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from conditions import ENGINES, checkpoint_bytes, embedding_bytes, weight_files
 from contest import checkpoint
@@ -22,7 +24,11 @@ from harness import RESULTS, Record, direct_read_rate, run_child, summary
 
 @dataclass(frozen=True, slots=True)
 class Roofs:
-    """Measured limits.  `read_rates` are bytes per second, [] where direct reads are refused."""
+    """Measured limits.  `read_rates` are bytes per second, [] where direct reads are refused.
+
+    `beside` are the products once more, right before and right after the runs that are held to them: a machine that
+    others use too changes within minutes.
+    """
 
     checkpoint_bytes: int
     embedding_bytes: int
@@ -30,6 +36,7 @@ class Roofs:
     products: dict[str, list[float]]  # name -> [median, smallest, largest] seconds
     weight_bytes: int
     threads: int
+    beside: list[dict[str, list[float]]] = field(default_factory=list)
 
     @property
     def read_rate(self) -> float | None:
@@ -38,8 +45,9 @@ class Roofs:
 
     @property
     def weights_once_s(self) -> float:
-        """Seconds to read all matrices once from memory by the fastest product."""
-        return min(median for median, _, _ in self.products.values())
+        """Seconds to read all matrices once from memory by the fastest product: the mean of `beside`, if any."""
+        moments = self.beside or [self.products]
+        return fmean(min(median for median, _, _ in products.values()) for products in moments)
 
     def load_s(self) -> float | None:
         """Seconds to read all bytes once."""
@@ -52,8 +60,8 @@ def read_rates(model: Path, repeats: int = 3) -> list[float]:
     return [rate for rate in rates if rate is not None]
 
 
-def measure(model: Path, work: Path, repeats: int = 5) -> Roofs:
-    """All limits, products in a process of their own.  Raises RuntimeError if that fails."""
+def products_now(model: Path, work: Path, repeats: int) -> dict[str, Any]:
+    """What run_roof.py says of the products, by a process of its own.  Raises RuntimeError if that fails."""
     job_file, result_file = work / "roof.job.json", work / "roof.result.json"
     job = {"kind": "roof", "model": str(model), "prompts": [], "steps": repeats, "logits": ""}
     job_file.write_text(json.dumps(job))
@@ -62,7 +70,13 @@ def measure(model: Path, work: Path, repeats: int = 5) -> Roofs:
     child = run_child(runner, work / "roof.log")
     if child.returncode:
         raise RuntimeError(f"the products cannot be measured: {child.why}")
-    result = json.loads(result_file.read_text())
+    found: dict[str, Any] = json.loads(result_file.read_text())
+    return found
+
+
+def measure(model: Path, work: Path, repeats: int = 5) -> Roofs:
+    """All limits.  Raises RuntimeError if that fails."""
+    result = products_now(model, work, repeats)
     return Roofs(
         checkpoint_bytes=checkpoint_bytes(model),
         embedding_bytes=embedding_bytes(model),
