@@ -17,6 +17,7 @@ from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
 from zinfer.kernels import choice, lossless, products, quant, served
+from zinfer.kernels.exponents import packed_without_loss
 from zinfer.kernels.paged import paged_decode, paged_decode_twin
 from zinfer.kernels.panels import dequantise
 from zinfer.layers.varlen import varlen_serves
@@ -143,7 +144,7 @@ def test_a_whole_model_gives_the_cpus_logits(family, exact, tmp_path):
 def test_lossless_weights_are_unpacked_bit_for_bit():
     weight = (0.02 * torch.randn(700, 1024)).to(torch.bfloat16)
     weight[3, :4] = torch.tensor([torch.nan, torch.inf, 1e-40, -0.0])
-    packed = lossless.packed_without_loss(weight)
+    packed = packed_without_loss(weight)
     there = packed.to(torch.device(DEVICE))
     assert torch.equal(lossless.unpacked(there).cpu().view(torch.int16), weight.view(torch.int16))
     x = torch.randn(5, 1024, dtype=torch.bfloat16, device=DEVICE)

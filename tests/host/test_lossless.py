@@ -1,7 +1,6 @@
 """Weights packed without loss: every bit comes back, products are those of the published weights, harm is seen."""
 
 import ctypes
-import json
 import subprocess
 
 import pytest
@@ -17,16 +16,13 @@ from zinfer.chunks.manifest import read_manifest
 from zinfer.chunks.quality import check_quality
 from zinfer.chunks.store import shard, silent, verify_store
 from zinfer.errors import CheckpointError, UsageError
-from zinfer.kernels import lossless
-from zinfer.kernels.lossless import (
+from zinfer.kernels.exponents import (
     LosslessWeight,
     TooManyExponentsError,
-    lossless_linear,
-    made_up,
     packed_without_loss,
-    unpacked,
     unpacked_by_torch,
 )
+from zinfer.kernels.lossless import lossless_linear, made_up, unpacked
 from zinfer.kernels.native import build, calls
 from zinfer.kernels.native.signatures import FLAGS
 from zinfer.kernels.native.tape import TapeRecorder
@@ -225,10 +221,9 @@ def test_every_placement_of_a_store_gives_the_published_bits(family, tmp_path):
 def test_other_weights_would_give_other_logits(tmp_path, monkeypatch):
     """What the test above rests on: one exponent read wrongly in each tile's list is enough."""
     folder, store = write_tiny("llama", tmp_path / "model"), tmp_path / "store"
-    pack = lossless.packed_without_loss
 
     def shifted(matrix_OI):
-        packed = pack(matrix_OI)
+        packed = packed_without_loss(matrix_OI)
         packed.exponents[:, 0] += 1
         return packed
 
@@ -287,8 +282,12 @@ def test_4156_weights_of_too_many_exponents_and_3006_of_another_dtype(tmp_path):
         shard(folder, tmp_path / "store", encoder=Packer())
     assert caught.value.code == "ZI-4156"
     assert "--out DIR   # as published" in caught.value.remedy
-    shard(folder, tmp_path / "plain")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(wild.shape, dtype=torch.bfloat16)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(wild.shape, dtype=torch.float32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError) as mixed:
+        shard(folder, tmp_path / "mixed", encoder=Packer())
+    assert mixed.value.code in ("ZI-4154", "ZI-4156")
     with pytest.raises(UsageError, match="F32") as refused:
         shard(write_tiny("llama", tmp_path / "wide", "float32"), tmp_path / "no", encoder=Packer())
     assert refused.value.code == "ZI-3006"
-    assert json.loads((tmp_path / "plain" / "zinfer.json").read_bytes())["weights"] == "published"

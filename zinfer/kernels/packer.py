@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from zinfer.chunks.encode import Encoded, Misfit
-from zinfer.kernels.lossless import LosslessWeight, lossless_weight, packed_without_loss, unpacked
+from zinfer.kernels.exponents import LosslessWeight, lossless_weight, packed_without_loss
+from zinfer.kernels.lossless import unpacked
 from zinfer.spec.lossless import LAYOUT, LOSSLESS, SHARED
 
 _PIECE_NUMEL = 2**21  # of the matrix at once: packing holds some thirty bytes of each beside the result
@@ -25,8 +26,11 @@ class Packer:
     ) -> Encoded:
         """Parts by role; infinities and what is no number are kept like any weight.
 
-        Raises TooManyExponentsError where outputs need more exceptions than there is room for.
+        Raises TooManyExponentsError where outputs need more exceptions than there is room for, ValueError where the
+        matrix is of another dtype than the model.
         """
+        if dtype != "BF16":
+            raise ValueError(f"it is published in {dtype}, the format takes BF16")
         matrix_OI = _matrix(raw, shape)
         pieces = [packed_without_loss(matrix_OI[rows]) for rows in _pieces(matrix_OI)]
         parts = {

@@ -8,7 +8,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 from zinfer.kernels import lossless, quant
-from zinfer.kernels.lossless import LosslessWeight, lossless_linear, lossless_weight
+from zinfer.kernels.exponents import LosslessWeight, lossless_weight
+from zinfer.kernels.lossless import lossless_linear
 from zinfer.kernels.panels import QuantWeight, quant_weight
 from zinfer.kernels.products import linear
 from zinfer.kernels.quant import native_layout, quant_linear

@@ -7,7 +7,6 @@ published.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from zinfer.spec import lossless, quant
 from zinfer.spec.lossless import LOSSLESS
@@ -20,8 +19,6 @@ STORED_BYTES = DTYPE_BYTES | {"U8": 1}
 RMS_LIMITS = quant.RMS_LIMITS | {LOSSLESS: 0.0}
 WEIGHT_BYTES = quant.WEIGHT_BYTES | {LOSSLESS: lossless.WEIGHT_BYTES}
 RATE_NAMES = quant.RATE_NAMES | {LOSSLESS: "BF12"}  # under which a machine's profile has their products
-
-Format = Literal["published", "lossless", "int8", "int4"]
 
 
 def layouts(weights: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zinfer.kernels.exponents import packed_without_loss, unpacked_by_torch
 from zinfer.kernels.panels import QuantWeight, dequantise, pack_nibbles
 from zinfer.spec.quant import GROUP
 
@@ -66,6 +67,16 @@ def wrong(found: Any) -> str:
             rows = x.repeat(count, 1)
             want = rows.float() @ weight.float().t() + bias.float()
             pairs[f"product of {len(rows)} rows"] = (found.dense(rows, weight, bias), want)
+        listed = packed_without_loss(weight[:, :GROUP].repeat(1, 2))
+        parts, want = (listed.rest, listed.codes, listed.exponents), unpacked_by_torch(listed)
+        differing = (found.unpack(parts, len(want)).view(torch.int16) != want.view(torch.int16)).sum()
+        pairs["unpacking"] = (1 + differing, torch.ones(()))  # every bit counts
+        for count in (1, 8):
+            rows = x[:, : 2 * GROUP].repeat(count, 1)
+            pairs[f"lossless product of {len(rows)} rows"] = (
+                found.lossless(rows, parts, len(want), bias),
+                rows.float() @ want.float().t() + bias.float(),
+            )
         for name, low in (("int4", None), ("int8", nibbles.flip(1))):
             packed = QuantWeight(nibbles, scales, low, 60)
             rows = x[:, : 2 * GROUP].contiguous()
