@@ -22,7 +22,7 @@ from zinfer.kernels.exponents import (
     packed_without_loss,
     unpacked_by_torch,
 )
-from zinfer.kernels.lossless import lossless_linear, made_up, unpacked
+from zinfer.kernels.lossless import lossless_linear, made_up, packed, unpacked
 from zinfer.kernels.native import build, calls
 from zinfer.kernels.native.signatures import FLAGS
 from zinfer.kernels.native.tape import TapeRecorder
@@ -68,6 +68,22 @@ def test_every_bit_comes_back_by_either_path(shape):
     assert num_exceptions(packed) > 2
     assert torch.equal(bits(unpacked_by_torch(packed)), bits(weight))
     assert torch.equal(bits(unpacked(packed)), bits(weight))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 64), (48, 2048)])
+def test_the_compiled_packer_writes_the_twins_bytes(shape):
+    """Also of outputs that leave a rest, of ties, and of exceptions to the last place."""
+    even = torch.exp2(torch.arange(shape[0] * shape[1]).view(shape) % 15 - 7.0).to(BF16)
+    for weight in (odd(*shape), gaussian(*shape), even, torch.zeros(shape, dtype=BF16)):
+        one, two = packed(weight), packed_without_loss(weight)
+        for role in ("rest", "codes", "exponents"):
+            assert torch.equal(getattr(one, role), getattr(two, role)), role
+    wild = torch.exp2(torch.arange(shape[0] * shape[1]).view(shape) % 40 - 20.0).to(BF16)
+    with pytest.raises(TooManyExponentsError) as told:
+        packed(wild)
+    with pytest.raises(TooManyExponentsError) as twins:
+        packed_without_loss(wild)
+    assert str(told.value) == str(twins.value)
 
 
 def test_every_bfloat16_there_is_comes_back():
@@ -227,7 +243,7 @@ def test_other_weights_would_give_other_logits(tmp_path, monkeypatch):
         packed.exponents[:, 0] += 1
         return packed
 
-    monkeypatch.setattr("zinfer.kernels.packer.packed_without_loss", shifted)
+    monkeypatch.setattr("zinfer.kernels.packer.packed", shifted)
     shard(folder, store, encoder=Packer())
     reference, other = (run(at, device="cpu", memory={"host": "1GiB"}) for at in (folder, store))
     assert not torch.equal(reference[2], other[2])

@@ -90,8 +90,17 @@ def unpacked_by_torch(weight: LosslessWeight) -> Tensor:
     return bits.view(torch.bfloat16)[: weight.outputs]
 
 
+def check_exceptions(count: int, room: int) -> None:
+    """Raises TooManyExponentsError where a tile has no room for so many."""
+    if count > room:
+        raise TooManyExponentsError(
+            f"{SHARED} outputs hold {count} weights with other exponents than their {LISTED} most frequent; "
+            f"there is room for {room}"
+        )
+
+
 def packed_without_loss(matrix_OI: Tensor) -> LosslessWeight:
-    """Pack bf16 [O, I], I a multiple of RUN; the same bytes every time.
+    """The slow twin of `lossless.packed`: bf16 [O, I], I a multiple of RUN; the same bytes every time.
 
     Raises TooManyExponentsError where a tile has more exceptions than there is room for.
     """
@@ -105,11 +114,7 @@ def packed_without_loss(matrix_OI: Tensor) -> LosslessWeight:
     is_exception = codes == LISTED
     counts = is_exception.sum(1).view(tiles, SHARED)
     ends, room = counts.cumsum(1), most_exceptions(inputs)
-    if int(ends.max()) > room:
-        raise TooManyExponentsError(
-            f"{SHARED} outputs hold {int(ends.max())} weights with other exponents than their {LISTED} most "
-            f"frequent; there is room for {room}"
-        )
+    check_exceptions(int(ends.max()), room)
     head = torch.zeros(tiles, HEAD + room, dtype=torch.uint8)
     head[:, :LISTED] = lists
     head[:, SHARED:HEAD] = (ends - counts).to(torch.int16).view(torch.uint8).view(tiles, -1)

@@ -11,10 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from zinfer.kernels.exponents import LosslessWeight, packed_without_loss, unpacked_by_torch
+from zinfer.kernels.exponents import LosslessWeight, check_exceptions, packed_without_loss, unpacked_by_torch
 from zinfer.kernels.native.calls import Kernels, kernels
 from zinfer.kernels.products import linear, row_sizes
-from zinfer.spec.lossless import RUN, SHARED, slot_outputs
+from zinfer.spec.lossless import HEAD, RUN, SHARED, most_exceptions, slot_outputs
 from zinfer.spec.records import ModelSpec
 
 
@@ -60,6 +60,21 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
             step = slot_outputs(inputs, device)
             for piece in {min(step, outputs), outputs % step} - {0}:
                 row_sizes(torch.bfloat16, device, piece, inputs, False, False, torch.get_num_threads())
+
+
+def packed(matrix_OI: Tensor) -> LosslessWeight:
+    """Pack bf16 [O, I], I a multiple of RUN, by the compiled kernel where there is one: the same bytes either way.
+
+    Raises TooManyExponentsError.
+    """
+    native, (outputs, inputs) = kernels(), matrix_OI.shape
+    if native is None:
+        return packed_without_loss(matrix_OI)
+    tiles, room = -(-outputs // SHARED), most_exceptions(inputs)
+    shapes = (tiles, SHARED, inputs), (tiles, SHARED, inputs // 2), (tiles, HEAD + room)
+    rest, codes, exponents = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+    check_exceptions(native.pack(matrix_OI, (rest, codes, exponents)), room)
+    return LosslessWeight(rest, codes, exponents, outputs)
 
 
 def unpacked(weight: LosslessWeight) -> Tensor:

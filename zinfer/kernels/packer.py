@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from zinfer.chunks.encode import Encoded, Misfit
-from zinfer.kernels.exponents import LosslessWeight, lossless_weight, packed_without_loss
-from zinfer.kernels.lossless import unpacked
+from zinfer.kernels.exponents import LosslessWeight, lossless_weight
+from zinfer.kernels.lossless import packed, unpacked
 from zinfer.spec.lossless import LAYOUT, LOSSLESS, SHARED
 
 _PIECE_NUMEL = 2**21  # of the matrix at once: packing holds some thirty bytes of each beside the result
@@ -32,7 +32,7 @@ class Packer:
         if dtype != "BF16":
             raise ValueError(f"it is published in {dtype}, the format takes BF16")
         matrix_OI = _matrix(raw, shape)
-        pieces = [packed_without_loss(matrix_OI[rows]) for rows in _pieces(matrix_OI)]
+        pieces = [packed(matrix_OI[rows]) for rows in _pieces(matrix_OI)]
         parts = {
             "rest": torch.cat([piece.rest for piece in pieces]),
             "codes": torch.cat([piece.codes for piece in pieces]),
@@ -78,12 +78,11 @@ def _pieces(matrix_OI: Tensor) -> list[slice]:
 def _misfit(weight: LosslessWeight, matrix_OI: Tensor) -> Misfit:
     """A weight that differs counts one, whatever the two are; so does the whole where it is the worst group."""
     differing = sum(
-        int(
-            (
-                unpacked(weight.rows(rows.start, rows.stop)).view(torch.int16)
-                != matrix_OI[rows].view(torch.int16)
-            ).sum()
-        )
-        for rows in _pieces(matrix_OI)
+        _differing(weight.rows(rows.start, rows.stop), matrix_OI[rows]) for rows in _pieces(matrix_OI)
     )
     return Misfit(float(differing), float(matrix_OI.numel()), float(differing > 0))
+
+
+def _differing(weight: LosslessWeight, rows_OI: Tensor) -> int:
+    found, wanted = unpacked(weight).view(torch.int16), rows_OI.view(torch.int16)
+    return 0 if torch.equal(found, wanted) else int((found != wanted).sum())

@@ -293,6 +293,14 @@ class Kernels:
         self._do("zinfer_unpack", *where, y_OI.data_ptr(), outputs, inputs)
         return y_OI
 
+    def pack(self, matrix_OI: Tensor, parts: Sequence[Tensor]) -> int:
+        """Fill `parts` with such a weight; returns how many exceptions the tile with most of them has."""
+        outputs, inputs = matrix_OI.shape
+        most, matrix_OI = torch.empty(1, dtype=torch.long), matrix_OI.contiguous()
+        where = [part.data_ptr() for part in (matrix_OI, *parts, most)]
+        self._do("zinfer_pack", *where, outputs, inputs)
+        return int(most)
+
     def columns(self, x_TI: Tensor, weight_IO: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a weight that is published the other way round, plus bias: [T, O]."""
         num_rows, inputs = x_TI.shape

@@ -23,6 +23,8 @@ void zinfer_gate(const bf16 *gate, const bf16 *up, const bf16 *table, bf16 *y, s
 void zinfer_largest(const float *x, int64_t *ids, float *tops, size_t rows, size_t width, unsigned num_threads);
 void zinfer_unpack(const uint8_t *rest, const uint8_t *codes, const uint8_t *exponents, bf16 *y, size_t outputs,
                    size_t inputs, unsigned num_threads);
+void zinfer_pack(const bf16 *x, uint8_t *rest, uint8_t *codes, uint8_t *exponents, int64_t *most, size_t outputs,
+                 size_t inputs, unsigned num_threads);
 int zinfer_has_products(void);
 #ifdef __AVX512BF16__
 void zinfer_dense(const bf16 *x, const bf16 *weight, const bf16 *bias, void *y, bf16 *scratch, size_t rows,

@@ -1,4 +1,4 @@
-/* Weights that are packed without loss, bfloat16 again.  Python side: zinfer.kernels.native.calls.
+/* Weights packed without loss, and bfloat16 again.  Python side: zinfer.kernels.native.calls.
  *
  * A weight is its sign and fraction, eight bits, and a code of four that stands for one of the fifteen exponents that are
  * most frequent among its tile's outputs.  The sixteenth code takes the next of the tile's exceptions. */
@@ -121,4 +121,61 @@ void zinfer_unpack(const uint8_t *rest, const uint8_t *codes, const uint8_t *exp
                    size_t inputs, unsigned num_threads) {
     unpack_t job = {{rest, codes, exponents, inputs}, y, outputs};
     share_runs(unpack_piece, &job, outputs, rows_per_piece(inputs), num_threads);
+}
+
+typedef struct {
+    const bf16 *x;
+    uint8_t *rest, *codes, *exponents;
+    size_t outputs, inputs;
+    atomic_size_t most; /* exceptions of a tile */
+} packing_t;
+
+/* The most frequent exponents of `count` weights, of equals the smaller first; and the code of each exponent. */
+static void make_list(const bf16 *x, size_t count, uint8_t *list, uint8_t *code_of) {
+    int64_t counts[256] = {0};
+    for (size_t i = 0; i < count; i++) counts[x[i] >> 7 & 0xff]++;
+    memset(code_of, EXCEPTION, 256);
+    for (int k = 0; k < EXCEPTION; k++) {
+        int best = 0;
+        for (int e = 1; e < 256; e++)
+            if (counts[e] > counts[best]) best = e;
+        counts[best] = -1;
+        code_of[best] = (uint8_t)k;
+        list[k] = (uint8_t)best;
+    }
+}
+
+static void pack_tile(void *data, size_t tile) {
+    packing_t *job = data;
+    const size_t inputs = job->inputs, first = tile * SHARED, room = ROOM(inputs) - HEAD;
+    const size_t outputs = job->outputs - first < SHARED ? job->outputs - first : SHARED;
+    const bf16 *x = job->x + first * inputs;
+    uint8_t *list = job->exponents + tile * ROOM(inputs), code_of[256];
+    size_t total = 0;
+    memset(list, 0, ROOM(inputs));
+    memset(job->rest + first * inputs, 0, SHARED * inputs);
+    memset(job->codes + first * inputs / 2, 0, SHARED * inputs / 2);
+    make_list(x, outputs * inputs, list, code_of);
+    for (size_t output = 0; output < SHARED; output++) {
+        const uint16_t begin = (uint16_t)total;
+        memcpy(list + SHARED + output * sizeof begin, &begin, sizeof begin);
+        if (output >= outputs) continue;
+        uint8_t *rest = job->rest + (first + output) * inputs, *codes = job->codes + (first + output) * inputs / 2;
+        for (size_t i = 0; i < inputs; i++, x++) {
+            const uint8_t exponent = (uint8_t)(*x >> 7), code = code_of[exponent];
+            rest[i] = (uint8_t)((*x >> 8 & 0x80) | (*x & FRACTION));
+            codes[i / STEP * (STEP / 2) + i % (STEP / 2)] |= (uint8_t)(i % STEP < STEP / 2 ? code : code << 4);
+            if (code == EXCEPTION && total++ < room) list[HEAD + total - 1] = exponent;
+        }
+    }
+    size_t most = atomic_load(&job->most);
+    while (total > most && !atomic_compare_exchange_weak(&job->most, &most, total)) {}
+}
+
+/* x [outputs, inputs] packed; returns in `most` the exceptions of the tile that has most, which may be too many. */
+void zinfer_pack(const bf16 *x, uint8_t *rest, uint8_t *codes, uint8_t *exponents, int64_t *most, size_t outputs,
+                 size_t inputs, unsigned num_threads) {
+    packing_t job = {x, rest, codes, exponents, outputs, inputs, 0};
+    share(pack_tile, &job, (outputs + SHARED - 1) / SHARED, num_threads);
+    *most = (int64_t)atomic_load(&job.most);
 }

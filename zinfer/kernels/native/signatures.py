@@ -35,6 +35,7 @@ ROW_KERNELS = {
     "zinfer_activate": [*[POINTER] * 3, SIZE, THREADS],
     "zinfer_gate": [*[POINTER] * 4, *[SIZE] * 4, THREADS],
     "zinfer_unpack": [*[POINTER] * 4, *[SIZE] * 2, THREADS],
+    "zinfer_pack": [*[POINTER] * 5, *[SIZE] * 2, THREADS],
     "zinfer_largest": [*[POINTER] * 3, *[SIZE] * 2, THREADS],
 }
 PRODUCTS = {

@@ -69,6 +69,10 @@ def wrong(found: Any) -> str:
             pairs[f"product of {len(rows)} rows"] = (found.dense(rows, weight, bias), want)
         listed = packed_without_loss(weight[:, :GROUP].repeat(1, 2))
         parts, want = (listed.rest, listed.codes, listed.exponents), unpacked_by_torch(listed)
+        again = [torch.empty_like(part) for part in parts]
+        found.pack(want, again)
+        listed_wrongly = sum((one != two).sum() for one, two in zip(again, parts, strict=True))
+        pairs["packing"] = (1 + listed_wrongly, torch.ones(()))
         differing = (found.unpack(parts, len(want)).view(torch.int16) != want.view(torch.int16)).sum()
         pairs["unpacking"] = (1 + differing, torch.ones(()))  # every bit counts
         for count in (1, 8):
