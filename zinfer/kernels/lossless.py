@@ -41,6 +41,7 @@ def lossless_linear(
         piece_OI = unpacked(weight.rows(start, stop)).to(x_TI.dtype)
         part = None if bias is None else bias[start:stop]
         linear(x_TI, piece_OI, part, exact=exact, into_TO=y_TO[:, start:stop])
+        del piece_OI  # or it would lie beside the next one
     return y_TO
 
 

@@ -35,7 +35,7 @@ WEIGHT_BYTES = 1.51  # a list and room for exceptions included
 # larger one.
 SLOT_BYTES = 256 * KIB
 GPU_SLOT_BYTES = 8 * MIB
-_WORK_BYTES = 14  # of each weight in the slot, while torch unpacks it
+_WORK_BYTES = 14  # of each weight in the slot, while torch unpacks it: two more than were seen
 _DTYPE = "BF16"
 
 
