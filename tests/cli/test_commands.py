@@ -396,6 +396,8 @@ def test_a_lossless_store_from_shard_to_the_published_text(tmp_path, capsys, mon
     assert run(["verify", str(store), "--source", str(DEMO), *about, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {row["rms"] for row in told["quality"]} == {0.0}
+    assert run(["verify", str(store), "--source", str(DEMO), *about]) == 0
+    assert "every bit is the published one" in capsys.readouterr().out
     assert told["perplexity"]["rise"] == 0
     said = []
     for model in (DEMO, store):

@@ -58,9 +58,10 @@ def prepare(spec: ModelSpec, device: str, *, exact: bool) -> None:
     for op in spec.program:
         if any(part.role == "rest" for part in op.stored) and op.matrix is not None:
             outputs, inputs = op.matrix.shape
+            has_bias = any(weight.role == "bias" for weight in op.weights)
             step = slot_outputs(inputs, device)
             for piece in {min(step, outputs), outputs % step} - {0}:
-                row_sizes(torch.bfloat16, device, piece, inputs, False, False, torch.get_num_threads())
+                row_sizes(torch.bfloat16, device, piece, inputs, False, has_bias, torch.get_num_threads())
 
 
 def packed(matrix_OI: Tensor) -> LosslessWeight:
