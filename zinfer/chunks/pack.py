@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
 
@@ -65,33 +66,50 @@ def layer_sizes(source: Source) -> list[tuple[int, ...]]:
 
 def group(layers: Sequence[tuple[int, ...]], limit: int) -> list[int]:
     """How many consecutive units each chunk holds: whole layers while they fit, else parts of one."""
-    counts: list[int] = []
+    return [num_units for run in _grouped(layers, limit) for num_units, _ in run]
+
+
+def chunk_sizes(layers: Sequence[tuple[int, ...]], limit: int) -> Counter[int]:
+    """Bytes of the chunks that `group` makes, and how many there are of each."""
+    sizes: Counter[int] = Counter()
+    for run, times in Counter(_grouped(layers, limit)).items():
+        for _, nbytes in run:
+            sizes[nbytes] += times
+    return sizes
+
+
+_Run = tuple[tuple[int, int], ...]  # units and bytes of chunks in a row
+
+
+def _grouped(layers: Sequence[tuple[int, ...]], limit: int) -> Iterator[_Run]:
+    """One chunk of whole layers, or the chunks of one layer, at a time."""
     open_units = open_bytes = 0
-    parts: dict[tuple[int, ...], list[int]] = {}  # most layers are alike
+    parts: dict[tuple[int, ...], _Run] = {}  # most layers are alike
     for sizes in layers:
         layer_bytes = sum(sizes)
         if open_units and open_bytes + layer_bytes > limit:
-            counts.append(open_units)
+            yield ((open_units, open_bytes),)
             open_units = open_bytes = 0
         if layer_bytes <= limit:
             open_units += len(sizes)
             open_bytes += layer_bytes
         else:
             if sizes not in parts:
-                parts[sizes] = _fill(sizes, limit)
-            counts += parts[sizes]
-    return [*counts, open_units] if open_units else counts
+                parts[sizes] = tuple(_fill(sizes, limit))
+            yield parts[sizes]
+    if open_units:
+        yield ((open_units, open_bytes),)
 
 
-def _fill(sizes: tuple[int, ...], limit: int) -> list[int]:
-    counts, used = [0], 0
+def _fill(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[int, int]]:
+    num_units = used = 0
     for size in sizes:
-        if counts[-1] and used + size > limit:
-            counts.append(0)
-            used = 0
-        counts[-1] += 1
+        if num_units and used + size > limit:
+            yield num_units, used
+            num_units = used = 0
+        num_units += 1
         used += size
-    return counts
+    yield num_units, used
 
 
 def chunk_of(number: ChunkId, units: Sequence[Unit], source: Source) -> Chunk:

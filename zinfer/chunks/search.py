@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
-from zinfer.chunks.pack import group, layer_sizes
+from zinfer.chunks.pack import chunk_sizes, layer_sizes
 from zinfer.chunks.source import Source
 from zinfer.errors import BudgetError
 from zinfer.units import KIB, Bytes
@@ -55,12 +54,10 @@ def _candidates(layers: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def _cost(layers: Sequence[tuple[int, ...]], limit: int, budget: int, slots: int, fetch_bytes: int) -> float:
-    ends = list(accumulate(group(layers, limit)))
-    sums = [0, *accumulate(size for sizes in layers for size in sizes)]
-    chunks = Counter(sums[end] - sums[begin] for begin, end in zip([0, *ends], ends, strict=False))
-    largest = max(chunks)
-    if sums[-1] <= budget:
-        return len(ends) * fetch_bytes + largest
+    chunks = chunk_sizes(layers, limit)
+    total, largest = sum(nbytes * count for nbytes, count in chunks.items()), max(chunks)
+    if total <= budget:
+        return chunks.total() * fetch_bytes + largest
     room = budget - slots * largest
     if room < 0:
         return float("inf")

@@ -20,6 +20,7 @@ _HEADS = ("head", "dense", "classify")  # one row per sequence
 _BEHIND_ATTENTION = ("o", "gate", "up", "gate_up", "down")
 RECORDED_ROWS = 256  # the most of a pass that a host records
 _UNPACKING = 1.25  # of a product's time with the weight as it was: 0.9 to 1.3 of it with compiled kernels
+Kind = tuple[object, ...]  # of ops that take as long as each other
 _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic counts and not its reading
 
 
@@ -61,9 +62,15 @@ def chunk_seconds(
     A pass that is recorded is replayed: as one where all chunks stay, part by part where they come and go.
     """
     costs = OpCosts(spec, compute, load, exact=exact, machine=machine)
+    works: dict[Kind, float] = {}
     seconds = []
     for chunk in table.chunks:
-        work = sum(costs.work(spec.program[index]) for index in chunk.ops)
+        work = 0.0
+        for op in (spec.program[index] for index in chunk.ops):
+            kind = kind_of(spec, op)
+            if kind not in works:
+                works[kind] = costs.work(op)
+            work += works[kind]
         # Where all stays leases outlast a pass.
         chunk_s = 0.0 if costs.is_replayed and all_stay else compute.chunk_overhead_s * bool(chunk.ops)
         overhead = len(chunk.ops) * costs.overhead_s + chunk_s
@@ -112,6 +119,13 @@ class OpCosts:
                 return work + far_attention_s(spec, self._machine, self._load, keys, exact=self._exact)
             work += attention_flops(spec, self._load.rows, keys) / self._attention_rate
         return work
+
+
+def kind_of(spec: ModelSpec, op: Op) -> Kind:
+    """All that an op's seconds depend on: of a hundred layers that are alike one is worked out."""
+    window = spec.window_layers[op.layer] if spec.window_layers and 0 <= op.layer < spec.num_layers else None
+    shapes = tuple([part.shape for part in op.reads])
+    return (op.kind, shapes, bool(op.stored), op.block == op.blocks - 1, window, is_narrow(spec, op))
 
 
 def is_narrow(spec: ModelSpec, op: Op) -> bool:

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 from zinfer.config.machine import Compute, Machine
-from zinfer.plan.cost import OpCosts, PassLoad, is_narrow
+from zinfer.plan.cost import Kind, OpCosts, PassLoad, kind_of
 from zinfer.plan.records import Workload
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec, Op
 
@@ -72,20 +72,18 @@ def compute_curve(
 
     Ops of one shape cost the same, so that a model of a hundred layers costs no more than one of a few.
     """
-    alike: Counter[tuple[str, int, bool, bool, bool]] = Counter()
-    example: dict[tuple[str, int, bool, bool, bool], Op] = {}
+    alike: Counter[Kind] = Counter()
+    example: dict[Kind, Op] = {}
     for op in spec.program:
-        is_windowed = spec.window_layers is not None and 0 <= op.layer < spec.num_layers
-        windowed = bool(is_windowed and spec.window_layers and spec.window_layers[op.layer])
-        key = (op.kind, op.weight_numel, op.block == op.blocks - 1, windowed, is_narrow(spec, op))
-        alike[key] += 1
-        example.setdefault(key, op)
+        kind = kind_of(spec, op)
+        alike[kind] += 1
+        example.setdefault(kind, op)
     rows = _row_counts(workload)
     seconds: dict[str, list[float]] = {group_of(op.kind): [0.0] * len(rows) for op in example.values()}
     for at, count in enumerate(rows):
         costs = OpCosts(spec, engine, _mixed_load(workload, count), exact=exact, machine=machine)
-        for key, op in example.items():
-            seconds[group_of(op.kind)][at] += alike[key] * (costs.work(op) + costs.overhead_s)
+        for kind, op in example.items():
+            seconds[group_of(op.kind)][at] += alike[kind] * (costs.work(op) + costs.overhead_s)
         seconds["ends"][at] += _parking_s(spec, machine, workload, count)
         seconds["ends"][at] += engine.token_overhead_s * min(count, workload.batch)
     return Curve(rows, {group: tuple(points) for group, points in seconds.items()})

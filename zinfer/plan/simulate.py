@@ -52,26 +52,29 @@ class Simulator:
         self._chunks = table.chunks
         self._overlap, self._disk_slowdown = machine.overlap, 1.0
         disk = machine.disk_read
-        self._bytes = {DISK: [chunk.read_bytes for chunk in table.chunks]}
+        read_bytes = [chunk.read_bytes for chunk in table.chunks]
+        self._bytes = {DISK: read_bytes}
         self._seconds = {
             DISK: [
                 len(chunk.reads) * disk.latency_s + nbytes / disk.bytes_per_s
-                for chunk, nbytes in zip(table.chunks, self._bytes[DISK], strict=True)
+                for chunk, nbytes in zip(table.chunks, read_bytes, strict=True)
             ]
         }
         self._ways = ways_up(machine)
-        shares = [cut(chunk.nbytes, [way.bytes_per_s for way in self._ways]) for chunk in table.chunks]
+        rates = [way.bytes_per_s for way in self._ways]
+        shares = {nbytes: cut(nbytes, rates) for nbytes in {chunk.nbytes for chunk in table.chunks}}
         for at, way in enumerate(self._ways):
-            sizes = [share[at].nbytes for share in shares]
+            sizes = [shares[chunk.nbytes][at].nbytes for chunk in table.chunks]
             for lane, link in way.hops:
                 self._bytes[lane] = sizes
                 self._seconds[lane] = [link.seconds(nbytes) for nbytes in sizes]
+        self._timeline: list[Stretch] = []  # of the pass under way
         self._ready_s: dict[int, float] = {}  # chunks in the compute tier -> when they are there
         self._host_s: dict[int, float] = {}  # chunks in host memory below a device -> likewise
         self._staging_s = deque([0.0] * placement.staging)  # when each staging slot is free again
         self._disk_free_s = 0.0
         self._busy: dict[str, deque[Stretch]] = {lane: deque() for lane in self._bytes}
-        self._held = {Tier.HOST: placement.staging * placement.slot_bytes, Tier.DEVICE: 0}
+        self._host_bytes, self._device_bytes = placement.staging * placement.slot_bytes, 0
 
     def side_by_side(self, steps: Iterable[Step], compute_s: Sequence[float]) -> Sequence[float]:
         """Slow disk and processor down for as long as both work in this pass; returns the seconds of computation."""
@@ -94,24 +97,25 @@ class Simulator:
         Raises InternalError ZI-2091 when the schedule computes a chunk that it has not fetched.
         """
         begin_s, bubble_s = self.now_s, 0.0
-        timeline: list[Stretch] = []
-        peak_bytes = dict(self._held)
+        timeline = self._timeline = []
+        ready_s = self._ready_s
+        host_peak, device_peak = self._host_bytes, self._device_bytes
         for step in steps:
-            if isinstance(step, Fetch):
-                timeline += self._fetch(step.chunk, step.as_guest)
-                for tier, held in self._held.items():
-                    peak_bytes[tier] = max(peak_bytes[tier], held)
-            elif isinstance(step, Compute):
+            if isinstance(step, Compute):
                 chunk = step.chunk
-                if chunk not in self._ready_s:
+                if chunk not in ready_s:
                     raise InternalError("ZI-2091", f"the schedule computes chunk {chunk} before fetching it")
-                start_s = max(self.now_s, self._ready_s[chunk])
+                start_s = max(self.now_s, ready_s[chunk])
                 bubble_s += start_s - self.now_s
                 self.now_s = start_s + compute_s[chunk]
                 timeline.append(Stretch("compute", chunk, start_s, self.now_s))
+            elif isinstance(step, Fetch):
+                ready_s[step.chunk] = self._fetch(step.chunk, step.as_guest)
+                host_peak = max(host_peak, self._host_bytes)
+                device_peak = max(device_peak, self._device_bytes)
             elif isinstance(step, Evict):
-                del self._ready_s[step.chunk]
-                self._held[self.placement.compute_tier] -= self.placement.slot_bytes
+                del ready_s[step.chunk]
+                self._hold(self.placement.compute_tier, -self.placement.slot_bytes)
             else:
                 timeline.append(Stretch("rows", -1, self.now_s, self.now_s + rows_s))
                 self.now_s += rows_s
@@ -121,50 +125,63 @@ class Simulator:
             busy_s[lane] = busy_s.get(lane, 0.0) + end_s - start_s
             if lane in self._bytes:
                 moved[lane] += self._bytes[lane][number]
+        peak_bytes = {Tier.HOST: host_peak, Tier.DEVICE: device_peak}
         seconds = self.now_s - begin_s
         return PassRun(
             seconds, bubble_s, busy_s, dict(moved), peak_bytes, tuple(timeline), self._disk_slowdown
         )
 
-    def _fetch(self, chunk: int, as_guest: bool) -> list[Stretch]:
-        home, tier = self.placement.home[chunk], self.placement.compute_tier
-        stays_s = self._host_s.get(chunk)
-        if tier is Tier.HOST or not self._chunks[chunk].ops:
-            moves = [self._move(chunk, DISK, self.now_s)]
-        elif home is Tier.HOST:
-            moves = [self._move(chunk, DISK, self.now_s)] if stays_s is None else []
-            if moves:
-                self._held[Tier.HOST] += self._chunks[chunk].nbytes
-                stays_s = self._host_s[chunk] = moves[0].end_s
-            moves += self._rise(chunk, max(self.now_s, stays_s or 0.0))
-        else:
-            moves = [self._move(chunk, DISK, max(self.now_s, self._staging_s.popleft()))]
-            moves += self._rise(chunk, moves[0].end_s)
-            self._staging_s.append(max(move.end_s for move in moves if not is_peer(move.lane)))
-        self._ready_s[chunk] = max(move.end_s for move in moves)
-        where = tier if self._chunks[chunk].ops else Tier.HOST
+    def _fetch(self, number: int, as_guest: bool) -> float:
+        """Move a chunk as its home wants it; returns when it is there."""
+        chunk, home, tier = self._chunks[number], self.placement.home[number], self.placement.compute_tier
+        where = tier if chunk.ops else Tier.HOST
         is_home = home is where and not as_guest
-        self._held[where] += self._chunks[chunk].nbytes if is_home else self.placement.slot_bytes
-        return moves
+        self._hold(where, chunk.nbytes if is_home else self.placement.slot_bytes)
+        if where is Tier.HOST:
+            return self._read(number, self.now_s)
+        if home is Tier.HOST:
+            if number not in self._host_s:
+                self._hold(Tier.HOST, chunk.nbytes)
+                self._host_s[number] = self._read(number, self.now_s)
+            there_s, _ = self._rise(number, max(self.now_s, self._host_s[number]))
+            return there_s
+        read_s = self._read(number, max(self.now_s, self._staging_s.popleft()))
+        there_s, left_s = self._rise(number, read_s)
+        self._staging_s.append(left_s)
+        return there_s
 
-    def _rise(self, chunk: int, ready_s: float) -> list[Stretch]:
-        """Every way takes its share; one over another device is pulled there first, then sent on."""
-        moves = []
+    def _hold(self, tier: Tier, nbytes: int) -> None:
+        if tier is Tier.HOST:
+            self._host_bytes += nbytes
+        else:
+            self._device_bytes += nbytes
+
+    def _rise(self, chunk: int, ready_s: float) -> tuple[float, float]:
+        """Every way takes its share; one over another device is pulled there first, then sent on.
+
+        Returns when the last share is there, and when the last one has left host memory.
+        """
+        there_s = left_s = ready_s
         for way in self._ways:
             at_s = ready_s
             for lane, _ in way.hops:
                 if self._bytes[lane][chunk]:
-                    moves.append(self._move(chunk, lane, at_s))
-                    at_s = moves[-1].end_s
-        return moves
+                    at_s = self._move(chunk, lane, at_s)
+                    if not is_peer(lane):
+                        left_s = max(left_s, at_s)
+            there_s = max(there_s, at_s)
+        return there_s, left_s
 
-    def _move(self, chunk: int, lane: str, ready_s: float) -> Stretch:
-        """Occupy the link in its first gap from `ready_s` on; the disk serves in the order of issue, so has none."""
+    def _read(self, chunk: int, ready_s: float) -> float:
+        """The disk serves in the order of issue, so has no gaps.  Returns the end."""
+        begin_s = max(ready_s, self._disk_free_s)
+        self._disk_free_s = begin_s + self._seconds[DISK][chunk] * self._disk_slowdown
+        self._timeline.append(Stretch(DISK, chunk, begin_s, self._disk_free_s))
+        return self._disk_free_s
+
+    def _move(self, chunk: int, lane: str, ready_s: float) -> float:
+        """Occupy the link in its first gap from `ready_s` on; returns the end."""
         seconds = self._seconds[lane][chunk]
-        if lane == DISK:
-            begin_s = max(ready_s, self._disk_free_s)
-            self._disk_free_s = begin_s + seconds * self._disk_slowdown
-            return Stretch(DISK, chunk, begin_s, self._disk_free_s)
         busy = self._busy[lane]
         while busy and busy[0].end_s <= self.now_s:
             busy.popleft()
@@ -174,7 +191,8 @@ class Simulator:
             at += 1
         move = Stretch(lane, chunk, ready_s, ready_s + seconds)
         busy.insert(at, move)
-        return move
+        self._timeline.append(move)
+        return move.end_s
 
 
 def simulate(
