@@ -17,14 +17,14 @@ from zinfer.config.machine import Compute, Link, Machine, ProductRate
 from zinfer.errors import BudgetError, UsageError
 from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.plan.choose import recorded_room
-from zinfer.plan.cost import PassLoad, chunk_seconds, seconds_per_byte, visible_keys
-from zinfer.plan.explain import alternatives, explain, explained_dict
+from zinfer.plan.cost import OpCosts, PassLoad, chunk_seconds, kind_of, seconds_per_byte, visible_keys
+from zinfer.plan.explain import alternatives, explain, explained_dict, stand_in
 from zinfer.plan.make import Plan, as_read
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
 from zinfer.plan.records import Budget, KvPlan, Tier, Workload
 from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.records import DTYPE_BYTES
-from zinfer.spec.stored import as_stored, layouts
+from zinfer.spec.stored import as_stored, layouts, op_bytes, workspace_bytes
 
 MIB, GIB = 2**20, 2**30
 
@@ -355,6 +355,29 @@ def test_compute_seconds_follow_the_formula():
     attention_s = 4 * 4 * 48 * 9 * spec.num_heads * spec.head_dim / 1e10
     products_s = sum(cost.work for cost in prefill) - attention_s
     assert products_s == pytest.approx(body_bytes * 4.8e-9 + head_bytes * per_head_byte, rel=1e-3)
+
+
+EVERY_SHAPE = sorted(path.stem for path in SHAPES.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", EVERY_SHAPE)
+def test_ops_of_one_kind_cost_the_same(name):
+    spec, load = spec_of(name), PassLoad(rows=9, sequences=3, context=5000)
+    table = assemble(source_of(spec), 64 * MIB)
+    costs = OpCosts(spec, FLAT, load, exact=True)
+    one_by_one = [sum(costs.work(spec.program[op]) for op in chunk.ops) for chunk in table.chunks]
+    assert [cost.work for cost in chunk_seconds(spec, table, FLAT, load, exact=True)] == one_by_one
+    assert len({kind_of(spec, op) for op in spec.program}) < len(spec.program) / 4
+
+
+@pytest.mark.parametrize("weights", [LOSSLESS, "int4"])
+@pytest.mark.parametrize("name", EVERY_SHAPE)
+def test_the_ops_that_stand_for_a_stores_are_as_large(name, weights):
+    spec = spec_of(name)
+    real = as_stored(spec, weights, next(iter(layouts(weights))))
+    standing = stand_in(spec, weights)
+    assert [op_bytes(standing, op) for op in standing.program] == [op_bytes(real, op) for op in real.program]
+    assert workspace_bytes(standing, "cpu") == workspace_bytes(real, "cpu")
 
 
 def test_a_pass_that_a_host_records_costs_what_replaying_does():

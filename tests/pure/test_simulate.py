@@ -13,8 +13,8 @@ from zinfer.config.machine import Overlap, There
 from zinfer.errors import InternalError
 from zinfer.plan.place import Reserve, place, smallest_budget
 from zinfer.plan.records import Budget, Compute, Schedule, Tier
-from zinfer.plan.schedule import build_schedule, serial_schedule
-from zinfer.plan.simulate import Simulator, simulate, simulate_passes
+from zinfer.plan.schedule import build_schedule, serial_schedule, steady_steps
+from zinfer.plan.simulate import Simulator, simulate, simulate_passes, simulate_steady
 
 
 def two_tiers(count, resident, lookahead, compute_s, disk=1.0):
@@ -110,6 +110,26 @@ def test_more_memory_is_never_slower_by_more_than_the_filling_of_the_slots(
         seconds.append(simulate(table, placement, schedule, machine_with(1.0), work)[1].seconds)
     fill_s = max(pages) * (1 + compute_s) * (lookahead + 1)
     assert seconds[1] <= seconds[0] + fill_s
+
+
+@pytest.mark.parametrize("h2d", [None, 0.7])
+@given(page_counts, st.integers(0, 99), st.integers(0, 99), st.floats(0.01, 10), st.integers(0, 3))
+def test_a_steady_pass_alone_is_the_one_behind_those_that_load(
+    h2d, pages, extra, below, compute_s, lookahead
+):
+    table, tier = table_of(pages, row_table_pages=2), Tier.DEVICE if h2d else Tier.HOST
+    least = smallest_budget(table, compute_tier=tier, reserve=Reserve(), lookahead=lookahead)
+    budget = Budget(least.host + (below if h2d else extra) * PAGE, least.device + extra * PAGE * bool(h2d))
+    placement = place(table, budget, compute_tier=tier, reserve=Reserve(), lookahead=lookahead)
+    schedule, machine = build_schedule(table, placement), machine_with(1.0, h2d)
+    work = [compute_s * count for count in [*pages, 0]]
+    passes = simulate_passes(table, placement, schedule, machine, [work], rows_s=[0.5], num_steady=12)
+    alone = simulate_steady(table, placement, schedule.steady, machine, work, rows_s=0.5)
+    assert schedule.steady == steady_steps(table, placement)
+    assert alone.bytes == passes[-1].bytes
+    assert alone.busy_s == pytest.approx(passes[-1].busy_s)
+    assert alone.peak_bytes == passes[-1].peak_bytes
+    assert alone.seconds == pytest.approx(passes[-1].seconds)
 
 
 @settings(max_examples=20)

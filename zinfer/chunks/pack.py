@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.source import Place, Source, Unit, checkpoint_source
@@ -57,48 +58,53 @@ def layer_sizes(source: Source) -> list[tuple[int, ...]]:
     """
     if None not in source.packed:
         ops = (unit for unit in source.units if unit.op is not None)
-        source.packed[None] = [
-            tuple(chunk_of(ChunkId(0), [unit], source).nbytes for unit in units)
+        layers = (
+            tuple([_laid(unit.places, source.align)[-1].end for unit in units])
             for _, units in groupby(ops, key=lambda unit: unit.layer)
-        ]
+        )
+        one: dict[tuple[int, ...], tuple[int, ...]] = {}  # of those that are alike
+        source.packed[None] = [one.setdefault(sizes, sizes) for sizes in layers]
     return list(source.packed[None])
 
 
 def group(layers: Sequence[tuple[int, ...]], limit: int) -> list[int]:
     """How many consecutive units each chunk holds: whole layers while they fit, else parts of one."""
-    return [num_units for run in _grouped(layers, limit) for num_units, _ in run]
+    counts: list[int] = []
+    for chunks, times in _grouped(layers, limit):
+        counts += [num_units for num_units, _ in chunks] * times
+    return counts
 
 
 def chunk_sizes(layers: Sequence[tuple[int, ...]], limit: int) -> Counter[int]:
     """Bytes of the chunks that `group` makes, and how many there are of each."""
     sizes: Counter[int] = Counter()
-    for run, times in Counter(_grouped(layers, limit)).items():
-        for _, nbytes in run:
+    for chunks, times in _grouped(layers, limit):
+        for _, nbytes in chunks:
             sizes[nbytes] += times
     return sizes
 
 
-_Run = tuple[tuple[int, int], ...]  # units and bytes of chunks in a row
-
-
-def _grouped(layers: Sequence[tuple[int, ...]], limit: int) -> Iterator[_Run]:
-    """One chunk of whole layers, or the chunks of one layer, at a time."""
+def _grouped(
+    layers: Sequence[tuple[int, ...]], limit: int
+) -> Iterator[tuple[Sequence[tuple[int, int]], int]]:
+    """Units and bytes of chunks in a row, and how often that row follows: most layers are alike."""
     open_units = open_bytes = 0
-    parts: dict[tuple[int, ...], _Run] = {}  # most layers are alike
-    for sizes in layers:
-        layer_bytes = sum(sizes)
-        if open_units and open_bytes + layer_bytes > limit:
-            yield ((open_units, open_bytes),)
+    for sizes, alike in groupby(layers):
+        layer_bytes, times = sum(sizes), len(list(alike))
+        if layer_bytes > limit:
+            if open_units:
+                yield [(open_units, open_bytes)], 1
             open_units = open_bytes = 0
-        if layer_bytes <= limit:
+            yield list(_fill(sizes, limit)), times
+            continue
+        for _ in range(times):
+            if open_units and open_bytes + layer_bytes > limit:
+                yield [(open_units, open_bytes)], 1
+                open_units = open_bytes = 0
             open_units += len(sizes)
             open_bytes += layer_bytes
-        else:
-            if sizes not in parts:
-                parts[sizes] = tuple(_fill(sizes, limit))
-            yield parts[sizes]
     if open_units:
-        yield ((open_units, open_bytes),)
+        yield [(open_units, open_bytes)], 1
 
 
 def _fill(sizes: tuple[int, ...], limit: int) -> Iterator[tuple[int, int]]:
@@ -122,18 +128,44 @@ def chunk_of(number: ChunkId, units: Sequence[Unit], source: Source) -> Chunk:
     tensors: list[TensorSlice] = []
     reads: list[Read] = []
     moves: list[Move] = []
-    at = 0
-    for run in _runs(places.values()):
-        low = run[0].offset // PAGE * PAGE
-        high = round_up(run[-1].end, PAGE)
-        reads += source.reads(run[0].file, low, high, at)
-        slices = _slices(run, at, at - low, source.align)
-        tensors += slices
-        moves += _moves([(place.offset + at - low, piece) for place, piece in zip(run, slices, strict=True)])
-        at = round_up(max(at + high - low, slices[-1].offset + slices[-1].nbytes), PAGE)
+    nbytes = 0
+    for run in _laid(places.values(), source.align):
+        reads += source.reads(run.places[0].file, run.low, run.high, run.at)
+        for place, offset in zip(run.places, run.offsets, strict=True):
+            tensors.append(
+                TensorSlice(
+                    place.name, place.start, place.stop, place.shape, place.dtype, offset, place.nbytes
+                )
+            )
+        moves += _moves(run)
+        nbytes = run.end
     ops = tuple(unit.op for unit in units if unit.op is not None)
     weight_bytes = sum(place.nbytes for place in places.values())
-    return Chunk(number, ops, tuple(tensors), tuple(reads), tuple(moves), at, weight_bytes)
+    return Chunk(number, ops, tuple(tensors), tuple(reads), tuple(moves), nbytes, weight_bytes)
+
+
+class _Run(NamedTuple):
+    """Neighbours in a file, read together: [low, high) of it lands at `at` of the buffer, `end` lies behind it."""
+
+    places: list[Place]
+    low: int
+    high: int
+    at: int
+    offsets: list[int]  # where in the buffer each place belongs
+    end: int
+
+
+def _laid(places: Iterable[Place], align: int) -> list[_Run]:
+    """One run behind the other, from multiples of PAGE on."""
+    laid: list[_Run] = []
+    at = 0
+    for run in _runs(places):
+        low, high = run[0].offset // PAGE * PAGE, round_up(run[-1].end, PAGE)
+        offsets = _offsets(run, at, at - low, align)
+        end = round_up(max(at + high - low, offsets[-1] + run[-1].nbytes), PAGE)
+        laid.append(_Run(run, low, high, at, offsets, end))
+        at = end
+    return laid
 
 
 def _runs(places: Iterable[Place]) -> Iterator[list[Place]]:
@@ -149,24 +181,25 @@ def _runs(places: Iterable[Place]) -> Iterator[list[Place]]:
         yield run
 
 
-def _slices(run: list[Place], at: int, shift: int, align: int) -> list[TensorSlice]:
+def _offsets(run: list[Place], at: int, shift: int, align: int) -> list[int]:
     """Where each place of a run belongs: at or just before where it lands, or behind its predecessor."""
-    slices = []
+    offsets = []
     for place in run:
-        offset = max(round_up(at, align), (place.offset + shift) // align * align)
-        slices.append(
-            TensorSlice(place.name, place.start, place.stop, place.shape, place.dtype, offset, place.nbytes)
-        )
-        at = offset + place.nbytes
-    return slices
+        offsets.append(max(round_up(at, align), (place.offset + shift) // align * align))
+        at = offsets[-1] + place.nbytes
+    return offsets
 
 
-def _moves(landed: list[tuple[int, TensorSlice]]) -> list[Move]:
+def _moves(run: _Run) -> list[Move]:
     """What must be shifted, in an order in which no move overwrites bytes that a later one still needs.
 
     Sources and targets are both in ascending order and disjoint, so: those that go down from the front, then
     those that go up from the back.
     """
-    moves = [Move(source, piece.offset, piece.nbytes) for source, piece in landed if source != piece.offset]
+    moves = [
+        Move(place.offset + run.at - run.low, offset, place.nbytes)
+        for place, offset in zip(run.places, run.offsets, strict=True)
+        if place.offset + run.at - run.low != offset
+    ]
     down = [move for move in moves if move.target < move.source]
     return down + [move for move in reversed(moves) if move.target > move.source]

@@ -127,6 +127,11 @@ class ChunkTable:
         return max((chunk.nbytes for chunk in self.streamable), default=0)
 
     @cached_property
+    def read_bytes(self) -> tuple[int, ...]:
+        """What one fetch of each chunk reads from disk."""
+        return tuple([chunk.read_bytes for chunk in self.chunks])
+
+    @cached_property
     def total_bytes(self) -> int:
         """Buffer bytes of all chunks together: what full residency takes."""
         return sum(chunk.nbytes for chunk in self.chunks)

@@ -14,7 +14,7 @@ from zinfer.config.resolve import Resolved
 from zinfer.errors import BudgetError
 from zinfer.plan.choose import choose, recorded_room
 from zinfer.plan.curve import Curve, compute_curve
-from zinfer.plan.forecast import decode_load, engine_of, simulate_load
+from zinfer.plan.forecast import SteadyPasses, decode_load, engine_of
 from zinfer.plan.guests import with_guests, without_guests
 from zinfer.plan.kv import kv_plans
 from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
@@ -58,17 +58,15 @@ class Candidates:
         choice, settled = candidate.choice, candidate.workload
         is_there = bool(choice.placement.guests) and self.machine.there.nbytes > 0
         if is_there:  # fewer need wait for the second pass
-            choice = without_guests(choice, settled)
-        _, steady = simulate_load(
+            choice = without_guests(choice)
+        passes = SteadyPasses(
             self.spec,
             choice.table,
-            choice.placement,
-            choice.schedule,
             self.machine,
             decode_load(settled),
             exact=self.resolved.settings.exact,
         )
-        choice = replace(choice, steady=steady)
+        choice = replace(choice, steady=passes.under(choice.placement))
         objective = self.resolved.settings.runtime.objective
         again = judge(settled, choice, candidate.curve, machine=self.machine, objective=objective)
         return self._with_guests(again) if is_there else again

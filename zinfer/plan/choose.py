@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 
 from zinfer.chunks.pack import assemble, layer_sizes
@@ -14,7 +15,7 @@ from zinfer.chunks.table import PIECE_BYTES, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError, InternalError
 from zinfer.plan.cost import RECORDED_ROWS, has_steps
-from zinfer.plan.forecast import decode_load, simulate_load
+from zinfer.plan.forecast import SteadyPasses, decode_load
 from zinfer.plan.place import Reserve, place, size_steps, tier_uses
 from zinfer.plan.records import Budget, KvPlan, Placement, Schedule, Tier, Workload
 from zinfer.plan.schedule import build_schedule
@@ -42,7 +43,7 @@ _MAX_TRIAL_UNITS = 4096
 _MAX_TRIALS = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Choice:
     """A chunk limit and what follows from it; `steady` is the simulated decode pass it was chosen by."""
 
@@ -50,8 +51,13 @@ class Choice:
     table: ChunkTable
     reserve: Reserve
     placement: Placement
-    schedule: Schedule
     steady: PassRun
+    parks: bool
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Written down where it is wanted: most choices are only compared."""
+        return build_schedule(self.table, self.placement, parks=self.parks)
 
     def reserve_with_recorded(self, spec: ModelSpec, budget: Budget, *, device: str) -> Reserve:
         """The reserve and room for passes that a host records, of what its budget has to spare: no weight makes way."""
@@ -87,18 +93,17 @@ def choose(
     for limit in _limits(source, budget, compute_tier, reserve_of(None), [count + 1 for count in lookaheads]):
         table = assemble(source, limit)
         reserve = reserve_of(table)
+        passes = SteadyPasses(spec, table, machine, decode_load(workload), exact=exact)
         # Of very many chunks no single one matters: two trials do.
         for count in lookaheads[: 2 if len(table.chunks) > _MAX_TRIAL_UNITS else None]:
             try:
                 placement = _place(table, budget, compute_tier, reserve, count, room)
             except BudgetError:
                 continue
-            schedule = build_schedule(table, placement, parks=workload.parks)
-            load = decode_load(workload)
-            _, steady = simulate_load(spec, table, placement, schedule, machine, load, exact=exact)
+            steady = passes.under(placement)
             likely_s = steady.seconds * _loss(placement, steady)
             if likely_s < best_s:
-                best, best_s = Choice(limit, table, reserve, placement, schedule, steady), likely_s
+                best, best_s = Choice(limit, table, reserve, placement, steady, workload.parks), likely_s
             if best is not None and not placement.slots:
                 return best  # nothing streams: no other choice moves less
     if best is None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from zinfer.chunks.table import PAGE, Chunk, ChunkTable, Read
 from zinfer.errors import BudgetError
-from zinfer.plan.forecast import decode_load, simulate_load
+from zinfer.plan.cost import kind_of
+from zinfer.plan.forecast import SteadyPasses, decode_load
 from zinfer.plan.make import Plan
 from zinfer.plan.place import place, size_flag
 from zinfer.plan.records import Budget, Forecast, KvPlan, Tier
-from zinfer.plan.schedule import build_schedule
 from zinfer.plan.shares import COMPUTE, ROWS, largest_share, link_seconds, num_share_slots, ways_up
 from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.records import ModelSpec
@@ -44,10 +44,11 @@ def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
     have, host = (plan.budget.host, 0) if tier is Tier.HOST else (plan.budget.device, plan.budget.host)
     everything = plan.reserve.total + sum(chunk.nbytes for chunk in plan.table.streamable)
     sizes = sorted({have // 2, min(have * 2, everything), everything})
+    passes = SteadyPasses(spec, plan.table, plan.machine, decode_load(plan.workload), exact=plan.exact)
     budgets = [Budget(host=size) if tier is Tier.HOST else Budget(host, size) for size in sizes]
     if host:
         budgets.append(Budget(host * 2, have))
-    found = [_alternative(spec, plan, budget) for budget in budgets]
+    found = [_alternative(plan, passes, budget) for budget in budgets]
     streams = plan.placement.slots > 0 and spec.weights == PUBLISHED
     return [*found, *(_store(spec, plan, weights) for weights in _OFFERED)] if streams else found
 
@@ -119,46 +120,60 @@ def _parameters(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
-def _alternative(spec: ModelSpec, plan: Plan, budget: Budget) -> Alternative:
+def _alternative(plan: Plan, passes: SteadyPasses, budget: Budget) -> Alternative:
     tier = plan.placement.compute_tier
     flags = size_flag(Tier.HOST, budget.host)
     if tier is Tier.DEVICE:
         flags = f"{size_flag(tier, budget.device)} {flags}"
-    pass_s = _pass_s(spec, plan, plan.table, budget)
+    pass_s = _pass_s(plan, plan.table, passes, budget)
     return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None)
 
 
 def _store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative:
     """What `zinfer shard` would buy, wherever the layout is that of this machine's kernel."""
-    stored = as_stored(spec, weights, next(iter(layouts(weights))))
-    table = replace(plan.table, chunks=tuple(_rewritten(spec, stored, chunk) for chunk in plan.table.chunks))
+    flags = f"zinfer shard --weights {weights}"
+    stored = stand_in(spec, weights)
+    if not any(op.stored for op in stored.program):
+        return Alternative(flags, None, None, "stores")
+    table = replace(plan.table, chunks=tuple(_rewritten(spec, stored, plan.table.chunks)))
     unpacking = workspace_bytes(stored, plan.device)
     reserve = replace(plan.reserve, activations=plan.reserve.activations + unpacking)
-    is_other = any(op.stored for op in stored.program)
-    pass_s = _pass_s(stored, replace(plan, reserve=reserve), table, plan.budget) if is_other else None
-    speed = plan.workload.batch / pass_s if pass_s else None
-    return Alternative(f"zinfer shard --weights {weights}", pass_s, speed, "stores")
+    passes = SteadyPasses(stored, table, plan.machine, decode_load(plan.workload), exact=plan.exact)
+    pass_s = _pass_s(replace(plan, reserve=reserve), table, passes, plan.budget)
+    return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None, "stores")
 
 
-def _rewritten(spec: ModelSpec, stored: ModelSpec, chunk: Chunk) -> Chunk:
+def stand_in(spec: ModelSpec, weights: str) -> ModelSpec:
+    """What costs as much as the stored model: ops of one kind stand for each other, whatever their tensors' names."""
+    kinds = [kind_of(spec, op) for op in spec.program]
+    examples = dict(zip(kinds, spec.program, strict=True))
+    stored = as_stored(replace(spec, program=tuple(examples.values())), weights, next(iter(layouts(weights))))
+    standing = dict(zip(examples, stored.program, strict=True))
+    return replace(stored, program=tuple([standing[kind] for kind in kinds]))
+
+
+def _rewritten(spec: ModelSpec, stored: ModelSpec, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
     """The same ops in one read of as many bytes as a store would hold of them."""
-    if not chunk.ops:
-        return chunk
-    before, after = (sum(op_bytes(one, one.program[op]) for op in chunk.ops) for one in (spec, stored))
-    nbytes = round_up(chunk.nbytes - before + after, PAGE)
-    return replace(chunk, nbytes=nbytes, weight_bytes=after, reads=(Read(0, 0, nbytes, 0, nbytes),), moves=())
+    standing = {id(op): op for op in stored.program}
+    after = {number: op_bytes(stored, op) for number, op in standing.items()}
+    for chunk in chunks:
+        if not chunk.ops:
+            yield chunk
+            continue
+        weight_bytes = sum([after[id(stored.program[op])] for op in chunk.ops])
+        nbytes = round_up(chunk.nbytes - chunk.weight_bytes + weight_bytes, PAGE)
+        reads = (Read(0, 0, nbytes, 0, nbytes),)
+        yield replace(chunk, nbytes=nbytes, weight_bytes=weight_bytes, reads=reads, moves=())
 
 
-def _pass_s(spec: ModelSpec, plan: Plan, table: ChunkTable, budget: Budget) -> float | None:
+def _pass_s(plan: Plan, table: ChunkTable, passes: SteadyPasses, budget: Budget) -> float | None:
     """A decode pass of these chunks under this budget; None where they do not fit."""
     tier, lookahead = plan.placement.compute_tier, plan.placement.lookahead or 1
     try:
         placement = place(table, budget, compute_tier=tier, reserve=plan.reserve, lookahead=lookahead)
     except BudgetError:
         return None
-    schedule, load = build_schedule(table, placement), decode_load(plan.workload)
-    _, steady = simulate_load(spec, table, placement, schedule, plan.machine, load, exact=plan.exact)
-    return steady.seconds
+    return passes.under(placement).seconds
 
 
 def _tier_lines(plan: Plan) -> list[str]:

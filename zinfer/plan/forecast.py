@@ -9,8 +9,9 @@ from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Compute, Machine
 from zinfer.plan.cost import ChunkSeconds, PassLoad, chunk_seconds
 from zinfer.plan.records import Forecast, Placement, Schedule, Tier, Workload
+from zinfer.plan.schedule import steady_steps
 from zinfer.plan.shares import COMPUTE, ROWS
-from zinfer.plan.simulate import PassRun, simulate, simulate_passes
+from zinfer.plan.simulate import PassRun, simulate, simulate_passes, simulate_steady
 from zinfer.spec.records import ModelSpec
 
 _ROW_READS_IN_FLIGHT = 4
@@ -97,6 +98,27 @@ def simulate_load(
     costs = pass_costs(spec, table, placement, machine, load, exact=exact)
     rows_s = row_seconds(table, placement, machine, load.rows)
     return simulate(table, placement, schedule, machine, [cost.total for cost in costs], rows_s=rows_s)
+
+
+class SteadyPasses:
+    """Steady passes of one table's chunks under one load, for placement after placement."""
+
+    def __init__(
+        self, spec: ModelSpec, table: ChunkTable, machine: Machine, load: PassLoad, *, exact: bool
+    ) -> None:
+        self._spec, self._table, self._machine, self._load, self._exact = spec, table, machine, load, exact
+        self._compute_s: dict[tuple[Tier, bool], list[float]] = {}
+
+    def under(self, placement: Placement) -> PassRun:
+        """The pass on the virtual clock."""
+        table, machine = self._table, self._machine
+        kind = (placement.compute_tier, placement.slots == 0)
+        if kind not in self._compute_s:
+            costs = pass_costs(self._spec, table, placement, machine, self._load, exact=self._exact)
+            self._compute_s[kind] = [cost.total for cost in costs]
+        rows_s = row_seconds(table, placement, machine, self._load.rows)
+        steps = steady_steps(table, placement)
+        return simulate_steady(table, placement, steps, machine, self._compute_s[kind], rows_s=rows_s)
 
 
 def simulate_loading(

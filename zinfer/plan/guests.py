@@ -17,7 +17,7 @@ from zinfer.plan.choose import Choice
 from zinfer.plan.forecast import prefill_load, second_load, simulate_load, simulate_loading
 from zinfer.plan.optimise import Candidate
 from zinfer.plan.place import spread
-from zinfer.plan.records import Placement, Tier, Workload
+from zinfer.plan.records import Placement, Tier
 from zinfer.plan.schedule import build_schedule
 from zinfer.spec.records import ModelSpec
 
@@ -51,15 +51,13 @@ def with_guests(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exac
         )
         first_s, second_s = (run.seconds for run in loading)
         if first_s < best_s and first_s + second_s <= both_s:
-            best, best_s = replace(choice, placement=invited, schedule=schedule), first_s
+            best, best_s = replace(choice, placement=invited), first_s
     return replace(candidate, choice=best)
 
 
-def without_guests(choice: Choice, workload: Workload) -> Choice:
+def without_guests(choice: Choice) -> Choice:
     """The same choice, all that stays coming with the first pass."""
-    placement = replace(choice.placement, guests=())
-    schedule = build_schedule(choice.table, placement, parks=workload.parks)
-    return replace(choice, placement=placement, schedule=schedule)
+    return replace(choice, placement=replace(choice.placement, guests=()))
 
 
 def _shares(table: ChunkTable, placement: Placement) -> Iterator[tuple[ChunkId, ...]]:

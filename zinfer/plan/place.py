@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from math import ceil, floor
 
 from zinfer.chunks.table import Chunk, ChunkId, ChunkTable
@@ -214,7 +215,7 @@ def _split(chunks: Sequence[Chunk], room: int, cap: int) -> list[Chunk]:
 
 
 def _marked_bytes(sizes: Sequence[int], marks: Sequence[bool]) -> int:
-    return sum(size for size, is_marked in zip(sizes, marks, strict=True) if is_marked)
+    return sum(compress(sizes, marks))
 
 
 def _settle(

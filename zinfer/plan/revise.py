@@ -10,13 +10,12 @@ from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError
 from zinfer.plan.choose import Choice
 from zinfer.plan.curve import compute_curve
-from zinfer.plan.forecast import decode_load, engine_of, simulate_load
+from zinfer.plan.forecast import SteadyPasses, decode_load, engine_of
 from zinfer.plan.make import Plan
 from zinfer.plan.optimise import Candidate, batch_sizes, cost_of, forecast_of, judge
 from zinfer.plan.place import place
 from zinfer.plan.profile import reserve_for, turns_of
 from zinfer.plan.records import Budget, Placement, Workload
-from zinfer.plan.schedule import build_schedule
 from zinfer.spec.records import ModelSpec
 
 _WORTH = 0.95  # a revision is made when the rest takes less than this share, the move included
@@ -98,12 +97,11 @@ def _again(
     reserve = reserve_for(spec, workload, exact=plan.exact, device=plan.device, turns=turns)
     lookahead = plan.placement.lookahead or 1
     placement = place(plan.table, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
-    schedule = build_schedule(plan.table, placement, parks=workload.parks)
-    load = decode_load(workload)
-    _, steady = simulate_load(spec, plan.table, placement, schedule, machine, load, exact=plan.exact)
+    passes = SteadyPasses(spec, plan.table, machine, decode_load(workload), exact=plan.exact)
+    steady = passes.under(placement)
     engine = engine_of(machine, tier)
     curve = compute_curve(spec, engine, workload, exact=plan.exact, machine=machine).scaled(scale)
-    choice = Choice(plan.limit, plan.table, reserve, placement, schedule, steady)
+    choice = Choice(plan.limit, plan.table, reserve, placement, steady, workload.parks)
     return judge(workload, choice, curve, machine=machine)
 
 

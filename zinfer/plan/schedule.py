@@ -22,6 +22,20 @@ def build_schedule(table: ChunkTable, placement: Placement, *, parks: bool = Fal
     """
     if not placement.lookahead and placement.slots:
         return replace(serial_schedule(table, placement), parks=parks)
+    second: list[Step] = []
+    if placement.guests:
+        order, streamed = _orders(table, placement)
+        slots = min(placement.slots, len(streamed))
+        there = {*order, *streamed[:slots]} - {*streamed[slots:], *placement.guests}
+        second = [*_loading(table, placement, there=there)]
+    first = [*_loading(table, placement, {*placement.guests}), *_tables(table, placement)]
+    return Schedule(tuple(first), steady_steps(table, placement), parks, tuple(second))
+
+
+def steady_steps(table: ChunkTable, placement: Placement) -> tuple[Step, ...]:
+    """The steady pass of `build_schedule` alone: plans that are only tried need no other."""
+    if not placement.lookahead and placement.slots:
+        return serial_schedule(table, placement).steady
     order, streamed = _orders(table, placement)
     slots = min(placement.slots, len(streamed))
     successor = {chunk: streamed[(at + slots) % len(streamed)] for at, chunk in enumerate(streamed)}
@@ -30,12 +44,7 @@ def build_schedule(table: ChunkTable, placement: Placement, *, parks: bool = Fal
         steady.append(Compute(chunk))
         if chunk in successor:
             steady += [Evict(chunk), Fetch(successor[chunk])]
-    second: list[Step] = []
-    if placement.guests:
-        there = {*order, *streamed[:slots]} - {*streamed[slots:], *placement.guests}
-        second = [*_loading(table, placement, there=there)]
-    first = [*_loading(table, placement, {*placement.guests}), *_tables(table, placement)]
-    return Schedule(tuple(first), tuple(steady), parks, tuple(second))
+    return tuple(steady)
 
 
 def serial_schedule(table: ChunkTable, placement: Placement) -> Schedule:

@@ -52,18 +52,18 @@ class Simulator:
         self._chunks = table.chunks
         self._overlap, self._disk_slowdown = machine.overlap, 1.0
         disk = machine.disk_read
-        read_bytes = [chunk.read_bytes for chunk in table.chunks]
-        self._bytes = {DISK: read_bytes}
+        self._bytes: dict[str, Sequence[int]] = {DISK: table.read_bytes}
         self._seconds = {
             DISK: [
                 len(chunk.reads) * disk.latency_s + nbytes / disk.bytes_per_s
-                for chunk, nbytes in zip(table.chunks, read_bytes, strict=True)
+                for chunk, nbytes in zip(table.chunks, table.read_bytes, strict=True)
             ]
         }
-        self._ways = ways_up(machine)
-        rates = [way.bytes_per_s for way in self._ways]
+        ways = ways_up(machine)
+        self._lanes_up = [[(lane, not is_peer(lane)) for lane, _ in way.hops] for way in ways]
+        rates = [way.bytes_per_s for way in ways]
         shares = {nbytes: cut(nbytes, rates) for nbytes in {chunk.nbytes for chunk in table.chunks}}
-        for at, way in enumerate(self._ways):
+        for at, way in enumerate(ways):
             sizes = [shares[chunk.nbytes][at].nbytes for chunk in table.chunks]
             for lane, link in way.hops:
                 self._bytes[lane] = sizes
@@ -75,6 +75,22 @@ class Simulator:
         self._disk_free_s = 0.0
         self._busy: dict[str, deque[Stretch]] = {lane: deque() for lane in self._bytes}
         self._host_bytes, self._device_bytes = placement.staging * placement.slot_bytes, 0
+
+    def settle(self, steps: Iterable[Step]) -> None:
+        """As if passes of these steps had gone before: what stays is there, and what they do not fetch on its way."""
+        tier, fetched = self.placement.compute_tier, set()
+        for chunk, home in zip(self._chunks, self.placement.home, strict=True):
+            if home is tier and chunk.ops:
+                self._ready_s[chunk.id] = self.now_s
+                self._hold(tier, chunk.nbytes)
+            elif home is Tier.HOST:
+                self._host_s[chunk.id] = self.now_s
+                self._hold(Tier.HOST, chunk.nbytes)
+        for step in steps:
+            if isinstance(step, Fetch):
+                fetched.add(step.chunk)
+            elif isinstance(step, Compute) and not (step.chunk in self._ready_s or step.chunk in fetched):
+                self._ready_s[step.chunk] = self._fetch(step.chunk, as_guest=False)
 
     def side_by_side(self, steps: Iterable[Step], compute_s: Sequence[float]) -> Sequence[float]:
         """Slow disk and processor down for as long as both work in this pass; returns the seconds of computation."""
@@ -162,13 +178,13 @@ class Simulator:
         Returns when the last share is there, and when the last one has left host memory.
         """
         there_s = left_s = ready_s
-        for way in self._ways:
+        for lanes in self._lanes_up:
             at_s = ready_s
-            for lane, _ in way.hops:
+            for lane, from_host in lanes:
                 if self._bytes[lane][chunk]:
                     at_s = self._move(chunk, lane, at_s)
-                    if not is_peer(lane):
-                        left_s = max(left_s, at_s)
+                    if from_host and at_s > left_s:
+                        left_s = at_s
             there_s = max(there_s, at_s)
         return there_s, left_s
 
@@ -209,6 +225,23 @@ def simulate(
         table, placement, schedule, machine, [compute_s], rows_s=[rows_s], num_steady=_STEADY_PASSES
     )
     return runs[0], runs[-1]
+
+
+def simulate_steady(
+    table: ChunkTable,
+    placement: Placement,
+    steps: Sequence[Step],
+    machine: Machine,
+    compute_s: Sequence[float],
+    *,
+    rows_s: float = 0.0,
+) -> PassRun:
+    """The steady pass of `simulate` without the one that loads: what that one leaves behind no longer shows."""
+    simulator = Simulator(table, placement, machine)
+    simulator.settle(steps)
+    slowed_s = simulator.side_by_side(steps, compute_s)
+    runs = [simulator.run(steps, slowed_s, rows_s) for _ in range(_STEADY_PASSES)]
+    return runs[-1]
 
 
 def simulate_passes(
