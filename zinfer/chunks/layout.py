@@ -103,7 +103,7 @@ def extent_bytes(unit: Unit) -> int:
 
 
 def _shifted(unit: Unit, by: int) -> Unit:
-    return replace(unit, places=tuple(replace(place, offset=place.offset + by) for place in unit.places))
+    return replace(unit, places=tuple(place._replace(offset=place.offset + by) for place in unit.places))
 
 
 def _header(units: Sequence[Unit], rows: dict[str, int]) -> bytes:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zinfer.checkpoint.header import DTYPE_BITS
 from zinfer.checkpoint.index import CheckpointIndex
@@ -16,8 +16,7 @@ from zinfer.spec.records import Op, RowLookup, WeightRef
 from zinfer.units import round_up
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Rows [start, stop) of a published tensor and the file range that holds them."""
 
     name: str
@@ -106,7 +105,7 @@ def imagined_source(program: Sequence[Op], lookups: Sequence[RowLookup], dtype: 
         end = round_up(units[-1].places[-1].end, PAGE)
     first = {place.name: place.offset for unit in reversed(units) for place in reversed(unit.places)}
     whole = [nowhere(_whole(lookup)) for lookup in lookups]
-    tables = {place.name: row_table(replace(place, offset=first[place.name])) for place in whole}
+    tables = {place.name: row_table(place._replace(offset=first[place.name])) for place in whole}
     return Source((Path("model.safetensors"),), (end,), tuple(units), tables)
 
 
@@ -132,7 +131,7 @@ def settle(unit: Unit, file: int, at: int, num_rows: Mapping[str, int]) -> Unit:
     places = []
     for place in (*vectors, matrix) if is_continued else (matrix, *vectors):
         at = round_up(at, PAGE if place is matrix else ALIGN)
-        places.append(replace(place, file=file, offset=at))
+        places.append(place._replace(file=file, offset=at))
         at += place.nbytes
     return replace(unit, places=tuple(places))
 

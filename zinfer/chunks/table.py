@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NewType
+from typing import NamedTuple, NewType
 
 ChunkId = NewType("ChunkId", int)
 
@@ -16,8 +16,7 @@ HUGE_PAGE = 2 * 2**20  # what large memory is made of
 PIECE_BYTES = 16 * 2**20  # largest single read; four in flight reach the disk's own rate
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSlice:
+class TensorSlice(NamedTuple):
     """Rows [start, stop) of a published tensor, and where they lie inside their chunk's buffer."""
 
     name: str  # the tensor's published name
@@ -34,8 +33,7 @@ class TensorSlice:
         return (self.name, self.start, self.stop)
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """After a read: bytes at `source` in the chunk's buffer belong at `target` (they may overlap)."""
 
     source: int
@@ -43,8 +41,7 @@ class Move:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One read of at most PIECE_BYTES: file range -> buffer range, both PAGE-aligned so that it can be direct.
 
     `nbytes` may reach past the end of the file by less than a page: the short count is then expected, and

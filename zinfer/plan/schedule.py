@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 
 from zinfer.chunks.table import PIECE_BYTES, ChunkId, ChunkTable
 from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step
+
+# Plans try the same steps again and again; one record of each will do.
+_compute, _evict, _fetch = cache(Compute), cache(Evict), cache(Fetch)
 
 _AHEAD_BYTES = 8 * PIECE_BYTES  # what the first pass keeps on its way, at least: the disk's queue twice over
 
@@ -41,9 +45,9 @@ def steady_steps(table: ChunkTable, placement: Placement) -> tuple[Step, ...]:
     successor = {chunk: streamed[(at + slots) % len(streamed)] for at, chunk in enumerate(streamed)}
     steady = _rows(table)
     for chunk in order:
-        steady.append(Compute(chunk))
+        steady.append(_compute(chunk))
         if chunk in successor:
-            steady += [Evict(chunk), Fetch(successor[chunk])]
+            steady += (_evict(chunk), _fetch(successor[chunk]))
     return tuple(steady)
 
 
