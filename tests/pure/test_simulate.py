@@ -14,7 +14,7 @@ from zinfer.errors import InternalError
 from zinfer.plan.place import Reserve, place, smallest_budget
 from zinfer.plan.records import Budget, Compute, Schedule, Tier
 from zinfer.plan.schedule import build_schedule, serial_schedule, steady_steps
-from zinfer.plan.simulate import Simulator, simulate, simulate_passes, simulate_steady
+from zinfer.plan.simulate import Simulator, least_seconds, simulate, simulate_passes, simulate_steady
 
 
 def two_tiers(count, resident, lookahead, compute_s, disk=1.0):
@@ -130,6 +130,7 @@ def test_a_steady_pass_alone_is_the_one_behind_those_that_load(
     assert alone.busy_s == pytest.approx(passes[-1].busy_s)
     assert alone.peak_bytes == passes[-1].peak_bytes
     assert alone.seconds == pytest.approx(passes[-1].seconds)
+    assert least_seconds(table, placement, machine, work) <= alone.seconds * (1 + 1e-9)
 
 
 @settings(max_examples=20)

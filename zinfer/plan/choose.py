@@ -100,6 +100,8 @@ def choose(
                 placement = _place(table, budget, compute_tier, reserve, count, room)
             except BudgetError:
                 continue
+            if best is not None and passes.least_s(placement) * _lone(placement) >= best_s:
+                continue
             steady = passes.under(placement)
             likely_s = steady.seconds * _loss(placement, steady)
             if likely_s < best_s:
@@ -147,12 +149,16 @@ def _loss(placement: Placement, steady: PassRun) -> float:
     """What a short queue of reads costs, as a factor; below a device staging slots keep the disk busy."""
     if not placement.slots:
         return 1.0
-    loss = _LONE_FETCH_LOSS if placement.lookahead == 1 else 1.0
+    loss = _lone(placement)
     reads = [stretch for stretch in steady.timeline if stretch.lane == "disk"]
     if reads and placement.compute_tier is Tier.HOST:
         ahead = placement.lookahead * steady.bytes["disk"] / len(reads)
         loss *= 1 + _SHORT_QUEUE_LOSS * max(1 - ahead / _QUEUE_BYTES, 0.0)
     return loss
+
+
+def _lone(placement: Placement) -> float:
+    return _LONE_FETCH_LOSS if placement.lookahead == 1 else 1.0
 
 
 def _limits(

@@ -11,7 +11,7 @@ from zinfer.plan.cost import ChunkSeconds, PassLoad, chunk_seconds
 from zinfer.plan.records import Forecast, Placement, Schedule, Tier, Workload
 from zinfer.plan.schedule import steady_steps
 from zinfer.plan.shares import COMPUTE, ROWS
-from zinfer.plan.simulate import PassRun, simulate, simulate_passes, simulate_steady
+from zinfer.plan.simulate import PassRun, least_seconds, simulate, simulate_passes, simulate_steady
 from zinfer.spec.records import ModelSpec
 
 _ROW_READS_IN_FLIGHT = 4
@@ -111,14 +111,23 @@ class SteadyPasses:
 
     def under(self, placement: Placement) -> PassRun:
         """The pass on the virtual clock."""
-        table, machine = self._table, self._machine
-        kind = (placement.compute_tier, placement.slots == 0)
-        if kind not in self._compute_s:
-            costs = pass_costs(self._spec, table, placement, machine, self._load, exact=self._exact)
-            self._compute_s[kind] = [cost.total for cost in costs]
+        table, machine, compute_s = self._table, self._machine, self._computing(placement)
         rows_s = row_seconds(table, placement, machine, self._load.rows)
         steps = steady_steps(table, placement)
-        return simulate_steady(table, placement, steps, machine, self._compute_s[kind], rows_s=rows_s)
+        return simulate_steady(table, placement, steps, machine, compute_s, rows_s=rows_s)
+
+    def least_s(self, placement: Placement) -> float:
+        """Less than that it cannot take, as a look at the sums says."""
+        return least_seconds(self._table, placement, self._machine, self._computing(placement))
+
+    def _computing(self, placement: Placement) -> Sequence[float]:
+        kind = (placement.compute_tier, placement.slots == 0)
+        if kind not in self._compute_s:
+            costs = pass_costs(
+                self._spec, self._table, placement, self._machine, self._load, exact=self._exact
+            )
+            self._compute_s[kind] = [cost.total for cost in costs]
+        return self._compute_s[kind]
 
 
 def simulate_loading(

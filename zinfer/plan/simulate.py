@@ -244,6 +244,21 @@ def simulate_steady(
     return runs[-1]
 
 
+def least_seconds(
+    table: ChunkTable, placement: Placement, machine: Machine, compute_s: Sequence[float]
+) -> float:
+    """No steady pass takes less: the busiest link, or computation, with nothing to wait for."""
+    disk = machine.disk_read
+    streamed = [chunk for chunk in table.streamable if not placement.resident(chunk.id)]
+    up_s = 0.0
+    if placement.compute_tier is Tier.DEVICE:
+        up_s = sum([chunk.nbytes for chunk in streamed]) / machine.up_bytes_per_s
+        streamed = [chunk for chunk in streamed if placement.home[chunk.id] is Tier.DISK]
+    reads_s = sum([len(chunk.reads) for chunk in streamed]) * disk.latency_s
+    disk_s = reads_s + sum([table.read_bytes[chunk.id] for chunk in streamed]) / disk.bytes_per_s
+    return max(disk_s, up_s, sum([compute_s[chunk.id] for chunk in table.streamable]))
+
+
 def simulate_passes(
     table: ChunkTable,
     placement: Placement,
