@@ -9,6 +9,7 @@ from zinfer.config.profiles import SIM_DEFAULT, load_machine
 from zinfer.config.resolve import resolve
 from zinfer.plan.make import make_plan
 from zinfer.spec.read import read_spec
+from zinfer.watch import unwatched
 
 SHAPES = Path(__file__).resolve().parents[1] / "configs" / "shapes"
 MACHINE = load_machine(SIM_DEFAULT)
@@ -26,8 +27,10 @@ def source_of(spec):
     return imagined_source(spec.program, spec.lookups, spec.dtype)
 
 
-def plan_of(spec, workload=None, machine=MACHINE, batches=(), now=None, **flags):
+def plan_of(spec, workload=None, machine=MACHINE, batches=(), now=None, watch=unwatched, **flags):
     """Plan for a machine that is not this one; flags as in `load_settings`, dots written as double underscores."""
     flags = {name.replace("__", "."): value for name, value in flags.items()}
     resolved = resolve(load_settings(flags=flags, environ={}).settings, machine, limits=None)
-    return make_plan(spec, source_of(spec), resolved, machine, workload, batches=batches, now=now)
+    return make_plan(
+        spec, source_of(spec), resolved, machine, workload, batches=batches, now=now, watch=watch
+    )

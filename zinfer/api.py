@@ -17,7 +17,6 @@ from zinfer.config.load import load_settings
 from zinfer.config.schema import Settings
 from zinfer.errors import BudgetError, UsageError, ZinferError
 from zinfer.plan.make import Plan
-from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.labels import Labelled, check_top_k, ranked_rows, shaped
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.request import CompletionOutput, Request, RequestMetrics, RequestOutput
@@ -27,6 +26,7 @@ from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
 from zinfer.sampling.params import SamplingParams
 from zinfer.tokenizer import Tokenizer
+from zinfer.watch import Watch, unwatched
 
 Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 PromptAndParams: TypeAlias = str | list[int] | tuple[str | list[int], SamplingParams]

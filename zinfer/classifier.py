@@ -18,13 +18,13 @@ from zinfer.config.schema import Settings
 from zinfer.errors import UsageError
 from zinfer.layers.pooling import normalised
 from zinfer.runtime.encoder_engine import EncoderEngine
-from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.labels import check_top_k, ranked_rows, shaped
 from zinfer.spec.records import Encoder
 from zinfer.students.cascade import Cascade, Deferral, check_threshold, threshold_for
 from zinfer.students.scheduler import PASS_TOKENS
 from zinfer.students.serving import GroupService, is_group
 from zinfer.tokenizer import Encoded, Text, encode_texts
+from zinfer.watch import Watch, unwatched
 
 Texts: TypeAlias = (
     str | tuple[str, str] | Mapping[str, str] | Sequence[str | tuple[str, str] | Mapping[str, str]]

@@ -311,6 +311,20 @@ def test_an_alternative_is_what_planning_with_its_flags_gives():
             assert again.forecast.pass_s <= other.pass_s * 1.05
 
 
+def test_planning_tells_how_far_it_is():
+    spec, told = small_llama(), []
+    flags = {"device": "cpu", "runtime__lookahead": 2, "memory__host": "250MiB"}
+
+    def watch(done, total, what):
+        told.append((done, total, what))
+
+    plan = plan_of(spec, watch=watch, **flags)
+    assert told == [(0, 1, "planning")]
+    others = alternatives(spec, plan, watch)
+    count = len(others)
+    assert told[1:] == [(count + at, 2 * count, "planning") for at in range(count)]
+
+
 def test_what_a_store_would_buy_is_what_planning_with_it_gives():
     spec, flags = small_llama(), {"device": "cpu", "runtime__lookahead": 2, "memory__host": "250MiB"}
     plan = plan_of(spec, **flags)

@@ -90,13 +90,21 @@ def test_branch_and_bound_equals_brute_force(items):
             raise BudgetError("ZI-0000", "does not fit")
         return table[item][0]
 
-    search = Cheapest(plan, lambda cost: cost, lambda item: table[item][0] * table[item][1])
+    told = []
+
+    def watch(done, total, what):
+        assert 0 <= done < total <= len(items)
+        told.append(done)
+
+    search = Cheapest(plan, lambda cost: cost, lambda item: table[item][0] * table[item][1], watch)
     possible = [cost for cost, _, is_refused in items if not is_refused]
     if possible:
         assert search.find(table) == min(possible)
     else:
         with pytest.raises(BudgetError):
             search.find(table)
+    assert told == list(range(len(told)))
+    assert len(told) >= search.num_planned
 
 
 FLAGS = [

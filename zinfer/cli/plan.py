@@ -16,6 +16,7 @@ from zinfer.checkpoint.index import CheckpointIndex
 from zinfer.chunks.source import Source, checkpoint_source, imagined_source
 from zinfer.chunks.store import open_store
 from zinfer.cli.options import engine_options, settings_of
+from zinfer.cli.progress import Progress
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Machine
 from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
@@ -28,6 +29,7 @@ from zinfer.plan.optimise import batch_sizes
 from zinfer.plan.records import Workload
 from zinfer.spec.read import read_spec
 from zinfer.spec.records import ModelSpec
+from zinfer.watch import Watch
 from zinfer.whole import refuse_unwritable
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
@@ -72,8 +74,8 @@ def plan(
     refuse_unwritable(save_file)
     workload = Workload(batch or 1, prompt_len, gen_len, num_requests=num_requests)
     batches = batch_sizes(num_requests) if requests and batch is None else []
-    with _uncollected():
-        made, others = _planned(settings, workload, batches)
+    with _uncollected(), Progress("steps") as progress:
+        made, others = _planned(settings, workload, batches, progress)
     if (made.workload.prompt_len, made.workload.gen_len) != (prompt_len, gen_len):
         click.echo(
             f"note       {prompt_len} prompt tokens and {gen_len} to generate are not what this model takes: "
@@ -90,13 +92,13 @@ def plan(
 
 
 def _planned(
-    settings: Settings, workload: Workload, batches: Sequence[int]
+    settings: Settings, workload: Workload, batches: Sequence[int], watch: Watch
 ) -> tuple[Plan, list[Alternative]]:
     spec, source = open_for_planning(Path(settings.model) if settings.model else DEMO)
     machine, is_here = planning_machine(settings, source, spec)
     resolved = resolve(settings, machine, limits=memory_limits() if is_here else None, num_gpus=num_gpus())
-    made = make_plan(spec, source, resolved, machine, workload, batches=batches)
-    return made, alternatives(spec, made)
+    made = make_plan(spec, source, resolved, machine, workload, batches=batches, watch=watch)
+    return made, alternatives(spec, made, watch)
 
 
 @contextmanager

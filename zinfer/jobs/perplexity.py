@@ -11,9 +11,9 @@ from zinfer.api import LLM
 from zinfer.checkpoint.index import STORE_FILE
 from zinfer.chunks.manifest import read_manifest
 from zinfer.errors import UsageError
-from zinfer.runtime.executor import Watch, unwatched
 from zinfer.spec.quant import PERPLEXITY_LIMITS
 from zinfer.tokenizer import Tokenizer
+from zinfer.watch import Watch, unwatched
 
 HELD_OUT = "heldout.txt"  # a text beside a model's weights on which it was not trained
 

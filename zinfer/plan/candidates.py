@@ -17,13 +17,14 @@ from zinfer.plan.curve import Curve, compute_curve
 from zinfer.plan.forecast import SteadyPasses, decode_load, engine_of
 from zinfer.plan.guests import with_guests, without_guests
 from zinfer.plan.kv import kv_plans
-from zinfer.plan.optimise import Candidate, Cheapest, cost_of, judge, least_cost
+from zinfer.plan.optimise import PLANNING, Candidate, Cheapest, cost_of, judge, least_cost
 from zinfer.plan.place import Reserve, smallest_budget
 from zinfer.plan.profile import graph_bytes, reserve_for, turns_of
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.settle import asked_workload, shrunk_workload
 from zinfer.spec.records import ModelSpec, Op
 from zinfer.spec.stored import op_bytes
+from zinfer.watch import Watch, unwatched
 
 _WAITING_SHARE = 0.02  # of a device: less than that is not worth the links' time
 _SPARE_ROWS = 2  # rows of a pass are planned for twice T*: the first passes may show that it lies higher
@@ -39,6 +40,7 @@ class Candidates:
     source: Source
     resolved: Resolved
     machine: Machine
+    watch: Watch = unwatched
 
     @property
     def tier(self) -> Tier:
@@ -50,6 +52,7 @@ class Candidates:
 
     def best(self, workload: Workload, batches: Sequence[int]) -> Chosen:
         """The best of `batches`, or (none) the workload's own."""
+        self.watch(0, max(len(batches), 1), PLANNING)
         candidate, reasons = self.cheapest(workload, batches) if batches else self.fitting(workload)
         return self._with_guests(candidate), reasons
 
@@ -124,7 +127,7 @@ class Candidates:
                 objective,
             )
 
-        search = Cheapest(planned, lambda candidate: cost_of(candidate, objective), bound)
+        search = Cheapest(planned, lambda candidate: cost_of(candidate, objective), bound, self.watch)
         try:
             best = search.find(batches)
         except BudgetError:

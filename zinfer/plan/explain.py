@@ -11,6 +11,7 @@ from zinfer.errors import BudgetError
 from zinfer.plan.cost import kind_of
 from zinfer.plan.forecast import SteadyPasses, decode_load
 from zinfer.plan.make import Plan
+from zinfer.plan.optimise import PLANNING
 from zinfer.plan.place import place, size_flag
 from zinfer.plan.records import Budget, Forecast, KvPlan, Tier
 from zinfer.plan.shares import COMPUTE, ROWS, largest_share, link_seconds, num_share_slots, ways_up
@@ -18,6 +19,7 @@ from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.records import ModelSpec
 from zinfer.spec.stored import PUBLISHED, as_stored, layouts, op_bytes, workspace_bytes
 from zinfer.units import Bytes, rate_text, round_up, seconds_text
+from zinfer.watch import Watch, unwatched
 
 _MAP_WIDTH = 72
 _OFFERED = (LOSSLESS, "int4")  # the most exact format and the smallest
@@ -34,7 +36,7 @@ class Alternative:
     kind: Literal["budgets", "stores"] = "budgets"
 
 
-def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
+def alternatives(spec: ModelSpec, plan: Plan, watch: Watch = unwatched) -> list[Alternative]:
     """Half and twice the compute tier's budget, twice the host's, and all weights in the compute tier; of published
     weights that stream also two formats in which a store would hold them, at the plan's budget.
 
@@ -48,9 +50,14 @@ def alternatives(spec: ModelSpec, plan: Plan) -> list[Alternative]:
     budgets = [Budget(host=size) if tier is Tier.HOST else Budget(host, size) for size in sizes]
     if host:
         budgets.append(Budget(host * 2, have))
-    found = [_alternative(plan, passes, budget) for budget in budgets]
-    streams = plan.placement.slots > 0 and spec.weights == PUBLISHED
-    return [*found, *(_store(spec, plan, weights) for weights in _OFFERED)] if streams else found
+    stores = _OFFERED if plan.placement.slots > 0 and spec.weights == PUBLISHED else ()
+    found: list[Alternative] = []
+    count = len(budgets) + len(stores)
+    for other in (*budgets, *stores):
+        watch(count + len(found), 2 * count, PLANNING)  # the plan took about as long as all of them
+        is_budget = isinstance(other, Budget)
+        found.append(_alternative(plan, passes, other) if is_budget else _store(spec, plan, other))
+    return found
 
 
 def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:

@@ -27,6 +27,7 @@ from zinfer.plan.schedule import build_schedule
 from zinfer.plan.shares import link_seconds
 from zinfer.spec.records import ModelSpec
 from zinfer.units import round_up
+from zinfer.watch import Watch, unwatched
 from zinfer.whole import written_whole
 
 _FORMAT = 1
@@ -179,6 +180,7 @@ def make_plan(
     *,
     batches: Sequence[int] = (),
     now: Callable[[], Machine] | None = None,
+    watch: Watch = unwatched,
 ) -> Plan:
     """Settle batch, rows per pass, chunk size, placement and lookahead, and predict the run.
 
@@ -189,7 +191,7 @@ def make_plan(
     model's.
     """
     source = as_read(source, spec, device=resolved.device, exact=resolved.settings.exact)
-    candidates = Candidates(spec, source, resolved, machine.using(resolved.devices))
+    candidates = Candidates(spec, source, resolved, machine.using(resolved.devices), watch)
     candidate, reasons = candidates.best(workload or Workload(), batches)
     if now is not None:
         known, candidates = candidates.machine, replace(candidates, machine=now().using(resolved.devices))

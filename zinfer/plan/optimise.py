@@ -24,9 +24,11 @@ from zinfer.plan.records import Budget, Forecast, Tier, Workload
 from zinfer.plan.shares import link_seconds
 from zinfer.plan.tokens import TokenBudget
 from zinfer.spec.records import ModelSpec
+from zinfer.watch import Watch, unwatched
 
 C = TypeVar("C")
 
+PLANNING = "planning"  # what is watched: one plan or size of a batch after another
 MAX_BATCH = 512  # beyond it the scheduler's own time begins to show
 
 
@@ -114,18 +116,24 @@ class Cheapest(Generic[C]):
     """
 
     def __init__(
-        self, plan: Callable[[int], C], cost: Callable[[C], float], bound: Callable[[int], float]
+        self,
+        plan: Callable[[int], C],
+        cost: Callable[[C], float],
+        bound: Callable[[int], float],
+        watch: Watch = unwatched,
     ) -> None:
-        self._plan, self._cost, self._bound = plan, cost, bound
+        self._plan, self._cost, self._bound, self._watch = plan, cost, bound, watch
         self.num_planned = 0
 
     def find(self, items: Iterable[int]) -> C:
         """The cheapest of those that can be planned.  Raises the last BudgetError where none can."""
         best: C | None = None
         best_cost, refused = inf, None
-        for bound, item in sorted((self._bound(item), -item) for item in items):
+        waiting = sorted((self._bound(item), -item) for item in items)
+        for at, (bound, item) in enumerate(waiting):
             if bound >= best_cost:
                 break
+            self._watch(at, at + sum(other < best_cost for other, _ in waiting[at:]), PLANNING)
             try:
                 candidate = self._plan(-item)
             except BudgetError as error:

@@ -15,12 +15,13 @@ from zinfer.memory.manager import ChunkManager
 from zinfer.plan.make import Plan
 from zinfer.runtime.compiled import take_shortcut
 from zinfer.runtime.engine import open_executor
-from zinfer.runtime.executor import Executor, Watch, unwatched
+from zinfer.runtime.executor import Executor
 from zinfer.runtime.model import Model, open_model
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.texts import encode, in_order
 from zinfer.spec.records import Encoder
 from zinfer.tokenizer import Encoded, Tokenizer
+from zinfer.watch import Watch, unwatched
 
 
 class EncoderEngine:

@@ -26,7 +26,7 @@ from zinfer.plan.make import Plan
 from zinfer.plan.profile import graph_bytes
 from zinfer.plan.records import Tier, Workload
 from zinfer.plan.tokens import TokenBudget
-from zinfer.runtime.executor import Executor, Watch, unwatched
+from zinfer.runtime.executor import Executor
 from zinfer.runtime.garbage import OLD_OBJECTS
 from zinfer.runtime.graph import graphs_for
 from zinfer.runtime.loop import Event, Loop
@@ -37,6 +37,7 @@ from zinfer.runtime.scheduler import Scheduler
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
 from zinfer.runtime.trace import Recorder, Span, TraceRecorder
+from zinfer.watch import Watch, unwatched
 
 
 @dataclass

@@ -27,12 +27,7 @@ from zinfer.runtime.stats import PassRecord, Stats
 from zinfer.runtime.stays import Stays, Together
 from zinfer.runtime.trace import Recorder
 from zinfer.spec.records import ModelSpec
-
-Watch = Callable[[int, int, str], None]  # (done, total, what): bytes of weights that a pass has been through
-
-
-def unwatched(_done: int, _total: int, _what: str) -> None:
-    """Progress that nobody looks at."""
+from zinfer.watch import Watch, unwatched
 
 
 @dataclass(slots=True)

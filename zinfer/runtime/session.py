@@ -17,13 +17,13 @@ from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.revise import rebudget
 from zinfer.runtime.adapt import adapt, suit
 from zinfer.runtime.engine import Engine, open_engine
-from zinfer.runtime.executor import Watch, unwatched
 from zinfer.runtime.loop import Event
 from zinfer.runtime.model import Model
 from zinfer.runtime.request import Request
 from zinfer.runtime.stats import Stats
 from zinfer.runtime.text import TextState
 from zinfer.runtime.turns import Turns
+from zinfer.watch import Watch, unwatched
 
 _WINDOW = 256  # jobs that are looked at ahead of the passes: what the plan of a feed is made for
 
