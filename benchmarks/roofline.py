@@ -74,22 +74,22 @@ def some_products_s(bench: Bench) -> float:
 
 
 def point(
-    bench: Bench, alone: dict[str, dict[str, float]], some_s: float, waiting: int, batch: int | None
+    bench: Bench, alone: dict[str, dict[str, float]], some_s: list[float], waiting: int, batch: int | None
 ) -> dict[str, Any]:
     """`waiting` requests, `batch` of them at once (None: the planner's choice), weights loaded before.
 
     Every pass has its own limit, by the rows that it carried; the share is that of all passes together.  `alone` is
-    what products took when some of them took `some_s`.
+    what products took when some of them took the first of `some_s`, which gets what they take behind this point.
     """
     name = "chosen" if batch is None else str(batch)
-    before_s = some_products_s(bench)
     call = Call(bench.known.prompts(waiting, PROMPT, PROMPT), OUTPUT)
     warm_up = Call(call.prompts[:1], WARM_UP)
     seen = run(bench, f"roofline-{name}", [warm_up, call], {"max_batch": batch} if batch else {})
     row: dict[str, Any] = {"batch": name, "error": seen.error, "why": seen.why}
+    some_s.append(some_products_s(bench))
     if seen.result is None:
         return row
-    drift = (before_s + some_products_s(bench)) / (2 * some_s)
+    drift = (some_s[-2] + some_s[-1]) / (2 * some_s[0])
     products = Products(alone, drift)
     plan = seen.result["facts"]["plan"]
     kv = plan["reserve"]["kv"]
@@ -167,7 +167,7 @@ def main() -> None:
     most = min(options.most, 4) if options.quick else options.most
     fullest = min(max(PROMPT * most, 4 * most), MOST_MEASURED)  # a pass may carry all prompts
     alone = measure_products(bench, tuple(rows for rows in ROWS if rows <= fullest), EACH_S)
-    some_s = some_products_s(bench)
+    some_s = [some_products_s(bench)]
     rows = []
     for sequences in (count for count in ROWS if count <= most):
         rows.append(point(bench, alone, some_s, sequences, sequences))
