@@ -6,8 +6,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from plan_of import MACHINE, plan_of, small_llama
 from tiny_models import streaming_bytes, write_tiny
 
 from zinfer import SamplingParams
@@ -16,8 +20,11 @@ from zinfer.api import DEMO
 from zinfer.classifier import DEMO as GROUP
 from zinfer.cli.main import COMMANDS, run
 from zinfer.cli.prompts import as_line, read_prompt_lines
+from zinfer.cli.render import tip_lines
 from zinfer.cli.store import perplexity_lines
 from zinfer.jobs.perplexity import Perplexity
+from zinfer.spec.lossless import LOSSLESS
+from zinfer.units import seconds_text
 
 IDS = "5,9,200,31,7,44"
 
@@ -564,3 +571,28 @@ def test_doctor_describes_the_links_of_several_devices(monkeypatch):
 
     monkeypatch.setattr(topology, "cuda_links", refused)
     assert with_links(two.using(1)).links == (), "one link is still a profile"
+
+
+def test_whoever_waits_for_the_disk_hears_of_the_lossless_store():
+    spec, slow = small_llama(), MACHINE.disk_read.model_copy(update={"bytes_per_s": 5e8})
+    machine = MACHINE.model_copy(update={"disk_read": slow})
+    plan = plan_of(spec, machine=machine, device="cpu", memory__host="250MiB")
+    (tip,) = tip_lines(SimpleNamespace(spec=spec, folder=Path("a model")), plan)
+    found = re.fullmatch(
+        r"tip        (zinfer shard 'a model' --out DIR --weights lossless): (.*) per pass instead of (.*), every .*",
+        tip,
+    )
+    assert found[3] == seconds_text(plan.forecast.pass_s) != found[2]
+    assert shlex.split(found[1]) == ["zinfer", "shard", "a model", "--out", "DIR", "--weights", LOSSLESS]
+
+
+@pytest.mark.parametrize("why", ["all stays", "a store", "short passes"])
+def test_nobody_else_does(why):
+    spec = small_llama()
+    plan = plan_of(spec, device="cpu", memory__host="4GiB" if why == "all stays" else "250MiB")
+    assert (plan.forecast.binding == "disk") == (why != "all stays")
+    if why == "a store":
+        spec = replace(spec, weights=LOSSLESS)
+    if why == "short passes":
+        plan = replace(plan, forecast=replace(plan.forecast, pass_s=0.09))
+    assert list(tip_lines(SimpleNamespace(spec=spec, folder=Path("model")), plan)) == []

@@ -34,6 +34,7 @@ def by_logits(llm, context_ids, ids):
 def test_scores_are_those_of_the_logits(llm):
     scores = llm.score(*zip(*PAIRS, strict=True))
     assert llm.plan.placement.slots > 0, "weights were streamed"
+    assert 0.5 < llm.plan.workload.logit_share <= 1, "planned with the logits of most rows"
     assert max(done.sequences for done in llm.stats.passes) > 1, "texts shared passes"
     for (prompt, continuation), found in zip(PAIRS, scores, strict=True):
         kept = prompt.rstrip()

@@ -394,6 +394,37 @@ def test_the_ops_that_stand_for_a_stores_are_as_large(name, weights):
     assert workspace_bytes(standing, "cpu") == workspace_bytes(real, "cpu")
 
 
+def test_scored_rows_go_through_the_head():
+    spec = small_llama()
+    table, scored = assemble(source_of(spec), 64 * MIB), PassLoad(48, 3, 16, logits=30)
+    behind = ("o", "gate", "up", "down", "head")
+    last = [op for op in spec.program if op.layer >= spec.num_layers - 1 and op.kind in behind]
+    work_s = [
+        sum(cost.work for cost in chunk_seconds(spec, table, FLAT, load, exact=False))
+        for load in (replace(scored, logits=0), scored)
+    ]
+    more_s = (
+        2 * sum(op.weight_numel for op in last) * (3.0e-9 - 0.3e-9)
+    )  # 30 rows instead of one of each sequence
+    assert work_s[1] - work_s[0] == pytest.approx(more_s, rel=0.01)
+
+
+def test_a_job_of_scores_is_foretold_with_its_logits():
+    spec, flags = small_llama(), {"device": "cpu", "memory__host": "2GiB"}
+    asked = Workload(batch=40, prompt_len=100, gen_len=1, num_requests=40)
+    plain = plan_of(spec, asked, **flags)
+    whole, few = (
+        plan_of(spec, replace(asked, logit_rows=round(4000 * share), logit_share=share), **flags)
+        for share in (1.0, 0.01)
+    )
+    row_s = [plan.forecast.prefill_s / plan.forecast.full_rows for plan in (plain, whole)]
+    assert row_s[1] > 1.2 * row_s[0]
+    assert few.forecast.prefill_s == pytest.approx(plain.forecast.prefill_s, rel=0.01)
+    scored = whole.workload.logits_of(whole.forecast.full_rows)
+    assert scored == whole.forecast.full_rows <= whole.workload.logit_rows, "no pass scores more"
+    assert few.forecast.full_rows == plain.forecast.full_rows
+
+
 def test_a_pass_that_a_host_records_costs_what_replaying_does():
     spec = replace(small_llama(), dtype="BF16")
     table = assemble(source_of(spec), 64 * MIB)

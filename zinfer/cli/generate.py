@@ -12,7 +12,7 @@ from zinfer.api import LLM, Prompts
 from zinfer.cli.options import engine_options, sampling_options, settings_of, split_sampling
 from zinfer.cli.progress import Progress
 from zinfer.cli.prompts import as_line, read_prompts, write_lines
-from zinfer.cli.render import forecast_line, stats_lines
+from zinfer.cli.render import forecast_line, stats_lines, tip_lines
 from zinfer.runtime.request import RequestOutput
 from zinfer.sampling.params import SamplingParams
 from zinfer.whole import refuse_input_as_output, refuse_unwritable, written_whole
@@ -61,7 +61,7 @@ def generate(
         else:
             _batch(llm, prompts, params, output_file, as_json)
         if not as_json:
-            for line in stats_lines(llm.stats):
+            for line in (*stats_lines(llm.stats), *tip_lines(llm.model, llm.plan)):
                 click.echo(line, err=True)
     if trace_file is not None:
         click.echo(

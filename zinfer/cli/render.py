@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
+from zinfer.plan.explain import with_store
 from zinfer.plan.make import Plan
+from zinfer.runtime.model import Model
 from zinfer.runtime.stats import Stats
+from zinfer.spec.lossless import LOSSLESS
+from zinfer.spec.stored import PUBLISHED
 from zinfer.units import Bytes, rate_text, seconds_text
 
+_LONG_S = 0.1  # a pass: below that nobody waits
+_WORTH = 0.9  # of its time: less is not worth writing the model again
 WHY = {
     "disk": "the disk's read rate",
     "h2d": "the host-to-device link",
@@ -28,6 +35,19 @@ def forecast_line(plan: Plan) -> str:
         f"{seconds_text(forecast.first_token_s)}, then {forecast.tokens_per_s:.1f} tokens/s, bound by "
         f"{forecast.binding}"
     )
+
+
+def tip_lines(model: Model, plan: Plan) -> Iterator[str]:
+    """Of passes that wait long for the disk: the store that shortens them and changes no bit of a weight."""
+    pass_s = plan.forecast.pass_s
+    if pass_s < _LONG_S or plan.forecast.binding != "disk" or model.spec.weights != PUBLISHED:
+        return
+    found = with_store(model.spec, plan, LOSSLESS)
+    if found.pass_s is not None and found.pass_s < _WORTH * pass_s:
+        yield (
+            f"tip        zinfer shard {shlex.quote(str(model.folder))} --out DIR --weights lossless: "
+            f"{seconds_text(found.pass_s)} per pass instead of {seconds_text(pass_s)}, every bit of a weight the same"
+        )
 
 
 def stats_lines(stats: Stats) -> Iterator[str]:

@@ -15,7 +15,7 @@ import click
 from zinfer.api import LLM
 from zinfer.cli.options import engine_options, sampling_options, settings_of, split_sampling
 from zinfer.cli.progress import Progress
-from zinfer.cli.render import forecast_line, stats_lines
+from zinfer.cli.render import forecast_line, stats_lines, tip_lines
 from zinfer.errors import UsageError
 from zinfer.jobs.run import Brake, Job, Outcome
 from zinfer.jobs.run import Progress as JobProgress
@@ -60,7 +60,8 @@ def run_batch(
     with Progress("requests") as bar:
         brake = Brake()
         with LLM(settings=settings, watch=brake) as llm:
-            click.echo(forecast_line(llm.plan), err=True)
+            for line in (forecast_line(llm.plan), *tip_lines(llm.model, llm.plan)):
+                click.echo(line, err=True)
             reporter = Reporter(bar, llm)
             job = Job(
                 llm,

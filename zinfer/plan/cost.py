@@ -16,7 +16,7 @@ from zinfer.units import round_up
 
 _ATTENTION_AFTER = ("qkv", "v")  # the op whose last block is followed by attention
 _RESIDENT = KvPlan()
-_HEADS = ("head", "dense", "classify")  # one row per sequence
+_HEADS = ("head", "dense", "classify")
 _BEHIND_ATTENTION = ("o", "gate", "up", "gate_up", "down")
 RECORDED_ROWS = 256  # the most of a pass that a host records
 _UNPACKING = 1.25  # of a product's time with the weight as it was: 0.9 to 1.3 of it with compiled kernels
@@ -26,12 +26,21 @@ _PREFILL_ROWS = 16  # new rows per sequence from which attention's arithmetic co
 
 @dataclass(frozen=True, slots=True)
 class PassLoad:
-    """What one pass carries: `rows` token rows of `sequences` sequences that see `context` tokens each at its end."""
+    """What one pass carries: `rows` token rows of `sequences` sequences that see `context` tokens each at its end.
+
+    `logits` rows are scored, where those are more than one per sequence.
+    """
 
     rows: int
     sequences: int
     context: int
     kv: KvPlan = _RESIDENT
+    logits: int = 0
+
+    @property
+    def wanted(self) -> int:
+        """Rows whose logits are wanted."""
+        return max(min(self.sequences, self.rows), self.logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +92,8 @@ class OpCosts:
 
     seconds(op) = weight bytes * seconds_per_byte(dtype, rows) + attention FLOPs / rate + overhead, the product's
     rate being a measured point at that many rows, so that it covers both regimes: bytes at few rows, FLOPs at many.
-    The head, and what lies behind the last layer's attention, multiply one row per sequence.  Where the cache is not
-    in the compute tier, attention costs what the links of `machine` and the attending side take.
+    The head, and what lies behind the last layer's attention, multiply rows whose logits are wanted.  Where the cache
+    is not in the compute tier, attention costs what the links of `machine` and the attending side take.
     """
 
     def __init__(
@@ -105,7 +114,7 @@ class OpCosts:
         self.is_replayed = replayed_s is not None and is_recorded(spec, load)
         self.overhead_s = cost.op_overhead_s if replayed_s is None or not self.is_replayed else replayed_s
         self._per_byte = _rates(compute, spec, load.rows, exact=exact)
-        self._per_head_byte = _rates(compute, spec, min(load.sequences, load.rows), exact=exact)
+        self._per_head_byte = _rates(compute, spec, load.wanted, exact=exact)
         self._attention_rate = attention_rate(compute, load, exact=exact)
 
     def work(self, op: Op) -> float:

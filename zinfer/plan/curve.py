@@ -110,4 +110,4 @@ def _row_counts(workload: Workload) -> tuple[int, ...]:
 def _mixed_load(workload: Workload, rows: int) -> PassLoad:
     """A pass of decode tokens and, where there are more rows than sequences, of pieces of prompts."""
     context = workload.prompt_len + ceil(workload.gen_len / 2)
-    return PassLoad(rows, min(rows, workload.batch), context, workload.kv)
+    return PassLoad(rows, min(rows, workload.batch), context, workload.kv, workload.logits_of(rows))

@@ -56,7 +56,7 @@ def alternatives(spec: ModelSpec, plan: Plan, watch: Watch = unwatched) -> list[
     for other in (*budgets, *stores):
         watch(count + len(found), 2 * count, PLANNING)  # the plan took about as long as all of them
         is_budget = isinstance(other, Budget)
-        found.append(_alternative(plan, passes, other) if is_budget else _store(spec, plan, other))
+        found.append(_alternative(plan, passes, other) if is_budget else with_store(spec, plan, other))
     return found
 
 
@@ -136,7 +136,7 @@ def _alternative(plan: Plan, passes: SteadyPasses, budget: Budget) -> Alternativ
     return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None)
 
 
-def _store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative:
+def with_store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative:
     """What `zinfer shard` would buy, wherever the layout is that of this machine's kernel."""
     flags = f"zinfer shard --weights {weights}"
     stored = stand_in(spec, weights)

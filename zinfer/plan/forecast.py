@@ -72,7 +72,8 @@ def decode_load(workload: Workload) -> PassLoad:
 def prefill_load(workload: Workload, full_rows: int) -> PassLoad:
     """The first pass: as many of the prompts' tokens as it may carry."""
     rows = min(workload.batch * workload.prompt_len, full_rows)
-    return PassLoad(rows, max(rows // workload.prompt_len, 1), workload.prompt_len, workload.kv)
+    sequences, logits = max(rows // workload.prompt_len, 1), workload.logits_of(rows)
+    return PassLoad(rows, sequences, workload.prompt_len, workload.kv, logits)
 
 
 def second_load(

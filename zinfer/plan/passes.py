@@ -62,10 +62,12 @@ def best_fill(
 
 
 def _fills(workload: Workload, token_rows: int) -> Iterator[int]:
-    if workload.num_requests is None or workload.is_whole:
-        yield token_rows
-        return
     most = max(workload.prefill_rows, token_rows)
+    if workload.logit_rows and workload.logit_share:  # no pass scores more than that
+        most = min(most, max(int(workload.logit_rows / workload.logit_share), workload.batch))
+    if workload.num_requests is None or workload.is_whole:
+        yield min(token_rows, most)
+        return
     yield from sorted({min(token_rows * fill, most) for fill in _FILLS} | {most})
 
 

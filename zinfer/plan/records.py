@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import ceil
 from typing import Literal
 
 from zinfer.chunks.table import ChunkId
@@ -118,9 +119,9 @@ class Workload:
     `max_len` is the most tokens that one sequence may reach (None: prompt_len + gen_len), `lengths` the totals of
     single requests where they are known, largest first; `num_requests` how many there are in all (None: a queue
     without end).  A pass carries at most `prefill_rows` rows, in micro-batches of `micro_rows` (None: all at once),
-    `logit_rows` of them with logits (None: one per sequence).  With `parks` what a waiting micro-batch holds lies in
-    host memory below the device.  `cache_tokens` is what the KV cache holds, all
-    sequences together (None: each at its end).
+    `logit_rows` of them with logits (None: one per sequence); `logit_share` is how many of a prompt's rows want theirs
+    (0: the last one alone).  With `parks` what a waiting micro-batch holds lies in host memory below the device.
+    `cache_tokens` is what the KV cache holds, all sequences together (None: each at its end).
     With `is_whole` the sequences are an encoder's texts, each read whole in one pass: nothing is generated or cached,
     and what the forecast says of decode passes and tokens it says of full passes and texts.
     """
@@ -138,6 +139,7 @@ class Workload:
     kv: KvPlan = KvPlan()
     parks: bool = False
     is_whole: bool = False
+    logit_share: float = 0.0
 
     @property
     def context(self) -> int:
@@ -155,6 +157,10 @@ class Workload:
             lengths=lengths[: max(len(self.lengths), len(other.lengths))],
             logit_rows=max(self.logit_rows or 0, other.logit_rows or 0) or None,
         )
+
+    def logits_of(self, rows: int) -> int:
+        """Of so many rows of prompts those that are scored."""
+        return min(ceil(rows * self.logit_share), self.logit_rows or 0)
 
     @property
     def rows_at_once(self) -> int:

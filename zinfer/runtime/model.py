@@ -114,6 +114,7 @@ class Model:
 
         `is_open`: more like them will come; `logit_rows`: rows whose logits are wanted together, if they fit.
         """
+        num_rows = sum(prompt for prompt, _ in lengths)
         totals = sorted((prompt + generated for prompt, generated in lengths), reverse=True)
         return Workload(
             batch=len(lengths),
@@ -123,6 +124,7 @@ class Model:
             max_len=totals[0],
             lengths=tuple(totals[:MAX_BATCH]),
             logit_rows=logit_rows,
+            logit_share=min((logit_rows or 0) / max(num_rows, 1), 1.0),
         )
 
     def with_memory(self, memory: Mapping[str, object], held_bytes: int, held_device_bytes: int = 0) -> Model:
