@@ -1,6 +1,7 @@
 """How full passes are: seconds by rows, and the rows that suit a job."""
 
 from dataclasses import replace
+from math import inf
 
 import hypothesis.strategies as st
 import pytest
@@ -118,6 +119,10 @@ def test_the_fill_goes_with_what_the_passes_show():
         plain.observe(50, predicted, wait_s=0.0, seconds=1.0)
     assert plain.rows == pytest.approx(50, abs=2)
     assert budget.rows == 3 * plain.rows
+    budget.follow(PLAIN, 1.0, batch=4, max_rows=800, fill=8.0)
+    assert budget.rows == pytest.approx(400, abs=16)
+    budget.follow(PLAIN, 1.0, batch=4, max_rows=800, fill=inf)
+    assert budget.rows == 800, "where all at once is best nobody is left behind for a pass of their own"
     budget.follow(PLAIN, 1.0, batch=4, max_rows=120, fill=3.0, is_corrected=True)
     assert budget.rows == 120, "never more than a pass may carry"
     budget.follow(PLAIN, 1.0, batch=4, max_rows=800, is_corrected=True)
@@ -135,5 +140,6 @@ def test_a_plan_says_how_full_its_passes_are():
     endless = plan_of(
         small_llama(), Workload(batch=64, prompt_len=64, gen_len=8), machine, batches=[64], **flags
     )
-    assert endless.forecast.fill == 1
+    assert plan.fill == inf, "all prompts at once are best"
+    assert endless.fill == endless.forecast.fill == 1
     assert endless.forecast.full_rows == endless.forecast.token_rows

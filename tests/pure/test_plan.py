@@ -341,6 +341,13 @@ def test_what_a_store_would_buy_is_what_planning_with_it_gives():
     assert {other.kind for other in alternatives(spec, resident)} == {"budgets"}, "what stays gains nothing"
 
 
+def test_a_format_that_takes_nothing_of_a_model_is_not_offered():
+    spec = small_llama(torch_dtype="float16")
+    plan = plan_of(spec, device="cpu", runtime__lookahead=2, memory__host="250MiB")
+    stores = [other.flags for other in alternatives(spec, plan) if other.kind == "stores"]
+    assert stores == ["zinfer shard --weights int4"]
+
+
 FLAT = Compute(
     products={"BF16": (ProductRate(rows=1, seconds_per_gb=0.1), ProductRate(rows=9, seconds_per_gb=0.9))},
     attention_flops_per_s=1e9,

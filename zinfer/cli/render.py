@@ -43,7 +43,7 @@ def tip_lines(model: Model, plan: Plan) -> Iterator[str]:
     if pass_s < _LONG_S or plan.forecast.binding != "disk" or model.spec.weights != PUBLISHED:
         return
     found = with_store(model.spec, plan, LOSSLESS)
-    if found.pass_s is not None and found.pass_s < _WORTH * pass_s:
+    if found is not None and found.pass_s is not None and found.pass_s < _WORTH * pass_s:
         yield (
             f"tip        zinfer shard {shlex.quote(str(model.folder))} --out DIR --weights lossless: "
             f"{seconds_text(found.pass_s)} per pass instead of {seconds_text(pass_s)}, every bit of a weight the same"

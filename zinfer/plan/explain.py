@@ -51,13 +51,13 @@ def alternatives(spec: ModelSpec, plan: Plan, watch: Watch = unwatched) -> list[
     if host:
         budgets.append(Budget(host * 2, have))
     stores = _OFFERED if plan.placement.slots > 0 and spec.weights == PUBLISHED else ()
-    found: list[Alternative] = []
-    count = len(budgets) + len(stores)
-    for other in (*budgets, *stores):
-        watch(count + len(found), 2 * count, PLANNING)  # the plan took about as long as all of them
+    others = (*budgets, *stores)
+    found: list[Alternative | None] = []
+    for at, other in enumerate(others):
+        watch(len(others) + at, 2 * len(others), PLANNING)  # the plan took about as long as all of them
         is_budget = isinstance(other, Budget)
         found.append(_alternative(plan, passes, other) if is_budget else with_store(spec, plan, other))
-    return found
+    return [other for other in found if other is not None]
 
 
 def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
@@ -136,18 +136,19 @@ def _alternative(plan: Plan, passes: SteadyPasses, budget: Budget) -> Alternativ
     return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None)
 
 
-def with_store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative:
-    """What `zinfer shard` would buy, wherever the layout is that of this machine's kernel."""
-    flags = f"zinfer shard --weights {weights}"
+def with_store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative | None:
+    """What `zinfer shard` would buy, wherever the layout is that of this machine's kernel; None for a model of which
+    the format takes nothing."""
     stored = stand_in(spec, weights)
     if not any(op.stored for op in stored.program):
-        return Alternative(flags, None, None, "stores")
+        return None
     table = replace(plan.table, chunks=tuple(_rewritten(spec, stored, plan.table.chunks)))
     unpacking = workspace_bytes(stored, plan.device)
     reserve = replace(plan.reserve, activations=plan.reserve.activations + unpacking)
     passes = SteadyPasses(stored, table, plan.machine, decode_load(plan.workload), exact=plan.exact)
     pass_s = _pass_s(replace(plan, reserve=reserve), table, passes, plan.budget)
-    return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None, "stores")
+    speed = plan.workload.batch / pass_s if pass_s else None
+    return Alternative(f"zinfer shard --weights {weights}", pass_s, speed, "stores")
 
 
 def stand_in(spec: ModelSpec, weights: str) -> ModelSpec:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
-from math import log
+from math import inf, log
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,14 @@ class Plan:
     def stream_s(self) -> float:
         """The busiest link's seconds in a steady pass."""
         return link_seconds(self.forecast.busy_s)
+
+    @property
+    def fill(self) -> float:
+        """Times T* that passes carry, whatever T* turns out to be.  Infinite where all prompts at once are best: what a
+        smaller T* leaves behind takes a pass of its own."""
+        prompts = min(self.workload.batch * self.workload.prompt_len, self.workload.prefill_rows)
+        takes_all = self.workload.num_requests is not None and self.forecast.full_rows >= prompts
+        return inf if takes_all and self.forecast.fill > 1 else self.forecast.fill
 
     def covers(self, workload: Workload) -> bool:
         """Whether this plan also serves `workload`, so that no new plan is needed: no more and no longer requests."""

@@ -79,7 +79,7 @@ class TokenBudget:
                 low = middle
             else:
                 high = middle - 1
-        return min(round(low * self._fill), self._max_rows)
+        return round(min(low * self._fill, self._max_rows))
 
 
 def _towards(scale: float, measured: float, predicted: float) -> float:

@@ -137,7 +137,7 @@ class Engine:
             plan.stream_s,
             batch=plan.workload.batch,
             max_rows=plan.workload.prefill_rows,
-            fill=plan.forecast.fill,
+            fill=plan.fill,
             is_corrected=is_corrected,
         )
 
@@ -198,7 +198,7 @@ def open_engine(
         plan.stream_s,
         batch=plan.workload.batch,
         max_rows=plan.workload.prefill_rows,
-        fill=plan.forecast.fill,
+        fill=plan.fill,
     )
     scheduler = Scheduler(
         kv,
