@@ -139,7 +139,7 @@ def test_a_budget_is_refused_at_once_where_its_plan_would_be(monkeypatch, device
             return str(error), error.remedy
         return None
 
-    def checked(spec, source, resolved, machine, workload, *, batches, now):
+    def checked(spec, source, resolved, machine, workload, **_):
         with monkeypatch.context() as patch:
             if refusal is None:
                 patch.setattr(choosing.Candidates, "_judged", lambda *_: pytest.fail("the check simulates"))
