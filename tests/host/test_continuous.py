@@ -8,6 +8,7 @@ import torch
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
+from zinfer.plan.make import Plan
 from zinfer.plan.queue import QueuePass, queue_passes
 from zinfer.plan.records import Workload
 from zinfer.runtime import loop
@@ -282,3 +283,22 @@ def test_the_books_balance_after_every_pass(tiny):
         assert next(checks) > 10
         assert llm.stats.preemptions["dropped"] + llm.stats.preemptions["spilled"] > 0
         assert max(llm.stats.peak_bytes.values()) <= 1400 * 1024
+
+
+@pytest.mark.parametrize("takes_all", [True, False])
+def test_prompts_that_are_best_fed_at_once_are_whatever_products_take(monkeypatch, takes_all):
+    prompts, params = [[5 + at] * 16 for at in range(12)], SamplingParams(max_tokens=3, ignore_eos=True)
+    if not takes_all:  # the mutation: the plan's fill, in multiples of what carries on for free
+        monkeypatch.setattr(Plan, "fill", property(lambda plan: plan.forecast.fill))
+    with LLM(**FIXED, memory={"host": "6MiB"}) as llm:
+        llm.generate(prompts, params)
+        assert llm.plan.placement.slots > 0, "weights were streamed"
+        assert llm.plan.forecast.full_rows >= 12 * 16 > llm.plan.forecast.token_rows
+        budget = llm._session._engine.loop.budget
+        for _ in range(20):
+            slow = {group: 4 * llm.plan.curve.group_at(group, 64) for group in llm.plan.curve.seconds}
+            budget.observe(64, slow, wait_s=0.0, seconds=1.0)
+        before = len(llm.stats.passes)
+        llm.generate(prompts, params)
+        rows = [done.rows for done in llm.stats.passes[before:]]
+    assert (rows == [12 * 16, 12, 12]) == takes_all

@@ -19,6 +19,7 @@ from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.plan.choose import recorded_room
 from zinfer.plan.cost import OpCosts, PassLoad, chunk_seconds, kind_of, seconds_per_byte, visible_keys
 from zinfer.plan.explain import alternatives, explain, explained_dict, stand_in
+from zinfer.plan.forecast import SteadyPasses
 from zinfer.plan.make import Plan, as_read
 from zinfer.plan.profile import KV_PAGE_TOKENS, kv_bytes, profile, reserve_for
 from zinfer.plan.records import Budget, KvPlan, Tier, Workload
@@ -309,6 +310,25 @@ def test_an_alternative_is_what_planning_with_its_flags_gives():
             size = re.fullmatch(r"--host-mem (\w+)", other.flags)[1]
             again = plan_of(spec, memory__host=size, **flags)
             assert again.forecast.pass_s <= other.pass_s * 1.05
+
+
+@pytest.mark.parametrize("more", [{"device": "cpu"}, {"device": "sim", "memory__device": "150MiB"}])
+def test_a_look_ahead_is_passed_over_only_where_it_could_not_be_chosen(monkeypatch, more):
+    tried, under, least_s = [], SteadyPasses.under, SteadyPasses.least_s
+
+    def counted(passes, placement):
+        tried.append(placement)
+        return under(passes, placement)
+
+    monkeypatch.setattr(SteadyPasses, "under", counted)
+    counts, plans = [], []
+    for least in (least_s, lambda *_: 0.0):
+        monkeypatch.setattr(SteadyPasses, "least_s", least)
+        made = [plan_of(small_llama(), memory__host=host, **more) for host in ("200MiB", "250MiB", "400MiB")]
+        plans.append([(plan.limit, plan.placement, plan.forecast) for plan in made])
+        counts.append(len(tried))
+    assert plans[0] == plans[1]
+    assert counts[0] < counts[1] - counts[0], "some were passed over"
 
 
 def test_planning_tells_how_far_it_is():
