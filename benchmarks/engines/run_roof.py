@@ -40,6 +40,9 @@ def matrices(model: Path, most_bytes: int | None = None) -> dict[str, Tensor]:
     return found
 
 
+ROUNDS = 4  # in which products of different numbers of rows take turns
+
+
 def without_onednn(x: Tensor, weight: Tensor) -> Tensor:
     """The product of torch's own kernels."""
     with torch.backends.mkldnn.flags(enabled=False):
@@ -82,40 +85,53 @@ def measure(task: job.Job) -> dict[str, object]:
 def by_rows(named: dict[str, Tensor], counts: list[int], least_s: float) -> dict[str, dict[int, float]]:
     """{"body" | "head": {rows: seconds}}: all matrices once by the product that is fastest at so many rows.
 
-    Of each product the mean over `least_s` seconds and at least three times: a machine that others use too changes from
-    one second to the next, and a run lasts many.
+    Of each product the mean over at least `least_s` seconds, in ROUNDS turns with all the others: a machine that others
+    use too changes from one second to the next, and no number of rows may be the one that met a quiet second.
     """
     parts = {
         "head": [weight for name, weight in named.items() if "lm_head" in name],
         "body": [weight for name, weight in named.items() if "lm_head" not in name],
     }
-    found: dict[str, dict[int, float]] = {part: {} for part in parts}
+    tried = [(part, count, product) for count in counts for part in parts for product in products_of(count)]
+    seconds: dict[tuple[str, int, Callable[[Tensor, Tensor], Tensor]], list[float]] = {
+        each: [] for each in tried
+    }
     with torch.inference_mode():
-        for count in counts:
-            products = [F.linear, without_onednn] if count <= 4 else [F.linear]  # from there on oneDNN wins
-            if "zinfer's" in PRODUCTS:
-                products.append(PRODUCTS["zinfer's"])
-            for part, weights in parts.items():
-                found[part][count] = min(mean_s(weights, product, count, least_s) for product in products)
-    return found
+        for turn in range(ROUNDS + 1):
+            for part, count, product in tried:
+                taken = timed(parts[part], product, count, least_s / ROUNDS if turn else 0.0)
+                seconds[part, count, product] += taken if turn else []  # a first time does not count
+    return {
+        part: {
+            count: min(statistics.fmean(seconds[part, count, product]) for product in products_of(count))
+            for count in counts
+        }
+        for part in parts
+    }
 
 
-def mean_s(
+def products_of(count: int) -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Those that may be the fastest at so many rows: from five on oneDNN wins over torch's own."""
+    found = [F.linear, without_onednn] if count <= 4 else [F.linear]
+    return found + ([PRODUCTS["zinfer's"]] if "zinfer's" in PRODUCTS else [])
+
+
+def timed(
     weights: list[Tensor], product: Callable[[Tensor, Tensor], Tensor], count: int, least_s: float
-) -> float:
-    """Seconds to multiply `count` rows with every matrix; a first time does not count."""
+) -> list[float]:
+    """Seconds to multiply `count` rows with every matrix, at least once, until `least_s` have passed."""
     draw = torch.Generator().manual_seed(count)
     rows = {
         inputs: torch.randn(count, inputs, generator=draw).to(weights[0].dtype)
         for inputs in {weight.shape[1] for weight in weights}
     }
     seconds: list[float] = []
-    while len(seconds) < 4 or sum(seconds[1:]) < least_s:
+    while not seconds or sum(seconds) < least_s:
         start = job.clock()
         for weight in weights:
             product(rows[weight.shape[1]], weight)
         seconds.append(job.clock() - start)
-    return statistics.fmean(seconds[1:])
+    return seconds
 
 
 if __name__ == "__main__":

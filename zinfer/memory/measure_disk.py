@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +27,12 @@ from zinfer.units import KIB
 _SMALL_BYTES = 256 * KIB
 _ROW_BYTES = 4 * KIB
 _NUM_ROWS = 24
-_NOISE = 0.06  # of a tenth of a second of reads, as a share of what the disk does in the seconds that follow
-_DRIFT = 0.06  # of a disk that others use, from one minute to another
-_FAR = 2 * hypot(_NOISE, _DRIFT)
+_NOISE = (
+    0.15  # of a twentieth of a second of reads, as a share of what the disk does in the seconds that follow
+)
+_LONGER = 4  # times as long is looked again where the first look is far off
+_LESS_NOISE = 0.08  # of that look
+_DRIFT = 0.08  # of a disk that others use, from one minute to another
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,34 +127,44 @@ def measure_disk(paths: Sequence[Path], seconds: float) -> DiskRates:
 
 
 def link_now(paths: Sequence[Path], known: Link, seconds: float) -> Link:
-    """The link that was measured earlier, on the same disk, with its rate as it is now.
-
-    A moment of reads is off by as much as the disk has changed since: neither is believed alone (`likely_rate`), and
-    where they disagree by more than both explain, the disk is read for as long again.  Then the later moment counts: in
-    one of six fresh processes the first tenth of a second is a fifth too slow.
-    """
+    """The link that was measured earlier, on the same disk, with its rate as it is now."""
     reads = ranges(paths, PIECE_BYTES)
     if not reads:
         return known
-    seen = known.bytes_per_s
     with ReadLoad(paths, num_places=1) as load:
-        for _ in range(2):
+
+        def look(seconds: float) -> float:
             piece_s = typical(load.round_seconds(reads, seconds)) / IN_FLIGHT
-            seen = _mean_bytes(reads) / max(piece_s - known.latency_s, piece_s / 2)
-            if abs(log(seen / known.bytes_per_s)) < _FAR:
-                break
-    return known.model_copy(update={"bytes_per_s": likely_rate(known.bytes_per_s, seen)})
+            return _mean_bytes(reads) / max(piece_s - known.latency_s, piece_s / 2)
+
+        return known.model_copy(update={"bytes_per_s": rate_now(known.bytes_per_s, look, seconds)})
 
 
-def likely_rate(known: float, seen: float) -> float:
+def rate_now(known: float, look: Callable[[float], float], seconds: float) -> float:
+    """Bytes per second to expect, by what a look of so many seconds sees.
+
+    A moment is off by more than the disk drifts: neither is believed alone (`likely_rate`), and where they disagree
+    by more than both explain, a look of `_LONGER` times as long counts in its place: a fresh process may start slowly.
+    """
+    seen = look(seconds)
+    if _is_far(log(seen / known), _NOISE):
+        return likely_rate(known, look(_LONGER * seconds), _LESS_NOISE)
+    return likely_rate(known, seen, _NOISE)
+
+
+def likely_rate(known: float, seen: float, noise: float) -> float:
     """Bytes per second to expect of a disk that did `known` once, over seconds, and `seen` in a moment just now.
 
-    The mean of both logarithms, weighed by their variances: of the moment _NOISE squared, of the drift since _DRIFT
-    squared, or what the distance of the two shows beyond the noise.
+    The mean of both logarithms, weighed by their variances: of the moment `noise` squared, of the drift since _DRIFT
+    squared, or, where the two are too far from each other for that, what their distance shows beyond the noise.
     """
     off = log(seen / known)
-    drift = max(_DRIFT**2, off**2 - _NOISE**2)
-    return known * exp(off * drift / (drift + _NOISE**2))
+    drift = off**2 - noise**2 if _is_far(off, noise) else _DRIFT**2
+    return known * exp(off * drift / (drift + noise**2))
+
+
+def _is_far(off: float, noise: float) -> bool:
+    return abs(off) > 2 * hypot(noise, _DRIFT)
 
 
 def device_of(paths: Sequence[Path]) -> str:
