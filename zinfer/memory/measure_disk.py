@@ -18,7 +18,7 @@ import numpy as np
 from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Chunk, ChunkId, Read, RowTable
 from zinfer.config.machine import Link
 from zinfer.memory.links import LinkLog, Ticket
-from zinfer.memory.measure_links import typical, typical_seconds
+from zinfer.memory.measure_links import typical_seconds
 from zinfer.memory.nvme import IN_FLIGHT, Files, Reader
 from zinfer.memory.rows import RowReader
 from zinfer.memory.slab import HostSlab
@@ -30,6 +30,7 @@ _NUM_ROWS = 24
 _NOISE = (
     0.15  # of a twentieth of a second of reads, as a share of what the disk does in the seconds that follow
 )
+_STALL = 4  # times the median: a round that somebody else held up
 _LONGER = 4  # times as long is looked again where the first look is far off
 _LESS_NOISE = 0.08  # of that look
 _DRIFT = 0.08  # of a disk that others use, from one minute to another
@@ -116,8 +117,8 @@ def measure_disk(paths: Sequence[Path], seconds: float) -> DiskRates:
     if not large:
         return NO_FILE
     with ReadLoad(paths) as load:
-        large_s = typical(load.round_seconds(large, seconds * 0.7)) / IN_FLIGHT
-        small_s = typical(load.round_seconds(small, seconds / 8)) / IN_FLIGHT
+        large_s = lasting(load.round_seconds(large, seconds * 0.7)) / IN_FLIGHT
+        small_s = lasting(load.round_seconds(small, seconds / 8)) / IN_FLIGHT
         row_s = load.row_seconds(seconds / 8)
     large_bytes, small_bytes = _mean_bytes(large), _mean_bytes(small)
     # Two sizes give both terms of latency + bytes / rate; noise must not make the latency negative or absurd.
@@ -134,7 +135,7 @@ def link_now(paths: Sequence[Path], known: Link, seconds: float) -> Link:
     with ReadLoad(paths, num_places=1) as load:
 
         def look(seconds: float) -> float:
-            piece_s = typical(load.round_seconds(reads, seconds)) / IN_FLIGHT
+            piece_s = lasting(load.round_seconds(reads, seconds)) / IN_FLIGHT
             return _mean_bytes(reads) / max(piece_s - known.latency_s, piece_s / 2)
 
         return known.model_copy(update={"bytes_per_s": rate_now(known.bytes_per_s, look, seconds)})
@@ -165,6 +166,12 @@ def likely_rate(known: float, seen: float, noise: float) -> float:
 
 def _is_far(off: float, noise: float) -> bool:
     return abs(off) > 2 * hypot(noise, _DRIFT)
+
+
+def lasting(times: Sequence[float]) -> float:
+    """The mean of all rounds but stalls: a pass meets the slow ones as well, which `typical` leaves out."""
+    most = _STALL * median(times)
+    return fmean(seconds for seconds in times if seconds <= most)
 
 
 def device_of(paths: Sequence[Path]) -> str:
