@@ -22,6 +22,8 @@ from torch import Tensor
 
 from zinfer.kernels.native.calls import kernels
 
+ROUNDS = 4  # in which products of different numbers of rows take turns
+
 
 def matrices(model: Path, most_bytes: int | None = None) -> dict[str, Tensor]:
     """Copies of all matrices but the input embedding, in memory of our own; of so many bytes only those that fit."""
@@ -38,9 +40,6 @@ def matrices(model: Path, most_bytes: int | None = None) -> dict[str, Tensor]:
                 ):
                     found[name] = opened.get_tensor(name).clone()
     return found
-
-
-ROUNDS = 4  # in which products of different numbers of rows take turns
 
 
 def without_onednn(x: Tensor, weight: Tensor) -> Tensor:

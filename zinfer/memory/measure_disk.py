@@ -27,9 +27,7 @@ from zinfer.units import KIB
 _SMALL_BYTES = 256 * KIB
 _ROW_BYTES = 4 * KIB
 _NUM_ROWS = 24
-_NOISE = (
-    0.15  # of a twentieth of a second of reads, as a share of what the disk does in the seconds that follow
-)
+_NOISE = 0.15  # of a twentieth of a second of reads, as a share of what the seconds that follow bring
 _STALL = 4  # times the median: a round that somebody else held up
 _LONGER = 4  # times as long is looked again where the first look is far off
 _LESS_NOISE = 0.08  # of that look
@@ -134,8 +132,8 @@ def link_now(paths: Sequence[Path], known: Link, seconds: float) -> Link:
         return known
     with ReadLoad(paths, num_places=1) as load:
 
-        def look(seconds: float) -> float:
-            piece_s = lasting(load.round_seconds(reads, seconds)) / IN_FLIGHT
+        def look(look_s: float) -> float:
+            piece_s = lasting(load.round_seconds(reads, look_s)) / IN_FLIGHT
             return _mean_bytes(reads) / max(piece_s - known.latency_s, piece_s / 2)
 
         return known.model_copy(update={"bytes_per_s": rate_now(known.bytes_per_s, look, seconds)})
