@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from conditions import PROFILE, Conditions, Seen, checkpoint_bytes, disk_pass_s
+from conditions import PROFILE, Conditions, Seen, checkpoint_bytes, disk_pass_s, packs
 from contest import checkpoint, doctor
 from harness import MIB, end_on_signals
 from known import FACTS, Known, read_known, rewrite
@@ -136,7 +136,8 @@ def turns(names: tuple[str, str], repeats: int) -> list[str]:
 
 def limit_s(bench: Bench, seen: Seen, compute_s: float, kv: int) -> dict[str, Any]:
     """What bounds a pass: the disk at the rate beside this run, or the products alone."""
-    disk_s = disk_pass_s(bench.conditions.model, bench.conditions.budget_bytes, seen.disk_rates, kv) or 0.0
+    at, is_packed = bench.conditions, seen.result is not None and packs(seen.result["facts"]["plan"])
+    disk_s = disk_pass_s(at.model, at.budget_bytes, seen.disk_rates, kv, is_packed=is_packed) or 0.0
     return {
         "disk_s": disk_s,
         "compute_s": compute_s,

@@ -24,6 +24,7 @@ HEADROOM = (
 ENGINES = ROOT / "benchmarks" / "engines"
 PROFILE = "machine.json"
 _PROBE_BYTES = 2 * GIB
+PACKED_SHARE = 0.755  # of bf16 weights packed without loss
 
 
 @dataclass(slots=True)
@@ -121,12 +122,26 @@ def embedding_bytes(model: Path) -> int:
     return config["vocab_size"] * config["hidden_size"] * 2
 
 
-def streamed_bytes(model: Path, budget_bytes: int, kv_bytes: int = 0, kept_share: float = 0.85) -> int:
-    """What a pass must read: all but the embedding and the share of the budget, less the KV, that keeps weights."""
-    kept = max(kept_share * budget_bytes - kv_bytes, 0)
+def streamed_bytes(
+    model: Path, budget_bytes: int, kv_bytes: int = 0, kept_share: float = 0.85, *, is_packed: bool = False
+) -> int:
+    """What a pass must read: all but the embedding and the share of the budget, less the KV, that keeps weights.
+
+    Where those are packed in memory without loss the same bytes keep more of them.
+    """
+    kept = max(kept_share * budget_bytes - kv_bytes, 0) / (PACKED_SHARE if is_packed else 1)
     return max(round(checkpoint_bytes(model) - embedding_bytes(model) - kept), 0)
 
 
-def disk_pass_s(model: Path, budget_bytes: int, rates: list[float] | None, kv_bytes: int = 0) -> float | None:
+def disk_pass_s(
+    model: Path, budget_bytes: int, rates: list[float] | None, kv_bytes: int = 0, *, is_packed: bool = False
+) -> float | None:
     """Seconds of a pass that only reads, at the mean of `rates`; None where the disk's rate is not known."""
-    return streamed_bytes(model, budget_bytes, kv_bytes) / fmean(rates) if rates else None
+    if not rates:
+        return None
+    return streamed_bytes(model, budget_bytes, kv_bytes, is_packed=is_packed) / fmean(rates)
+
+
+def packs(plan: dict[str, Any]) -> bool:
+    """Whether a plan, as a dict, packs what stays: then its limit is that of fewer bytes."""
+    return bool(plan["placement"].get("packed"))

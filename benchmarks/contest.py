@@ -141,7 +141,8 @@ class Contest(Conditions):
             row.comparable, row.why = False, seen.why
         if seen.disk_rates:
             row.disk_rates.append(tuple(seen.disk_rates))
-            row.limit_s = disk_pass_s(self.model, self.budget_bytes, [row.disk_rate])
+            is_packed = seen.result is not None and seen.result["facts"].get("is_packed", False)
+            row.limit_s = disk_pass_s(self.model, self.budget_bytes, [row.disk_rate], is_packed=is_packed)
         row.caches = seen.caches
         row.peak_rss_bytes = max(row.peak_rss_bytes, seen.child.peak_rss_bytes)
         row.group_peak_bytes = seen.child.group_peak_bytes

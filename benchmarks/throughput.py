@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from calls import Bench, Call, num_wrong, parser, run, start
-from conditions import Seen, disk_pass_s
+from conditions import Seen, disk_pass_s, packs
 from contest import Engine, engines, prepare
 from counts import continuous_passes, static_passes
 from harness import Record, summary
@@ -39,8 +39,8 @@ def ours(bench: Bench, name: str, requests: list[Ragged], at_once: int) -> dict[
         return row
     passes = [done for call in calls for done in call.passes]
     seconds, tokens = sum(call.seconds for call in calls), sum(call.num_tokens for call in calls)
-    bound = disk_pass_s(bench.conditions.model, bench.conditions.budget_bytes, seen.disk_rates)
-    forecast = seen.result["facts"]["plan"]["forecast"]
+    plan, at = seen.result["facts"]["plan"], bench.conditions
+    bound = disk_pass_s(at.model, at.budget_bytes, seen.disk_rates, is_packed=packs(plan))
     return row | {
         "num_wrong": num_wrong(bench.known, calls),
         "seconds": seconds,
@@ -51,7 +51,7 @@ def ours(bench: Bench, name: str, requests: list[Ragged], at_once: int) -> dict[
         "rows_per_pass": sum(done["rows"] for done in passes) / len(passes),
         "disk_bytes_per_token": sum(done["bytes"].get("disk", 0) for done in passes) / tokens,
         "tokens_per_s": tokens / seconds,
-        "predicted_pass_s": forecast["pass_s"],
+        "predicted_pass_s": plan["forecast"]["pass_s"],
         "limit_pass_s": bound,
         "share_of_limit": bound * len(passes) / seconds if bound else None,
     }

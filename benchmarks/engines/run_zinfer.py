@@ -66,6 +66,7 @@ def decode(task: job.Job) -> job.Outcome:
         ticks = Ticks()
         output = llm.generate(task.prompts, params, progress=ticks)[0].outputs[0]
         stats: dict[str, Any] = llm.stats.to_dict()
+        is_packed = bool(llm.plan.placement.packed)
         read_in_all = job.disk_bytes() - read_before
         seconds, reads = gaps(ticks.times), gaps(ticks.reads)
         logits = None
@@ -83,7 +84,7 @@ def decode(task: job.Job) -> job.Outcome:
         read_bytes=[int(count) for count in reads],
         reported_read_bytes=stats["bytes_per_pass"].get("disk", 0.0),
         import_rss_bytes=import_rss,
-        facts={"stats": stats, "read_bytes_in_all": read_in_all},
+        facts={"stats": stats, "read_bytes_in_all": read_in_all, "is_packed": is_packed},
     )
 
 
@@ -102,7 +103,7 @@ def prefill(task: job.Job) -> job.Outcome:
                 first_token_s = stop - began
             seconds.append(stop - start)
             reads.append(job.disk_bytes() - read)
-        stats = llm.stats.to_dict()
+        stats, is_packed = llm.stats.to_dict(), bool(llm.plan.placement.packed)
         logits = torch.stack([llm.logits(prompt)[-1] for prompt in task.prompts]).numpy()
     return job.Outcome(
         pass_s=seconds,
@@ -114,7 +115,7 @@ def prefill(task: job.Job) -> job.Outcome:
         read_bytes=reads,
         reported_read_bytes=stats["bytes_per_pass"].get("disk", 0.0),
         import_rss_bytes=import_rss,
-        facts={"stats": stats},
+        facts={"stats": stats, "is_packed": is_packed},
     )
 
 

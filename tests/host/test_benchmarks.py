@@ -246,7 +246,7 @@ class TestContest:
         monkeypatch.setattr(conditions, "direct_read_rate", lambda files, at_most: next(rates))
         monkeypatch.setattr(contest.Contest, "ask", lambda *given: (child, result))
         monkeypatch.setattr(contest.Contest, "judge", lambda *given: None)
-        monkeypatch.setattr(contest, "disk_pass_s", lambda model, budget, rates: 3e9 / rates[0])
+        monkeypatch.setattr(contest, "disk_pass_s", lambda model, budget, rates, is_packed: 3e9 / rates[0])
 
     def test_row_without_a_group_is_not_comparable(self, rows, monkeypatch, fake_run):
         held, peer = rows
@@ -287,6 +287,10 @@ class TestContest:
         assert conditions.streamed_bytes(tmp_path, 200, kv_bytes=70) == 1000 - 100 - 100
         assert conditions.disk_pass_s(tmp_path, 200, [365.0, 1095.0]) == 1.0
         assert conditions.disk_pass_s(tmp_path, 200, []) is None
+        # What is packed in memory leaves less to read: a third more of the budget's bytes stay.
+        kept = 0.85 * 200 / conditions.PACKED_SHARE
+        packed = conditions.streamed_bytes(tmp_path, 200, is_packed=True)
+        assert packed == round(conditions.streamed_bytes(tmp_path, 0) - kept)
 
 
 class FakeGroup:

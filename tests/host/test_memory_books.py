@@ -143,7 +143,7 @@ def test_every_row_that_is_not_in_the_table_raises():
                 with pytest.raises(InternalError, match="ZI-0121"):
                     table.move(0, Tier.HOST, event)
                 assert table.state(0, Tier.HOST) is state
-    assert legal == len(ALLOWED) == 7
+    assert legal == len(ALLOWED) == 8
 
 
 def test_the_residency_check_sees_a_lease_too_many():

@@ -107,6 +107,9 @@ class ChunkTable:
     files: tuple[Path, ...]
     chunks: tuple[Chunk, ...]
     row_tables: dict[str, RowTable] = field(default_factory=dict)
+    packed: dict[ChunkId, Chunk] = field(
+        default_factory=dict
+    )  # forms that chunks may have at home, see `packed_forms`
 
     @cached_property
     def chunk_of_op(self) -> dict[int, ChunkId]:

@@ -53,6 +53,7 @@ EXAMPLES = (  # one assignment per setting that is always right: what errors pro
     "runtime.watch_moments=false",
     "runtime.preempt=auto",
     "runtime.park=auto",
+    "runtime.pack=auto",
     "runtime.devices=1",
     "runtime.graphs=auto",
     "machine=sim-default",
@@ -124,6 +125,9 @@ class Runtime(_Group):
     )
     park: Literal["auto", "always", "never"] = (
         "auto"  # hidden states of waiting micro-batches below the device
+    )
+    pack: Literal["auto", "always", "never"] = (
+        "auto"  # without loss, in host memory: weights that stay while others stream
     )
     devices: Annotated[int, Field(ge=1, le=16)] | Auto = 1  # whose links bring weights; auto: all that gain
     graphs: Literal["auto", "off"] = "auto"  # decode passes recorded once and replayed

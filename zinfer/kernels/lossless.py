@@ -69,14 +69,24 @@ def packed(matrix_OI: Tensor) -> LosslessWeight:
 
     Raises TooManyExponentsError.
     """
-    native, (outputs, inputs) = kernels(), matrix_OI.shape
-    if native is None:
-        return packed_without_loss(matrix_OI)
+    outputs, inputs = matrix_OI.shape
     tiles, room = -(-outputs // SHARED), most_exceptions(inputs)
     shapes = (tiles, SHARED, inputs), (tiles, SHARED, inputs // 2), (tiles, HEAD + room)
     rest, codes, exponents = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
-    check_exceptions(native.pack(matrix_OI, (rest, codes, exponents)), room)
-    return LosslessWeight(rest, codes, exponents, outputs)
+    weight = LosslessWeight(rest, codes, exponents, outputs)
+    pack_into(weight, matrix_OI)
+    return weight
+
+
+def pack_into(weight: LosslessWeight, matrix_OI: Tensor) -> None:
+    """As `packed`, into the memory that the views of `weight` show."""
+    native, parts = kernels(), (weight.rest, weight.codes, weight.exponents)
+    if native is not None:
+        check_exceptions(native.pack(matrix_OI, parts), most_exceptions(weight.inputs))
+        return
+    made = packed_without_loss(matrix_OI)
+    for part, filled in zip(parts, (made.rest, made.codes, made.exponents), strict=True):
+        part.copy_(filled)
 
 
 def unpacked(weight: LosslessWeight) -> Tensor:

@@ -100,7 +100,7 @@ def open_manager(
         undo.callback(transfer.close)
         if compute is Tier.HOST:  # after the threads: to start one waits for each page that is being found
             streamed = [chunk for chunk in table.streamable if not placement.resident(chunk.id)]
-            tiers[Tier.HOST].find_ahead(len(streamed), placement.guests)
+            tiers[Tier.HOST].find_ahead(len(streamed) + len(placement.packed), placement.guests)
         if is_cuda:
             locks = _lock(tiers[Tier.HOST], transfer, near)
         manager = ChunkManager(

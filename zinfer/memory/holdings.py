@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 
+from zinfer.errors import InternalError
 from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import LinkLog
 from zinfer.memory.nvme import Files, Reader
 from zinfer.memory.pinning import Locked, Pinning
+from zinfer.memory.residency import Residency, State
 from zinfer.memory.rows import RowReader
 from zinfer.memory.tier import TierMemory
 from zinfer.memory.transfer import Transfer
@@ -54,3 +56,16 @@ class Memory:
         """What the log and the ledgers say, beside what the manager has counted."""
         peaks = {name: ledger.peak_bytes for name, ledger in self.ledgers.items()}
         return MemoryStats(self.log.num_bytes, num_fetches, wait_s, peaks, surprises, self.locked.nbytes)
+
+    def check(self, residency: Residency) -> None:
+        """Ledgers balance, no live places overlap, states and places agree.  Raises InternalError otherwise."""
+        residency.check()
+        for ledger in self.ledgers.values():
+            ledger.check()
+        for tier, memory in self.tiers.items():
+            memory.check()
+            known = set(residency.chunks(tier, State.ARRIVING, State.RESIDENT, State.LEASED))
+            if known != set(memory.places):
+                raise InternalError(
+                    "ZI-0161", f"{tier}: chunks {known} have states, {set(memory.places)} have bytes"
+                )

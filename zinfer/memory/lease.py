@@ -19,14 +19,14 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U
 
 
 class Views:
-    """Typed views of chunks where they lie, made once per place: addresses repeat, so views do."""
+    """Typed views of chunks where they lie, made once per place and form: addresses repeat, so views do."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[ChunkId, Tier, int], dict[WeightKey, Tensor]] = {}
+        self._made: dict[tuple[ChunkId, Tier, int, int], dict[WeightKey, Tensor]] = {}
 
     def of(self, chunk: Chunk, memory: TierMemory) -> dict[WeightKey, Tensor]:
         """Every tensor of a chunk that has a place in `memory`."""
-        key = (chunk.id, memory.ledger.tier, memory.places[chunk.id].offset)
+        key = (chunk.id, memory.ledger.tier, memory.places[chunk.id].offset, chunk.nbytes)
         if key not in self._made:
             place_N = memory.bytes_of(chunk.id)
             self._made[key] = {

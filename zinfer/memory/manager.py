@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NoReturn
 
 from torch import Tensor
 
-from zinfer.chunks.table import ChunkId, ChunkTable
+from zinfer.chunks.table import Chunk, ChunkId, ChunkTable
 from zinfer.errors import InternalError
 from zinfer.log import logger
 from zinfer.memory.holdings import Memory, MemoryStats
@@ -18,16 +18,17 @@ from zinfer.memory.ledger import Ledger
 from zinfer.memory.links import Ticket
 from zinfer.memory.residency import Event, Residency, State
 from zinfer.memory.row_source import RowSource
-from zinfer.memory.tier import Place, Split, homes_in
+from zinfer.memory.tier import Place, TierMemory, split_of
 from zinfer.memory.transfer import HostTransfer, Order
 from zinfer.memory.upload import upload
-from zinfer.plan.evict import Belady, Lru, Pinned, Policy
+from zinfer.memory.victims import Choose, Victims
+from zinfer.plan.evict import Policy
 from zinfer.plan.records import Placement, Tier
 
 _MOMENT = "moment"  # the name under which advance() reserves
 
 Reserved = Mapping[Tier, Mapping[str, int]]
-Choose = Callable[[Collection[int]], int | None]
+Weights = Mapping[WeightKey, Tensor]
 
 
 class ChunkManager:
@@ -51,36 +52,32 @@ class ChunkManager:
         self.placement = placement
         self.device = memory.transfer.device  # of views and rows
         self.transfer, self.log = memory.transfer, memory.log  # the log: bytes per link, and what moved when
-        self.surprises = 0
         self._memory = memory
-        self._policy = policy or Pinned()
-        self._recent = Lru()  # who goes when the order is not the planned one and the policy names nobody
+        self._victims = Victims(policy)
         self._moments = moments
         self._residency = Residency()
         self._tickets: dict[tuple[ChunkId, Tier], Ticket] = {}  # of all chunks that are not absent
         self._arriving: dict[ChunkId, Tier] = {}
         self._failed: dict[ChunkId, BaseException] = {}  # booked, but not yet told to anyone
-        self._strays: set[ChunkId] = set()  # streamed chunks that came without a prefetch: first to go
         self._pushed_out: list[ChunkId] = []  # chunks that stay, but had to go for a moment
         self._views = Views()
-        self._num_fetches = 0
-        self._wait_s = 0.0
-        self._is_closed = False
+        self.surprises, self._num_fetches, self._wait_s, self._is_closed = 0, 0, 0.0, False
         self._to_host = HostTransfer(memory.reader)
         self._rows = RowSource(table, memory.rows, self._gather, memory.transfer)
 
     def prefetch(self, chunk: ChunkId, *, as_guest: bool = False) -> Ticket:
         """Begin to bring a chunk to where it computes (a row table: into host memory); never blocks.
 
-        A guest comes into a slot.  A chunk that is there or on its way answers with its ticket.  Raises InternalError
-        ZI-5401 when no place is free and the policy names no victim: the schedule is wrong.
+        A guest comes into a slot, as does what is packed at home.  A chunk that is there or on its way answers with its
+        ticket.  Raises InternalError ZI-5401 when no place is free and the policy names no victim.
         """
         self._settle()
         tier = self._goal(chunk)
-        self._strays.discard(chunk)
+        self._victims.forget(chunk)
         self._failed.pop(chunk, None)
+        as_guest = as_guest or chunk in self.placement.packed
         if self._residency.state(chunk, tier) is State.ABSENT:
-            if not self._make_room(chunk, tier, self._choose, as_guest=as_guest):
+            if not self._make_room(chunk, tier, self._victims.choose, as_guest=as_guest):
                 self._no_room(chunk, tier)
             self._begin(chunk, tier, as_guest=as_guest)
         return self._tickets[chunk, tier]
@@ -108,11 +105,10 @@ class ChunkManager:
                 self._failed.pop(chunk, None)
         self._memory.transfer.ready(ticket)
         self._residency.move(chunk, tier, Event.LEASE)
-        self._policy.used(chunk)
-        self._recent.used(chunk)
+        self._victims.used(chunk)
         memory = self._memory.tiers[tier]
-        views = self._views.of(self.table.chunks[chunk], memory)
-        return Lease(chunk, memory.places[chunk], views, self._end_lease, self._place_of)
+        views = self._views.of(self._form(chunk, memory), memory)
+        return Lease(chunk, memory.places[chunk], views, self._end_lease, memory.places.get)
 
     def evict(self, chunk: ChunkId) -> None:
         """Drop a chunk from the compute tier.  One still on its way is cancelled; one that is absent is no matter.
@@ -127,6 +123,28 @@ class ChunkManager:
         self._failed.pop(chunk, None)
         if self._residency.state(chunk, tier) is not State.ABSENT:
             self._drop(chunk, tier)
+
+    def settle(self, chunk: ChunkId, pack: Callable[[Weights, Weights], None]) -> None:
+        """Bring a guest home, its weights packed: `pack` fills views of the second form from those of the first.
+
+        One that is home, or absent, is no matter.  Raises what `pack` raises, and the chunk is absent; InternalError
+        ZI-0121 for a leased one.
+        """
+        tier = self.placement.compute_tier
+        memory = self._memory.tiers[tier]
+        self._settle()
+        if self._residency.state(chunk, tier) is State.ABSENT or memory.is_home(chunk):
+            return
+        self._residency.move(chunk, tier, Event.SETTLE)
+        published = self._views.of(self.table.chunks[chunk], memory)
+        memory.move_home(chunk)
+        try:
+            pack(published, self._views.of(self._form(chunk, memory), memory))
+        except BaseException as error:
+            self._book(chunk, tier, error)
+            del self._tickets[chunk, tier]
+            raise
+        self._book(chunk, tier, None)
 
     def drop_streamed(self) -> None:
         """After an error: every chunk that is not at home in the compute tier goes, also those on their way.
@@ -157,9 +175,10 @@ class ChunkManager:
         extra = need - memory.ledger.reserved.get(_MOMENT, 0)
         self._settle()
         while memory.ledger.free_bytes < extra:
-            victim = self._choose(list(self._residency.chunks(tier, State.RESIDENT)))
+            victim = self._victims.choose(list(self._residency.chunks(tier, State.RESIDENT)))
             if victim is not None:
-                self._pushed_out += [ChunkId(victim)] if memory.is_home(ChunkId(victim)) else []
+                comes_back = memory.is_home(ChunkId(victim)) and victim not in self.placement.packed
+                self._pushed_out += [ChunkId(victim)] if comes_back else []
                 self._drop(ChunkId(victim), tier)
             elif not self._await_one(tier):
                 break
@@ -173,7 +192,7 @@ class ChunkManager:
         """From the next pass on: the order in which chunks are used, and what each moment needs beside weights."""
         self._moments = moments
         if any(moments):  # else nobody ever has to go
-            self._policy = Belady(order)
+            self._victims.expect(order)
 
     def rows(self, name: str, ids_T: Tensor) -> Tensor:
         """Rows of an embedding table by id (int [T], any order, repeated at will): [T, *row shape] on the device.
@@ -193,21 +212,15 @@ class ChunkManager:
         self.drop_streamed()
         while any(map(self._await_one, self._memory.tiers)):
             pass
-        compute, tiers = placement.compute_tier, self._memory.tiers
+        tiers = self._memory.tiers
         splits = {
-            tier: Split(
-                homes_in(self.table, placement, tier),
-                placement.slots if tier is compute else 0,
-                placement.slot_bytes,
-                budget[tier],
-                reserved.get(tier, {}),
-            )
+            tier: split_of(self.table, placement, tier, budget[tier], reserved.get(tier, {}))
             for tier in tiers
         }
         for tier, split in splits.items():
             tiers[tier].refuse_less_than(split)
         for tier, split in splits.items():
-            for chunk in [chunk for chunk in tiers[tier].places if chunk not in split.homes]:
+            for chunk in [chunk for chunk in tiers[tier].places if not tiers[tier].keeps(chunk, split)]:
                 self._drop(chunk, tier)
             tiers[tier].rehome(split)
         self.placement = placement
@@ -223,16 +236,7 @@ class ChunkManager:
     def check(self) -> None:
         """Ledgers balance, no live places overlap, states and places agree.  Raises InternalError otherwise."""
         self._settle()
-        self._residency.check()
-        for ledger in self._memory.ledgers.values():
-            ledger.check()
-        for tier, memory in self._memory.tiers.items():
-            memory.check()
-            known = set(self._residency.chunks(tier, State.ARRIVING, State.RESIDENT, State.LEASED))
-            if known != set(memory.places):
-                raise InternalError(
-                    "ZI-0161", f"{tier}: chunks {known} have states, {set(memory.places)} have bytes"
-                )
+        self._memory.check(self._residency)
 
     def close(self) -> None:
         """Await or cancel what is on its way, end the threads, close the files, give every byte back.
@@ -257,6 +261,12 @@ class ChunkManager:
             self._arriving.clear()
             self._tickets.clear()
             self._residency = Residency()
+
+    def _form(self, chunk: ChunkId, memory: TierMemory) -> Chunk:
+        """As it lies in its place: as published in a slot, in its home perhaps packed."""
+        return (
+            self.placement.at_home(self.table, chunk) if memory.is_home(chunk) else self.table.chunks[chunk]
+        )
 
     def _goal(self, chunk: ChunkId) -> Tier:
         """Where a prefetch takes the chunk."""
@@ -300,7 +310,7 @@ class ChunkManager:
                 self._book(chunk, Tier.HOST, error)
             if error is not None:
                 del self._tickets[chunk, tier]
-                self._strays.discard(chunk)
+                self._victims.forget(chunk)
                 self._failed[chunk] = error
 
     def _book(self, chunk: ChunkId, tier: Tier, error: BaseException | None) -> None:
@@ -324,7 +334,7 @@ class ChunkManager:
         self._memory.transfer.release(memory.bytes_of(chunk))
         memory.give_back(chunk)
         self._tickets.pop((chunk, tier), None)  # a home below the device came with the device's ticket
-        self._strays.discard(chunk)
+        self._victims.forget(chunk)
 
     def _make_room(self, chunk: ChunkId, tier: Tier, choose: Choose, *, as_guest: bool = False) -> bool:
         """Evict until the chunk has a place; False when `choose` names nobody before that."""
@@ -339,24 +349,17 @@ class ChunkManager:
             self._drop(ChunkId(victim), tier)
         return True
 
-    def _choose(self, candidates: Collection[int]) -> int | None:
-        strays = [chunk for chunk in candidates if chunk in self._strays]
-        return self._recent.victim(strays) if strays else self._policy.victim(candidates)
-
-    def _choose_any(self, candidates: Collection[int]) -> int | None:
-        victim = self._choose(candidates)
-        return self._recent.victim(candidates) if victim is None else victim
-
     def _fetch_late(self, chunk: ChunkId, tier: Tier) -> None:
         """Bring a chunk that the schedule has not: any unleased one may go for it, and this call may wait."""
         self.surprises += 1
         logger.debug("chunk %d is needed and was not fetched: the order differs from the schedule", chunk)
-        while not self._make_room(chunk, tier, self._choose_any):
+        as_guest = chunk in self.placement.packed
+        while not self._make_room(chunk, tier, self._victims.choose_any, as_guest=as_guest):
             if not self._await_one(tier):
                 self._no_room(chunk, tier)
-        self._begin(chunk, tier)
-        if not self._memory.tiers[tier].has_home(chunk):
-            self._strays.add(chunk)
+        self._begin(chunk, tier, as_guest=as_guest)
+        if as_guest or not self._memory.tiers[tier].has_home(chunk):
+            self._victims.strayed(chunk)
 
     def _await_one(self, tier: Tier) -> bool:
         """Wait until a chunk that is on its way to the tier has landed; False when there is none."""
@@ -381,7 +384,7 @@ class ChunkManager:
         if tier is Tier.DISK or self._residency.state(chunk, tier) in (State.ABSENT, State.ARRIVING):
             return None
         memory = self._memory.tiers[tier]
-        view = self._views.of(self.table.chunks[chunk], memory)[key]
+        view = self._views.of(self._form(chunk, memory), memory)[key]
         if tier is not self.placement.compute_tier:
             return view.index_select(0, ids_N)
         self._memory.transfer.ready(self._tickets[chunk, tier])
@@ -395,6 +398,3 @@ class ChunkManager:
         if memory.places.get(chunk) == place:  # else it was dropped, or all was closed, under the lease
             memory.fences[place.offset] = self._memory.transfer.fence()
             self._residency.move(chunk, tier, Event.RELEASE)
-
-    def _place_of(self, chunk: ChunkId) -> Place | None:
-        return self._memory.tiers[self.placement.compute_tier].places.get(chunk)

@@ -29,6 +29,7 @@ class Event(StrEnum):
     LEASE = "lease"
     RELEASE = "release"
     EVICT = "evict"
+    SETTLE = "settle"  # a guest leaves its slot and is being packed into its home
 
 
 ALLOWED = {
@@ -39,6 +40,7 @@ ALLOWED = {
     (State.LEASED, Event.LEASE): State.LEASED,
     (State.LEASED, Event.RELEASE): State.RESIDENT,  # when the last lease ends; until then it stays LEASED
     (State.RESIDENT, Event.EVICT): State.ABSENT,
+    (State.RESIDENT, Event.SETTLE): State.ARRIVING,
 }
 
 

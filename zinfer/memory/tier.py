@@ -40,9 +40,21 @@ class Split:
 
 
 def homes_in(table: ChunkTable, placement: Placement, tier: Tier) -> dict[ChunkId, int]:
-    """The chunks whose lasting copy lies in `tier`, and their bytes, as the first pass brings them."""
+    """The chunks whose lasting copy lies in `tier`, and their bytes there, as the first pass brings them."""
     last = sorted(table.chunks, key=lambda chunk: not chunk.ops)  # row tables
-    return {chunk.id: chunk.nbytes for chunk in last if placement.home[chunk.id] is tier}
+    return {
+        chunk.id: placement.at_home(table, chunk.id).nbytes
+        for chunk in last
+        if placement.home[chunk.id] is tier
+    }
+
+
+def split_of(
+    table: ChunkTable, placement: Placement, tier: Tier, capacity_bytes: int, reserved: Mapping[str, int]
+) -> Split:
+    """A tier as a placement divides it; staging slots are lent once for all and not among them."""
+    slots = placement.slots if tier is placement.compute_tier else 0
+    return Split(homes_in(table, placement, tier), slots, placement.slot_bytes, capacity_bytes, reserved)
 
 
 class TierMemory:
@@ -114,10 +126,10 @@ class TierMemory:
     def rehome(self, split: Split) -> None:
         """Other homes, slots and budget; all slots are free, and whoever has a place keeps a home.
 
-        Chunks that had a home before stay where they are.  Memory that holds nothing any more goes back.
+        Chunks that had a home of that size before stay where they are.  Memory that holds nothing any more goes back.
         """
         homes, self._waiting = split.homes, frozenset()
-        gone = [chunk for chunk in self._homes if chunk not in homes]
+        gone = [chunk for chunk in self._homes if not self.keeps(chunk, split)]
         for offset, nbytes in [(offset, self.slot_bytes) for offset in self._free] + [
             self._homes.pop(chunk) for chunk in gone
         ]:
@@ -135,6 +147,10 @@ class TierMemory:
         for chunk, nbytes in homes.items():
             if chunk not in self._homes:
                 self._homes[chunk] = (self._cut(nbytes), nbytes)
+
+    def keeps(self, chunk: ChunkId, split: Split) -> bool:
+        """Whether a chunk that has a home here has it under `split` too: one of another size is another form's."""
+        return chunk in self._homes and split.homes.get(chunk) == self._homes[chunk][1]
 
     def pin(
         self, runtime: Any, *, near: Near | None = None, enter: Callable[[], None] = no_entry
@@ -184,6 +200,11 @@ class TierMemory:
             self._free.pop()
         self.places[chunk] = Place(offset, nbytes, self._generations[offset])
         return self.places[chunk]
+
+    def move_home(self, chunk: ChunkId) -> None:
+        """Out of a slot into the chunk's home.  Until the next take() the slot holds on to its bytes."""
+        self.give_back(chunk)
+        self.take(chunk)
 
     def give_back(self, chunk: ChunkId) -> None:
         """Empty the chunk's place."""

@@ -18,8 +18,9 @@ from zinfer.plan.forecast import SteadyPasses, decode_load, engine_of
 from zinfer.plan.guests import with_guests, without_guests
 from zinfer.plan.kv import kv_plans
 from zinfer.plan.optimise import PLANNING, Candidate, Cheapest, cost_of, judge, least_cost
-from zinfer.plan.place import Reserve, smallest_budget
-from zinfer.plan.profile import graph_bytes, reserve_for, turns_of
+from zinfer.plan.packing import with_packing
+from zinfer.plan.place import Reserve, smallest_budget, tier_uses
+from zinfer.plan.profile import graph_bytes, library_free, reserve_for, turns_of
 from zinfer.plan.records import Budget, Tier, Workload
 from zinfer.plan.settle import asked_workload, shrunk_workload
 from zinfer.spec.records import ModelSpec, Op
@@ -54,7 +55,7 @@ class Candidates:
         """The best of `batches`, or (none) the workload's own."""
         self.watch(0, max(len(batches), 1), PLANNING)
         candidate, reasons = self.cheapest(workload, batches) if batches else self.fitting(workload)
-        return self._with_guests(candidate), reasons
+        return self._with_packing(self._with_guests(candidate)), reasons
 
     def again(self, candidate: Candidate) -> Candidate:
         """The same choice under this machine, which differs from the other one in its disk's rate and free memory."""
@@ -63,7 +64,7 @@ class Candidates:
         if is_there:  # fewer need wait for the second pass
             choice = without_guests(choice)
         passes = SteadyPasses(
-            self.spec,
+            choice.spec_of(self.spec),
             choice.table,
             self.machine,
             decode_load(settled),
@@ -92,6 +93,25 @@ class Candidates:
             if need.host <= self.budget.host and need.device <= self.budget.device:
                 return
         self.fitting(workload)
+
+    def _with_packing(self, candidate: Candidate) -> Candidate:
+        """Only where our kernels multiply with packed weights, and to the bits of published ones in exact mode."""
+        runtime, exact = self.resolved.settings.runtime, self.resolved.settings.exact
+        has_kernels = self.machine.host.step_cost(exact=exact).replayed_op_s is not None
+        if runtime.pack == "never" or not has_kernels or (exact and not library_free(self.spec)):
+            return candidate
+        use, *_ = tier_uses(
+            candidate.choice.table, candidate.choice.placement, self.budget, candidate.choice.reserve
+        )
+        return with_packing(
+            self.spec,
+            candidate,
+            self.machine,
+            spare=max(use.budget - use.total - self._room(candidate.workload), 0),
+            objective=runtime.objective,
+            exact=exact,
+            always=runtime.pack == "always",
+        )
 
     def _with_guests(self, candidate: Candidate) -> Candidate:
         return with_guests(self.spec, candidate, self.machine, exact=self.resolved.settings.exact)

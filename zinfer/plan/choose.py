@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 
+from zinfer.chunks.at_home import with_packed
 from zinfer.chunks.pack import assemble, layer_sizes
 from zinfer.chunks.search import search_limit
 from zinfer.chunks.source import Source
@@ -58,6 +59,10 @@ class Choice:
     def schedule(self) -> Schedule:
         """Written down where it is wanted: most choices are only compared."""
         return build_schedule(self.table, self.placement, parks=self.parks)
+
+    def spec_of(self, spec: ModelSpec) -> ModelSpec:
+        """The model as its steady passes compute it: with what is packed at home."""
+        return with_packed(spec, self.table, self.placement.packed)
 
     def reserve_with_recorded(self, spec: ModelSpec, budget: Budget, *, device: str) -> Reserve:
         """The reserve and room for passes that a host records, of what its budget has to spare: no weight makes way."""

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from zinfer.chunks.at_home import with_packed
 from zinfer.chunks.table import PAGE, Chunk, ChunkTable, Read
 from zinfer.errors import BudgetError
 from zinfer.plan.cost import kind_of
 from zinfer.plan.forecast import SteadyPasses, decode_load
 from zinfer.plan.make import Plan
 from zinfer.plan.optimise import PLANNING
+from zinfer.plan.packing import packed_placement
 from zinfer.plan.place import place, size_flag
 from zinfer.plan.records import Budget, Forecast, KvPlan, Tier
 from zinfer.plan.shares import COMPUTE, ROWS, largest_share, link_seconds, num_share_slots, ways_up
@@ -46,7 +48,6 @@ def alternatives(spec: ModelSpec, plan: Plan, watch: Watch = unwatched) -> list[
     have, host = (plan.budget.host, 0) if tier is Tier.HOST else (plan.budget.device, plan.budget.host)
     everything = plan.reserve.total + sum(chunk.nbytes for chunk in plan.table.streamable)
     sizes = sorted({have // 2, min(have * 2, everything), everything})
-    passes = SteadyPasses(spec, plan.table, plan.machine, decode_load(plan.workload), exact=plan.exact)
     budgets = [Budget(host=size) if tier is Tier.HOST else Budget(host, size) for size in sizes]
     if host:
         budgets.append(Budget(host * 2, have))
@@ -56,7 +57,7 @@ def alternatives(spec: ModelSpec, plan: Plan, watch: Watch = unwatched) -> list[
     for at, other in enumerate(others):
         watch(len(others) + at, 2 * len(others), PLANNING)  # the plan took about as long as all of them
         is_budget = isinstance(other, Budget)
-        found.append(_alternative(plan, passes, other) if is_budget else with_store(spec, plan, other))
+        found.append(_alternative(spec, plan, other) if is_budget else with_store(spec, plan, other))
     return [other for other in found if other is not None]
 
 
@@ -79,6 +80,7 @@ def explain(plan: Plan, others: Sequence[Alternative] = ()) -> list[str]:
         *_tier_lines(plan),
         f"chunks     {_map(plan)}",
         "           in order of use: " + " · ".join(_legend(plan)),
+        *_packed_lines(plan),
         *_guest_lines(plan),
         "",
         *_link_lines(plan),
@@ -100,9 +102,16 @@ def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, 
     return plan.to_dict() | {"alternatives": [asdict(other) for other in others]}
 
 
+def _packed_lines(plan: Plan) -> list[str]:
+    chunks, packed = plan.table.chunks, plan.placement.packed
+    published = Bytes(sum(chunks[chunk].nbytes for chunk in packed))
+    taken = Bytes(sum(plan.table.packed[chunk].nbytes for chunk in packed))
+    return [f"           {published} of what stays are packed into {taken}: the same bits"] if packed else []
+
+
 def _guest_lines(plan: Plan) -> list[str]:
     guests = plan.placement.guests
-    nbytes = Bytes(sum(plan.table.chunks[guest].nbytes for guest in guests))
+    nbytes = Bytes(sum(plan.placement.at_home(plan.table, guest).nbytes for guest in guests))
     why = "memory comes slower than bytes from the disk"
     return [f"           {nbytes} of what stays comes with the second pass: {why}"] if guests else []
 
@@ -127,12 +136,12 @@ def _parameters(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
 
 
-def _alternative(plan: Plan, passes: SteadyPasses, budget: Budget) -> Alternative:
+def _alternative(spec: ModelSpec, plan: Plan, budget: Budget) -> Alternative:
     tier = plan.placement.compute_tier
     flags = size_flag(Tier.HOST, budget.host)
     if tier is Tier.DEVICE:
         flags = f"{size_flag(tier, budget.device)} {flags}"
-    pass_s = _pass_s(plan, plan.table, passes, budget)
+    pass_s = _pass_s(spec, plan, plan.table, budget)
     return Alternative(flags, pass_s, plan.workload.batch / pass_s if pass_s else None)
 
 
@@ -142,11 +151,10 @@ def with_store(spec: ModelSpec, plan: Plan, weights: str) -> Alternative | None:
     stored = stand_in(spec, weights)
     if not any(op.stored for op in stored.program):
         return None
-    table = replace(plan.table, chunks=tuple(_rewritten(spec, stored, plan.table.chunks)))
+    table = replace(plan.table, chunks=tuple(_rewritten(spec, stored, plan.table.chunks)), packed={})
     unpacking = workspace_bytes(stored, plan.device)
     reserve = replace(plan.reserve, activations=plan.reserve.activations + unpacking)
-    passes = SteadyPasses(stored, table, plan.machine, decode_load(plan.workload), exact=plan.exact)
-    pass_s = _pass_s(replace(plan, reserve=reserve), table, passes, plan.budget)
+    pass_s = _pass_s(stored, replace(plan, reserve=reserve), table, plan.budget)
     speed = plan.workload.batch / pass_s if pass_s else None
     return Alternative(f"zinfer shard --weights {weights}", pass_s, speed, "stores")
 
@@ -174,14 +182,18 @@ def _rewritten(spec: ModelSpec, stored: ModelSpec, chunks: Sequence[Chunk]) -> I
         yield replace(chunk, nbytes=nbytes, weight_bytes=weight_bytes, reads=reads, moves=())
 
 
-def _pass_s(plan: Plan, table: ChunkTable, passes: SteadyPasses, budget: Budget) -> float | None:
-    """A decode pass of these chunks under this budget; None where they do not fit."""
+def _pass_s(spec: ModelSpec, plan: Plan, table: ChunkTable, budget: Budget) -> float | None:
+    """A decode pass of these chunks under this budget, packed where the plan packs; None where they do not fit."""
     tier, lookahead = plan.placement.compute_tier, plan.placement.lookahead or 1
     try:
         placement = place(table, budget, compute_tier=tier, reserve=plan.reserve, lookahead=lookahead)
     except BudgetError:
         return None
-    return passes.under(placement).seconds
+    if table.packed and placement.slots:
+        placement = packed_placement(table, placement)
+    spec = with_packed(spec, table, placement.packed)
+    load = decode_load(plan.workload)
+    return SteadyPasses(spec, table, plan.machine, load, exact=plan.exact).under(placement).seconds
 
 
 def _tier_lines(plan: Plan) -> list[str]:

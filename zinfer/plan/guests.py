@@ -37,6 +37,7 @@ def with_guests(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exac
     may_wait = placement.compute_tier is Tier.HOST and placement.lookahead > 0 and not workload.is_whole
     if not may_wait or machine.fresh_bytes_per_s is None:
         return candidate
+    spec = choice.spec_of(spec)
     prefill = prefill_load(workload, candidate.full_rows)
     first, later = simulate_load(
         spec, choice.table, placement, choice.schedule, machine, prefill, exact=exact

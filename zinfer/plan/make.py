@@ -10,6 +10,7 @@ from math import inf, log
 from pathlib import Path
 from typing import Any
 
+from zinfer.chunks.at_home import packed_forms
 from zinfer.chunks.pack import assemble
 from zinfer.chunks.source import Source
 from zinfer.chunks.table import ALIGN, LOOSE_ALIGN, ChunkTable
@@ -21,7 +22,7 @@ from zinfer.plan.curve import Curve
 from zinfer.plan.kv import kv_reasons
 from zinfer.plan.optimise import Candidate, forecast_of
 from zinfer.plan.place import Reserve, tier_uses
-from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens
+from zinfer.plan.profile import KV_PAGE_TOKENS, cache_tokens, library_free
 from zinfer.plan.records import Budget, Forecast, KvPlan, Placement, Schedule, Tier, TierUse, Workload
 from zinfer.plan.schedule import build_schedule
 from zinfer.plan.shares import link_seconds
@@ -98,6 +99,7 @@ class Plan:
             {"tier": str(tier), "chunks": len(list(run))} for tier, run in groupby(self.placement.home)
         ]
         placement["guests"] = list(self.placement.guests)
+        placement["packed"] = sorted(self.placement.packed)
         return {
             "format": _FORMAT,
             "model": {
@@ -127,8 +129,8 @@ class Plan:
             file.write(json.dumps(self.to_dict(), indent=1).encode() + b"\n")
 
     @classmethod
-    def load(cls, path: str | Path, source: Source) -> Plan:
-        """Read what `save` wrote, for the model whose weights `source` describes.
+    def load(cls, path: str | Path, source: Source, spec: ModelSpec | None = None) -> Plan:
+        """Read what `save` wrote, for the model whose weights `source` describes; its spec is wanted for packed homes.
 
         Raises UsageError ZI-1010 when the file is no plan, ZI-1011 when it was made for another model.
         """
@@ -141,10 +143,15 @@ class Plan:
                     "home": tuple(homes),
                     "compute_tier": Tier(tree["placement"]["compute_tier"]),
                     "guests": tuple(tree["placement"].get("guests", ())),
+                    "packed": frozenset(tree["placement"].get("packed", ())),
                 }
             )
             model = tree["model"]
             table = assemble(_aligned(source, tree["align"]), tree["chunk_limit"])
+            if placement.packed and spec is not None:
+                table = replace(table, packed=packed_forms(spec, table))
+            if not placement.packed <= table.packed.keys():
+                raise ValueError("it packs chunks, of which a model's spec tells how they lie")
             plan = cls(
                 architecture=model["architecture"],
                 num_parameters=model["num_parameters"],
@@ -253,9 +260,7 @@ def as_read(source: Source, spec: ModelSpec, *, device: str, exact: bool) -> Sou
     Published files seldom lie at multiples of ALIGN: moving what was read costs a core as much as reading it, every
     pass.  A processor reads a weight as fast from any address, only a library's bits may then be other than a store's.
     """
-    sizes = dict(spec.product_sizes)
-    is_library_free = all(sizes.get(op.kind) == () for op in spec.program if op.matrix and not op.stored)
-    align = LOOSE_ALIGN if device == "cpu" and (is_library_free or not exact) else ALIGN
+    align = LOOSE_ALIGN if device == "cpu" and (not exact or library_free(spec)) else ALIGN
     return _aligned(source, align)
 
 

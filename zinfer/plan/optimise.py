@@ -72,7 +72,7 @@ def forecast_of(spec: ModelSpec, candidate: Candidate, machine: Machine, *, exac
     """Predict the run of a planned batch size."""
     choice = candidate.choice
     return forecast(
-        spec,
+        choice.spec_of(spec),
         choice.table,
         choice.placement,
         choice.schedule,

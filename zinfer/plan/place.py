@@ -147,7 +147,11 @@ def tier_uses(
         is_compute = tier is placement.compute_tier
         if tier is Tier.DEVICE and not is_compute:
             continue
-        resident = sum(chunk.nbytes for chunk in table.chunks if placement.home[chunk.id] is tier)
+        resident = sum(
+            placement.at_home(table, chunk.id).nbytes
+            for chunk in table.chunks
+            if placement.home[chunk.id] is tier
+        )
         staging = 0 if is_compute else placement.staging * placement.slot_bytes
         is_locked = device.startswith("cuda") and not is_compute
         uses.append(
@@ -200,18 +204,21 @@ def _forced_bytes(table: ChunkTable, cap: int) -> int:
 def _split(chunks: Sequence[Chunk], room: int, cap: int) -> list[Chunk]:
     """The fewest bytes of chunks no larger than `cap`, evenly spread, without which the others fit in `room`."""
     movable = [chunk for chunk in chunks if chunk.nbytes <= cap]
-    sizes = [chunk.nbytes for chunk in movable]
     excess = sum(chunk.nbytes for chunk in chunks) - room
+    return list(compress(movable, fewest([chunk.nbytes for chunk in movable], excess)))
+
+
+def fewest(sizes: Sequence[int], excess: int) -> list[bool]:
+    """Marks of the fewest bytes that reach `excess`, evenly spread; all of them may be needed, but must suffice."""
     if excess <= 0:
-        return []
+        return [False] * len(sizes)
     # Shares whose marked bytes can lie nearest above `excess`: see the bound that `spread` keeps.
     mean, largest = sum(sizes) / len(sizes), max(sizes)
     low = max(floor((excess - largest) / mean), 0)
     high = min(ceil((excess + 2 * largest) / mean), len(sizes))
     trials = [spread(sizes, numerator) for numerator in range(low, high + 1)]
     enough = [marks for marks in trials if _marked_bytes(sizes, marks) >= excess]
-    best = min(enough, key=lambda marks: _marked_bytes(sizes, marks))
-    return [chunk for chunk, is_marked in zip(movable, best, strict=True) if is_marked]
+    return min(enough, key=lambda marks: _marked_bytes(sizes, marks))
 
 
 def _marked_bytes(sizes: Sequence[int], marks: Sequence[bool]) -> int:

@@ -75,6 +75,12 @@ def graph_bytes(device_bytes: int) -> int:
     return min(_MOST_GRAPH_BYTES, device_bytes // 64)
 
 
+def library_free(spec: ModelSpec) -> bool:
+    """Whether exact products with published weights are all our kernels'."""
+    sizes = dict(spec.product_sizes)
+    return all(sizes.get(op.kind) == () for op in spec.program if op.matrix and not op.stored)
+
+
 def turns_of(spec: ModelSpec, table: ChunkTable) -> list[Op]:
     """The ops behind which micro-batches take turns: the last of each chunk."""
     return [spec.program[chunk.ops[-1]] for chunk in table.streamable]

@@ -7,7 +7,7 @@ from enum import StrEnum
 from math import ceil
 from typing import Literal
 
-from zinfer.chunks.table import ChunkId
+from zinfer.chunks.table import Chunk, ChunkId, ChunkTable
 
 
 class Tier(StrEnum):
@@ -22,7 +22,7 @@ class Tier(StrEnum):
 class Fetch:
     """Begin moving a chunk into the compute tier; never blocks.  Needs a free slot (streamed) or its home bytes.
 
-    A guest takes a slot although it has a home: whoever has computed with it evicts it.
+    A guest takes a slot although it has a home: whoever has computed with it evicts or settles it.
     """
 
     chunk: ChunkId
@@ -48,7 +48,14 @@ class FetchRows:
     """Read the rows of the embedding tables that this pass's ids name (a fetch that depends on data)."""
 
 
-Step = Fetch | Compute | Evict | FetchRows
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Pack a guest's weights into its home, which is smaller than the chunk; its slot is free."""
+
+    chunk: ChunkId
+
+
+Step = Fetch | Compute | Evict | Settle | FetchRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,8 @@ class Placement:
     Chunks with home DISK on a machine with a device pass through `staging` host slots of the same size.
     `guests` are resident chunks that the first pass streams all the same: their memory is found beside the second,
     which waits for the disk anyway.
+    `packed` are resident chunks whose homes hold them packed without loss (`ChunkTable.packed`): each comes through a
+    slot.
     """
 
     compute_tier: Tier
@@ -89,10 +98,15 @@ class Placement:
     staging: int
     lookahead: int
     guests: tuple[ChunkId, ...] = ()
+    packed: frozenset[ChunkId] = frozenset()
 
     def resident(self, chunk: int) -> bool:
         """Whether the chunk stays in the compute tier after its first use; a guest after its second."""
         return self.home[chunk] is self.compute_tier
+
+    def at_home(self, table: ChunkTable, chunk: ChunkId) -> Chunk:
+        """The chunk in the form in which its home holds it."""
+        return table.packed[chunk] if chunk in self.packed else table.chunks[chunk]
 
 
 Attend = Literal["resident", "device", "host"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from zinfer.chunks.at_home import with_packed
 from zinfer.chunks.table import ChunkId
 from zinfer.config.machine import Machine
 from zinfer.errors import BudgetError
@@ -13,6 +14,7 @@ from zinfer.plan.curve import compute_curve
 from zinfer.plan.forecast import SteadyPasses, decode_load, engine_of
 from zinfer.plan.make import Plan
 from zinfer.plan.optimise import Candidate, batch_sizes, cost_of, forecast_of, judge
+from zinfer.plan.packing import packed_placement
 from zinfer.plan.place import place
 from zinfer.plan.profile import reserve_for, turns_of
 from zinfer.plan.records import Budget, Placement, Workload
@@ -78,9 +80,14 @@ def revised(
 
 
 def moved_chunks(plan: Plan, placement: Placement) -> list[ChunkId]:
-    """Chunks that another placement keeps in the compute tier and this plan's does not."""
-    ids = [chunk.id for chunk in plan.table.streamable]
-    return [chunk for chunk in ids if placement.resident(chunk) and not plan.placement.resident(chunk)]
+    """Chunks that another placement keeps in the compute tier and this plan's does not, or in another form."""
+    ids, now = [chunk.id for chunk in plan.table.streamable], plan.placement
+    other_form = placement.packed ^ now.packed
+    return [
+        chunk
+        for chunk in ids
+        if placement.resident(chunk) and (not now.resident(chunk) or chunk in other_form)
+    ]
 
 
 def _again(
@@ -97,6 +104,9 @@ def _again(
     reserve = reserve_for(spec, workload, exact=plan.exact, device=plan.device, turns=turns)
     lookahead = plan.placement.lookahead or 1
     placement = place(plan.table, budget, compute_tier=tier, reserve=reserve, lookahead=lookahead)
+    if plan.table.packed and placement.slots:
+        placement = packed_placement(plan.table, placement)
+    spec = with_packed(spec, plan.table, placement.packed)
     passes = SteadyPasses(spec, plan.table, machine, decode_load(workload), exact=plan.exact)
     steady = passes.under(placement)
     engine = engine_of(machine, tier)

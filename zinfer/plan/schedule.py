@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import islice
 
 from zinfer.chunks.table import PIECE_BYTES, ChunkId, ChunkTable
-from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Step
+from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Placement, Schedule, Settle, Step
 
 # Plans try the same steps again and again; one record of each will do.
 _compute, _evict, _fetch = cache(Compute), cache(Evict), cache(Fetch)
@@ -26,13 +26,17 @@ def build_schedule(table: ChunkTable, placement: Placement, *, parks: bool = Fal
     """
     if not placement.lookahead and placement.slots:
         return replace(serial_schedule(table, placement), parks=parks)
-    second: list[Step] = []
-    if placement.guests:
-        order, streamed = _orders(table, placement)
-        slots = min(placement.slots, len(streamed))
-        there = {*order, *streamed[:slots]} - {*streamed[slots:], *placement.guests}
-        second = [*_loading(table, placement, there=there)]
-    first = [*_loading(table, placement, {*placement.guests}), *_tables(table, placement)]
+    order, streamed = _orders(table, placement)
+    guests, packed = frozenset(placement.guests), placement.packed
+    if not guests:
+        first = [*_loading(table, placement, settling=packed, then=streamed)]
+        return Schedule((*first, *_tables(table, placement)), steady_steps(table, placement), parks)
+    then = [chunk for chunk in order if not placement.resident(chunk) or chunk in packed & guests]
+    on_their_way = then[: placement.slots]
+    there = {*order} - {*then, *guests} | {*on_their_way}
+    first = [*_loading(table, placement, guests=guests, settling=packed - guests, then=then)]
+    second = _loading(table, placement, there=there, settling=packed & guests, then=streamed)
+    first += _tables(table, placement)
     return Schedule(tuple(first), steady_steps(table, placement), parks, tuple(second))
 
 
@@ -57,7 +61,9 @@ def serial_schedule(table: ChunkTable, placement: Placement) -> Schedule:
     is_streamed = set(streamed)
     first, steady = _rows(table), _rows(table)
     for chunk in order:
-        first += [Fetch(chunk), Compute(chunk)]
+        first += [Fetch(chunk, chunk in placement.packed), Compute(chunk)]
+        if chunk in placement.packed:
+            first.append(Settle(chunk))
         steady += [Fetch(chunk), Compute(chunk)] if chunk in is_streamed else [Compute(chunk)]
         if chunk in is_streamed:
             first.append(Evict(chunk))
@@ -68,21 +74,26 @@ def serial_schedule(table: ChunkTable, placement: Placement) -> Schedule:
 def _loading(
     table: ChunkTable,
     placement: Placement,
+    *,
     guests: Collection[ChunkId] = (),
+    settling: Collection[ChunkId] = (),
     there: Collection[ChunkId] = (),
+    then: Sequence[ChunkId],
 ) -> Iterator[Step]:
     """A pass that also loads: all but `guests`, which stream, and what is `there` or on its way at the beginning.
+    `settling` come through a slot and go home packed; `then` go through one in the next pass, the first ones begin now.
 
     Fetches run ahead of the computation by a window of bytes, in order of use; a chunk that finds no free slot waits
     for one while others pass it, so the disk never idles.
     """
     order, streamed = _orders(table, placement)
-    through = {*streamed, *guests}
+    through = {*streamed, *guests, *settling}
+    as_guests = {*guests, *placement.packed}
     slots = min(placement.slots, len(through))
     free = slots - sum(chunk in through for chunk in there)
     window = max(_AHEAD_BYTES, (slots + 2) * table.slot_bytes)
     waiting: deque[ChunkId] = deque()
-    next_pass = iter(streamed[:slots])
+    next_pass = iter(then[: placement.slots])
     fetched = ahead = 0
     yield from _rows(table)
     for chunk in order:
@@ -94,22 +105,23 @@ def _loading(
                 continue
             if coming not in through or free:
                 free -= coming in through
-                yield Fetch(coming, coming in guests)
+                yield Fetch(coming, coming in as_guests)
             else:
                 waiting.append(coming)
         yield Compute(chunk)
         ahead -= table.chunks[chunk].nbytes
         if chunk in through:
-            yield Evict(chunk)
+            yield Settle(chunk) if chunk in settling else Evict(chunk)
             free += 1
             if waiting:
                 free -= 1
-                yield Fetch(waiting[0], waiting.popleft() in guests)
+                yield Fetch(waiting[0], waiting.popleft() in as_guests)
             elif fetched == len(order):
                 for following in islice(next_pass, free):
                     free -= 1
-                    yield Fetch(following)
-    yield from map(Fetch, next_pass)
+                    yield Fetch(following, following in as_guests)
+    for following in next_pass:
+        yield Fetch(following, following in as_guests)
 
 
 def _orders(table: ChunkTable, placement: Placement) -> tuple[list[ChunkId], list[ChunkId]]:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zinfer.chunks.table import ChunkTable
+from zinfer.chunks.table import ChunkId, ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import InternalError
-from zinfer.plan.records import Compute, Evict, Fetch, Placement, Schedule, Step, Tier
+from zinfer.plan.records import Compute, Evict, Fetch, Placement, Schedule, Settle, Step, Tier
 from zinfer.plan.shares import DISK, cut, is_peer, ways_up
 
 _STEADY_PASSES = 2  # after so many the first pass no longer shows
+_PACKING_S_PER_BYTE = 1e-9  # of published weights, on two cores with our kernels: 0.9 to 1.1 GB/s were seen
 
 
 class Stretch(NamedTuple):
@@ -50,6 +51,7 @@ class Simulator:
         self.placement = placement
         self.now_s = 0.0
         self._chunks = table.chunks
+        self._home_bytes = [placement.at_home(table, chunk.id).nbytes for chunk in table.chunks]
         self._overlap, self._disk_slowdown = machine.overlap, 1.0
         disk = machine.disk_read
         self._bytes: dict[str, Sequence[int]] = {DISK: table.read_bytes}
@@ -82,7 +84,7 @@ class Simulator:
         for chunk, home in zip(self._chunks, self.placement.home, strict=True):
             if home is tier and chunk.ops:
                 self._ready_s[chunk.id] = self.now_s
-                self._hold(tier, chunk.nbytes)
+                self._hold(tier, self._home_bytes[chunk.id])
             elif home is Tier.HOST:
                 self._host_s[chunk.id] = self.now_s
                 self._hold(Tier.HOST, chunk.nbytes)
@@ -131,6 +133,10 @@ class Simulator:
                 device_peak = max(device_peak, self._device_bytes)
             elif isinstance(step, Evict):
                 del ready_s[step.chunk]
+                self._hold(self.placement.compute_tier, -self.placement.slot_bytes)
+            elif isinstance(step, Settle):  # the seconds are among those of the pass's computation
+                self._hold(self.placement.compute_tier, self._home_bytes[step.chunk])
+                host_peak = max(host_peak, self._host_bytes)
                 self._hold(self.placement.compute_tier, -self.placement.slot_bytes)
             else:
                 timeline.append(Stretch("rows", -1, self.now_s, self.now_s + rows_s))
@@ -279,6 +285,7 @@ def simulate_passes(
         work_s = compute_s[min(at, len(compute_s) - 1)]
         if at < len(schedule.loading) and placement.compute_tier is Tier.HOST:
             nbytes = fresh_bytes(table, placement, steps)
+            work_s = with_packing(table, work_s, steps)
             work_s = with_finding(table, work_s, machine.finding_s(nbytes, found))
             found += nbytes
         slowed_s = simulator.side_by_side(steps, work_s)
@@ -288,8 +295,32 @@ def simulate_passes(
 
 def fresh_bytes(table: ChunkTable, placement: Placement, steps: Iterable[Step]) -> int:
     """Bytes of memory that a pass is the first to use: of what comes to stay in it."""
-    new = {step.chunk for step in steps if isinstance(step, Fetch) and not step.as_guest}
-    return sum(chunk.nbytes for chunk in table.streamable if chunk.id in new and placement.resident(chunk.id))
+    new = {
+        step.chunk
+        for step in steps
+        if isinstance(step, Settle) or (isinstance(step, Fetch) and not step.as_guest)
+    }
+    return sum(
+        placement.at_home(table, chunk.id).nbytes
+        for chunk in table.streamable
+        if chunk.id in new and placement.resident(chunk.id)
+    )
+
+
+def packing_s(table: ChunkTable, chunks: Iterable[ChunkId]) -> float:
+    """Seconds that packing these chunks into their homes takes the processor."""
+    return _PACKING_S_PER_BYTE * sum(table.chunks[chunk].weight_bytes for chunk in chunks)
+
+
+def with_packing(table: ChunkTable, compute_s: Sequence[float], steps: Iterable[Step]) -> Sequence[float]:
+    """Computation of a pass behind which chunks settle."""
+    settled = {step.chunk for step in steps if isinstance(step, Settle)}
+    if not settled:
+        return compute_s
+    return [
+        seconds + (packing_s(table, [chunk.id]) if chunk.id in settled else 0.0)
+        for seconds, chunk in zip(compute_s, table.chunks, strict=True)
+    ]
 
 
 def with_finding(table: ChunkTable, compute_s: Sequence[float], finding_s: float) -> Sequence[float]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from zinfer.log import logger
 from zinfer.plan.records import Workload
-from zinfer.plan.revise import revised
+from zinfer.plan.revise import rebudget, revised
 from zinfer.runtime.engine import Engine
 
 _FIRST_LOOK = 8  # steady passes until what they show is trusted
@@ -18,8 +18,11 @@ def adapt(engine: Engine) -> bool:
     """Every so many passes: plan again with the rates that were seen, and follow that plan where it pays.
 
     Only the batch size is looked at: the same chunks stay or stream by what the cache leaves them.  Nothing is
-    changed that the settings fix.  True when another plan is followed.
+    changed that the settings fix.  True when another plan is followed: at once where a plan packs weights that cannot
+    be packed.
     """
+    if engine.loop.executor.cannot_pack:
+        return _unpack(engine)
     steady = len(engine.stats.passes) - 1
     is_time = steady == _FIRST_LOOK or (steady > 0 and steady % _LOOK_EVERY == 0)
     scheduler = engine.loop.scheduler
@@ -63,6 +66,16 @@ def _asked(engine: Engine) -> Workload:
     prompt_len, gen_len = scheduler.mean_lengths
     num_requests = None if planned.num_requests is None else len(scheduler)
     return replace(planned, num_requests=num_requests, prompt_len=prompt_len, gen_len=gen_len)
+
+
+def _unpack(engine: Engine) -> bool:
+    """The same plan with nothing packed, and none that packs from now on."""
+    plan, engine.model = engine.plan, engine.model.without_packing()
+    engine.loop.executor.cannot_pack = False
+    engine.adopt(
+        rebudget(engine.model.spec, replace(plan, table=replace(plan.table, packed={})), plan.budget)
+    )
+    return True
 
 
 def _revise(engine: Engine, *, is_begun: bool) -> bool:

@@ -7,20 +7,24 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zinfer.chunks.table import ChunkTable
+from zinfer.kernels.exponents import TooManyExponentsError
 from zinfer.kvcache.cache import PagedView
 from zinfer.layers.packed import KvView, Packed
+from zinfer.log import logger
 from zinfer.memory.faults import explained
 from zinfer.memory.manager import ChunkManager
 from zinfer.models.decoder import Flow
 from zinfer.models.registry import Flow as AnyFlow
 from zinfer.models.registry import composition
 from zinfer.plan.curve import group_of
-from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule
+from zinfer.plan.records import Compute, Evict, Fetch, FetchRows, Schedule, Settle
+from zinfer.runtime.forms import pack_weights, weights_of
 from zinfer.runtime.graph import Graphs, Kind, Weights
 from zinfer.runtime.moments import Moments
 from zinfer.runtime.stats import PassRecord, Stats
@@ -76,6 +80,7 @@ class Executor:
         self._joined = self._stays.joined(schedule.steady)
         self._pass_bytes = sum(chunk.nbytes for chunk in table.streamable)
         self._num_loaded = 0  # passes of `schedule.loading` that have been carried out
+        self.cannot_pack = False  # some weights, against the plan
         self._clock = manager.transfer.clock
         self._begin_s = 0.0
         self._replays_before = 0
@@ -183,6 +188,8 @@ class Executor:
                     self.watch(done_bytes, self._pass_bytes, name)
                 case Evict(chunk):
                     self.manager.evict(chunk)
+                case Settle(chunk):
+                    self._settle(chunk)
                 case FetchRows():
                     self._fetch_rows(micros)
                     if self.graphs is not None and repeats is not None:
@@ -212,6 +219,16 @@ class Executor:
                 transfer = self.manager.transfer
                 self._bring(micro, transfer.to_host if is_last else transfer.park, micros)
 
+    def _settle(self, chunk: int) -> None:
+        """Bring a chunk home packed, or note that its weights are not of the kind that can be."""
+        ops = [self.spec.program[index] for index in self.table.chunks[chunk].ops]
+        with self.recorder.span("pack", f"chunk {chunk}"):
+            try:
+                self.manager.settle(self.table.chunks[chunk].id, partial(pack_weights, ops))
+            except TooManyExponentsError as error:
+                self.cannot_pack = True
+                logger.warning("chunk %d stays as it is published: %s", chunk, error)
+
     def _carry_out(
         self, ops: range, where: Hashable, views: Weights, micro: Micro, kind: Kind | None
     ) -> None:
@@ -226,7 +243,7 @@ class Executor:
         self._clock.start()
         for index in ops:
             op = self.spec.program[index]
-            weights = {part.role: views[part.key] for part in op.reads}
+            weights = weights_of(op, views)
             with self.recorder.span("compute", f"{op.layer}.{op.kind}"):
                 self._run_op(op, self.spec, micro.flow, weights, micro.batch, micro.kv, exact=self.exact)
             self._clock.lap(group_of(op.kind))

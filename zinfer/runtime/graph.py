@@ -27,6 +27,7 @@ from zinfer.memory.faults import is_lost
 from zinfer.models.decoder import Flow, prepare, run_op
 from zinfer.plan.cost import has_steps
 from zinfer.runtime.fixed import PassBuffers, mapped, outline, pass_state, tensors
+from zinfer.runtime.forms import weights_of
 from zinfer.spec.records import DTYPE_BYTES, ModelSpec
 
 FEW_ROWS = 64  # of a pass that is recorded when it comes again: beyond, kernels outlast their launches
@@ -251,7 +252,7 @@ class Graphs:
         """The ops over a pass's buffers: what is recorded."""
         for index in ops:
             op = self._spec.program[index]
-            views = {part.role: weights[part.key] for part in op.reads}
+            views = weights_of(op, weights)
             run_op(op, self._spec, flow, views, buffers.batch, buffers.view, exact=self._exact)
 
     def parts(self, ops: range, batch: Packed, *, is_whole: bool) -> Iterator[tuple[range, bool]]:

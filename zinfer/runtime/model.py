@@ -137,6 +137,13 @@ class Model:
             self, resolved=_resolved(parse_settings(tree), self.machine, held_bytes, held_device_bytes)
         )
 
+    def without_packing(self) -> Model:
+        """The same model, whose weights turned out to be none that can be packed."""
+        settings = self.resolved.settings
+        runtime = settings.runtime.model_copy(update={"pack": "never"})
+        resolved = replace(self.resolved, settings=settings.model_copy(update={"runtime": runtime}))
+        return replace(self, resolved=resolved)
+
     @property
     def max_text_tokens(self) -> int:
         """Tokens of the longest text that is taken: the model's limit, or runtime.context where that is less."""

@@ -232,7 +232,7 @@ class Session:
                     self.close()  # every caller is told the same; the next request looks whether it can be opened
                 raise
             if adapt(engine):
-                self._plan_now = engine.plan
+                self._plan_now, self.model = engine.plan, engine.model
             for event in events:
                 if event.is_finished:
                     engine.drop(running.pop(event.request.id))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 from zinfer.spec.records import DTYPE_BYTES, Op, WeightRef
 from zinfer.units import KIB, MIB
@@ -59,6 +60,7 @@ def packs(op: Op, tables: set[str], dtype: str) -> bool:
     return outputs >= SHARED and inputs % RUN == 0 and inputs <= MOST_INPUTS and matrix.start % SHARED == 0
 
 
+@lru_cache(maxsize=4096)
 def packed_op(op: Op) -> Op:
     """The op with the tensors that stand for its matrix."""
     assert op.matrix is not None, "nothing to pack"
