@@ -96,22 +96,31 @@ def start(options: argparse.Namespace) -> Bench:
 
 def run(bench: Bench, name: str, calls: Sequence[Call], runtime: dict[str, Any] | None = None) -> Seen:
     """Run the calls in one process of zinfer inside the conditions; what came of each is written into it."""
+    job = job_of(bench, name, calls, runtime or {})
+    return fill(calls, bench.conditions.run(name, "run_zinfer.py", job, limited=True))
+
+
+def job_of(bench: Bench, name: str, calls: Sequence[Call], runtime: dict[str, Any]) -> dict[str, Any]:
+    """What `run_zinfer.py` is told: the calls, this machine, and where to write the prediction."""
     asked = [
         {"prompts": call.prompts, "max_tokens": call.max_tokens, "ignore_eos": call.ignore_eos}
         for call in calls
     ]
-    job = {
+    return {
         "kind": "calls",
         "prompts": [],
         "steps": 0,
         "options": {
             "calls": asked,
-            "runtime": runtime or {},
+            "runtime": runtime,
             "machine": str(bench.conditions.work / PROFILE),
             "prediction": str(bench.conditions.work / f"{name}.prediction.json"),
         },
     }
-    seen = bench.conditions.run(name, "run_zinfer.py", job, limited=True)
+
+
+def fill(calls: Sequence[Call], seen: Seen) -> Seen:
+    """Write what came of each call into it."""
     if seen.result is not None:
         for call, found in zip(calls, seen.result["facts"]["calls"], strict=True):
             call.outputs, call.seconds, call.passes = found["outputs"], found["seconds"], found["passes"]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
 from cgroup import MemoryGroup, NoGroupError, drop_caches, make
+from engines.turn import Order, options_of, order_of
 from harness import GIB, MIB, ROOT, Child, direct_read_rate, run_child
 
 HEADROOM = (
@@ -47,6 +50,17 @@ class Seen:
         return "" if self.result is not None else self.child.why
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One runner of several that take turns: it makes `passes` a turn, and has `weight` turns of a round."""
+
+    name: str
+    script: str
+    job: dict[str, Any]
+    passes: int
+    weight: int
+
+
 @dataclass(slots=True)
 class Conditions:
     """One model and the memory it may take."""
@@ -68,6 +82,39 @@ class Conditions:
         rates = [rate for rate in (before, self.disk_rate()) if rate is not None]
         why = why or ("" if caches == "dropped" else f"caches {caches}")
         return Seen(child, result, why, caches, rates)
+
+    def run_by_turns(self, folder: Path, asked: Sequence[Asked]) -> dict[str, Seen]:
+        """Several runners at once, each limited to the budget, of which one works at a time; by name.
+
+        The disk is measured before and after all of them.  Whoever ends makes room for the others.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        order = Order(folder, order_of([(each.name, each.weight) for each in asked]))
+        order.begin()
+        before, caches = self.disk_rate(), drop_caches()
+        fault = "" if caches == "dropped" else f"caches {caches}"
+        alone = replace(self, timeout_s=self.timeout_s * len(asked))
+
+        def one(each: Asked) -> Seen:
+            turn = {"turn": options_of(order, each.name, each.passes)}
+            job = each.job | {"options": each.job["options"] | turn, "budget_bytes": self.budget_bytes}
+            try:
+                with self.group() as (group, why):
+                    child, result = alone.ask(f"{folder.name}-{each.name}", each.script, job, group)
+            finally:
+                order.leave(each.name)
+            return Seen(child, result, why or fault, caches)
+
+        with ThreadPoolExecutor(len(asked)) as threads:
+            try:
+                seen = list(threads.map(one, asked))
+            except BaseException:  # or the threads would wait for their children
+                for child in psutil.Process().children(recursive=True):
+                    with suppress(psutil.Error):
+                        child.kill()
+                raise
+        rates = [rate for rate in (before, self.disk_rate()) if rate is not None]
+        return {one.name: replace(found, disk_rates=rates) for one, found in zip(asked, seen, strict=True)}
 
     def ask(
         self, name: str, script: str, job: dict[str, Any], group: MemoryGroup | None

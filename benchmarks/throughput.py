@@ -6,16 +6,18 @@ Prompts of 16 to 128 ids, outputs of 8 to 64 tokens that end in the end-of-seque
 in arrival order.  zinfer refills a slot as soon as its request has ended; "static" is the same engine given 16 requests
 at a time, each batch run to the end of its longest.  Accelerate and AirLLM run one static batch for a window of steady
 passes; their whole job is extrapolated from it by the number of passes, and labelled so.  Every token is checked.
+
+All are started at once and take turns, a few passes each, all through the run: a disk that drifts does so for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from calls import Bench, Call, num_wrong, parser, run, start
-from conditions import Seen, disk_pass_s, packs
+from calls import Bench, Call, fill, job_of, num_wrong, parser, start
+from conditions import Asked, Seen, disk_pass_s, packs
 from contest import Engine, engines, prepare
 from counts import continuous_passes, static_passes
 from harness import Record, summary
@@ -23,19 +25,49 @@ from known import Ragged
 
 SLOTS, LONGEST = 16, 64
 WINDOW = 14  # passes after the prompts' own, of which the first two are thrown away
+TURN = 8  # passes of continuous batches; of static ones as many more as they need, so that both end together
 TARGETS = {"static": 0.93, "accelerate": 5.0, "airllm": 12.0}
 PEERS = ("accelerate", "airllm")
 
 
-def ours(bench: Bench, name: str, requests: list[Ragged], at_once: int) -> dict[str, Any]:
-    """All requests by zinfer, `at_once` of them per call, sixteen slots."""
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Passes of whole jobs, and of a peer's window."""
+
+    continuous: int
+    static: int
+    window: int
+
+    @property
+    def allowed(self) -> float:
+        """How many times fewer passes continuous batches need."""
+        return self.static / self.continuous
+
+    @property
+    def rounds(self) -> int:
+        """Turns of ours for each of a peer's, so that its window spans the job."""
+        return max(self.continuous // (TURN * (self.window + 1)), 1)
+
+
+def calls_of(requests: list[Ragged], at_once: int) -> list[Call]:
+    """All requests, `at_once` of them per call."""
     prompts = [each.prompt for each in requests]
-    calls = [
+    return [
         Call(prompts[at : at + at_once], LONGEST, ignore_eos=False) for at in range(0, len(prompts), at_once)
     ]
-    seen = run(bench, f"throughput-{name}", calls, {"max_batch": SLOTS})
-    row = row_of(name, seen)
-    if row["error"]:
+
+
+def ours(bench: Bench, name: str, calls: list[Call], counts: Counts) -> Asked:
+    """zinfer with sixteen slots."""
+    job = job_of(bench, f"throughput-{name}", calls, {"max_batch": SLOTS})
+    passes = TURN if name == "continuous" else round(TURN * counts.allowed)
+    return Asked(name, "run_zinfer.py", job, passes, counts.rounds)
+
+
+def row_of_ours(bench: Bench, name: str, calls: list[Call], seen: Seen) -> dict[str, Any]:
+    """What came of a whole job."""
+    row = row_of(name, fill(calls, seen))
+    if seen.result is None:
         return row
     passes = [done for call in calls for done in call.passes]
     seconds, tokens = sum(call.seconds for call in calls), sum(call.num_tokens for call in calls)
@@ -51,28 +83,32 @@ def ours(bench: Bench, name: str, requests: list[Ragged], at_once: int) -> dict[
         "rows_per_pass": sum(done["rows"] for done in passes) / len(passes),
         "disk_bytes_per_token": sum(done["bytes"].get("disk", 0) for done in passes) / tokens,
         "tokens_per_s": tokens / seconds,
+        "is_packed": packs(plan),
         "predicted_pass_s": plan["forecast"]["pass_s"],
         "limit_pass_s": bound,
         "share_of_limit": bound * len(passes) / seconds if bound else None,
     }
 
 
-def peer(bench: Bench, engine: Engine, requests: list[Ragged], window: int) -> dict[str, Any]:
-    """The first batch for `window` passes, extrapolated to all requests by the number of passes."""
-    first = requests[:SLOTS]
+def peer(bench: Bench, engine: Engine, requests: list[Ragged], window: int) -> Asked:
+    """The first batch for `window` passes, one a turn."""
     job = {
         "kind": "window",
-        "prompts": [each.prompt for each in first],
+        "prompts": [each.prompt for each in requests[:SLOTS]],
         "steps": window,
         "options": engine.options | {"eos": bench.known.eos},
     }
-    seen = bench.conditions.run(f"throughput-{engine.name}", engine.script, job, limited=True)
-    row = row_of(engine.name, seen)
-    if row["error"]:
+    return Asked(engine.name, engine.script, job, 1, 1)
+
+
+def row_of_peer(bench: Bench, name: str, requests: list[Ragged], seen: Seen) -> dict[str, Any]:
+    """What came of a window, extrapolated to all requests by the number of passes."""
+    row = row_of(name, seen)
+    if seen.result is None:
         return row
     prefill_s, *decode_s = seen.result["pass_s"]
     outputs = seen.result["facts"]["outputs"]
-    wanted = [bench.known.follow(each.prompt, LONGEST) for each in first]
+    wanted = [bench.known.follow(each.prompt, LONGEST) for each in requests[:SLOTS]]
     wrong = sum(came != want[: len(came)] for came, want in zip(outputs, wanted, strict=True))
     steady = decode_s[2:] or decode_s
     batches, passes = -(-len(requests) // SLOTS), static_passes([each.length for each in requests], SLOTS)
@@ -91,17 +127,30 @@ def peer(bench: Bench, engine: Engine, requests: list[Ragged], window: int) -> d
     }
 
 
-def peers(bench: Bench, wanted: list[str], requests: list[Ragged], window: int) -> Iterator[dict[str, Any]]:
-    """A row of each wanted peer; one that cannot convert the model has no figure."""
+def measured(
+    bench: Bench, wanted: list[str], requests: list[Ragged], counts: Counts
+) -> dict[str, dict[str, Any]]:
+    """A row of each wanted engine, all of them by turns; a peer that cannot convert the model has no figure."""
     work = bench.options.work / "known"  # what peers convert belongs to this checkpoint
     known = engines(bench.conditions.model, work, len(bench.known.next_of))
     chosen = [engine for engine in known if engine.name in PEERS and engine.name in wanted]
     broken = prepare(bench.conditions.model, work, chosen)
-    for engine in chosen:
-        if engine.name in broken:
-            yield {"engine": engine.name, "error": broken[engine.name], "comparable": True, "num_wrong": 0}
-        else:
-            yield peer(bench, engine, requests, window)
+    calls = {
+        name: calls_of(requests, at_once)
+        for name, at_once in (("continuous", len(requests)), ("static", SLOTS))
+        if name in wanted
+    }
+    asked = [ours(bench, name, calls[name], counts) for name in calls]
+    asked += [peer(bench, engine, requests, counts.window) for engine in chosen if engine.name not in broken]
+    seen = bench.conditions.run_by_turns(bench.options.work / "throughput", asked)
+    rows = {
+        name: row_of_ours(bench, name, calls[name], found)
+        if name in calls
+        else row_of_peer(bench, name, requests, found)
+        for name, found in seen.items()
+    }
+    failed = {"comparable": True, "num_wrong": 0}
+    return rows | {name: {"engine": name, "error": why} | failed for name, why in broken.items()}
 
 
 def row_of(name: str, seen: Seen) -> dict[str, Any]:
@@ -156,42 +205,33 @@ def main() -> None:
     """Run, print, write the record."""
     made = parser(__doc__)
     made.add_argument("--engines", default="continuous,static,accelerate,airllm")
-    made.add_argument("--rounds", type=int, default=1, help="how often zinfer's two schedules run, A B B A")
     options = made.parse_args()
     bench = start(options)
     requests = bench.known.requests[: 32 if options.quick else None]
     lengths = [each.length for each in requests]
-    counts = {"static": static_passes(lengths, SLOTS), "continuous": continuous_passes(lengths, SLOTS)}
-    allowed = counts["static"] / counts["continuous"]
-    print(f"static {counts['static']} passes / continuous {counts['continuous']} passes = {allowed:.3f}")
-    wanted, rows = options.engines.split(","), {}
-    order = [name for name in ("continuous", "static") if name in wanted]
-    for number in range(options.rounds):
-        for name in order if number % 2 == 0 else reversed(order):
-            row = ours(bench, name, requests, SLOTS if name == "static" else len(requests))
-            print(line(row), flush=True)
-            if name not in rows or row.get("tokens_per_s", 0) > rows[name].get("tokens_per_s", 0):
-                rows[name] = row
-    try:
-        for row in peers(bench, wanted, requests, 4 if options.quick else WINDOW):
-            rows[row["engine"]] = row
-            print(line(row), flush=True)
-    except SystemExit as ended:  # what there is so far is worth a record
-        print(ended)
-    ratios, said = verdicts(rows, allowed)
-    print("\n".join(said))
+    counts = Counts(
+        continuous_passes(lengths, SLOTS), static_passes(lengths, SLOTS), 4 if options.quick else WINDOW
+    )
+    print(
+        f"static {counts.static} passes / continuous {counts.continuous} passes = {counts.allowed:.3f}",
+        flush=True,
+    )
+    rows = measured(bench, options.engines.split(","), requests, counts)
+    ratios, said = verdicts(rows, counts.allowed)
+    print("\n".join([*map(line, rows.values()), *said]))
     best = rows.get("continuous", {})
     record = Record(
         bench="throughput",
         config=bench.describe()
-        | {"requests": len(requests), "slots": SLOTS, "window": WINDOW, "passes": counts},
-        repeats=options.rounds,
+        | {"requests": len(requests), "slots": SLOTS, "window": WINDOW, "turn_passes": TURN}
+        | {"passes": {"static": counts.static, "continuous": counts.continuous}},
+        repeats=1,
         median={
             f"{name}_tokens_per_s": row["tokens_per_s"] for name, row in rows.items() if not row["error"]
         },
         spread={f"{name}_pass_s": row["pass_s"]["spread"] for name, row in rows.items() if not row["error"]},
         limit={
-            "static_over_continuous_passes": allowed,
+            "static_over_continuous_passes": counts.allowed,
             "pass_s": best.get("limit_pass_s"),
             "share_of_limit": best.get("share_of_limit"),
         },
@@ -199,7 +239,7 @@ def main() -> None:
         answer_matches=bool(rows) and not any(row["error"] or row["num_wrong"] for row in rows.values()),
         comparable=all(row["comparable"] for row in rows.values()),
         rows=list(rows.values()),
-        notes=[*(line(row) for row in rows.values()), *said],
+        notes=[*map(line, rows.values()), *said],
     )
     print(record.write(options.results))
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from job import Job, Outcome, clock, disk_bytes, rss_bytes
+from turn import turn_of
 
 
 def run(job: Job, load: Callable[[Job], tuple[Any, dict[str, Any]]]) -> Outcome:
     """Load with `load` (model, settings) and run the job's passes."""
     if job.threads:
         torch.set_num_threads(job.threads)
+    turn_of(job.options).wait()
     import_rss = rss_bytes()
     began = clock()
     model, settings = load(job)
@@ -83,7 +85,7 @@ def window(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outc
     ids = torch.tensor([[eos] * (longest - len(prompt)) + prompt for prompt in job.prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in job.prompts])
     outputs: list[list[int]] = [[] for _ in job.prompts]
-    seconds, reads, cache = [], [], None
+    seconds, reads, cache, turn = [], [], None, turn_of(job.options)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     for step in range(job.steps + 1):
         read, start = disk_bytes(), clock()
@@ -104,5 +106,6 @@ def window(model: Any, job: Job, began: float, settings: dict[str, Any]) -> Outc
         reads.append(disk_bytes() - read)
         if step == 0:
             first_token_s = clock() - began
+        turn.passed(step + 1)
     facts = {"outputs": outputs}
     return Outcome(seconds, first_token_s, [], None, settings, read_bytes=reads, facts=facts)

@@ -16,6 +16,7 @@ from typing import Any
 
 import job
 import torch
+from turn import turn_of
 
 from zinfer import LLM, SamplingParams
 
@@ -123,17 +124,24 @@ def calls(task: job.Job) -> job.Outcome:
     """`options.calls`: [{"prompts", "max_tokens", "ignore_eos"}] one after another, with one plan for all of them.
 
     `options.runtime` are settings, e.g. {"max_batch": 16}.  facts.calls has, for each, its seconds, every request's
-    tokens, and its passes as the engine counted them; the first pass of the first call loads.
+    tokens, and its passes as the engine counted them; the first pass of the first call loads.  With `options.turn`
+    other engines take turns, whose time is nobody's here.
     """
+    turn = turn_of(task.options)
+    turn.wait()
     import_rss, began = job.rss_bytes(), job.clock()
     seen: list[dict[str, Any]] = []
     with open_llm(task) as llm:
+
+        def watch_passes(done: int, total: int, what: str) -> None:
+            turn.passed(len(llm.stats.passes))
+
         largest = max(task.options["calls"], key=num_kv_tokens)
         plan = predict(llm, replace(task, prompts=largest["prompts"]), call_params(largest))
         for call in task.options["calls"]:
-            passed, start = len(llm.stats.passes), job.clock()
-            outputs = llm.generate(call["prompts"], call_params(call))
-            seconds = job.clock() - start
+            passed, waited_s, start = len(llm.stats.passes), turn.waited_s, job.clock()
+            outputs = llm.generate(call["prompts"], call_params(call), progress=watch_passes)
+            seconds = job.clock() - start - (turn.waited_s - waited_s)
             tokens = [list(output.outputs[0].token_ids) for output in outputs]
             passes = [pass_facts(done) for done in llm.stats.passes[passed:]]
             seen.append({"seconds": seconds, "outputs": tokens, "passes": passes})

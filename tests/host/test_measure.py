@@ -17,7 +17,7 @@ from zinfer.memory import measure_products
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_links import typical
 from zinfer.plan.cost import OpCosts, PassLoad, stored_seconds_per_byte
-from zinfer.runtime.quant_rates import makers
+from zinfer.runtime.quant_rates import makers, packer_for
 from zinfer.runtime.small_model import SmallModel
 from zinfer.spec.read import read_spec
 from zinfer.spec.stored import as_stored, op_bytes
@@ -242,6 +242,20 @@ def test_quantised_formats_are_measured_by_their_own_bytes(files, ample):
     op = next(op for op in spec.program if op.stored)
     costs = OpCosts(spec, machine.host, PassLoad(1, 1, 16), exact=True)
     assert costs.work(op) == pytest.approx(measured * op_bytes(spec, op))
+
+
+def test_packing_is_timed_where_weights_may_be_packed_and_a_model_is_asked_about(files, ample, monkeypatch):
+    monkeypatch.setattr(measuring, "typical_seconds", lambda run, *_args: run() or 1e-3)
+    packed = []
+    machine = probe(files, any_linear, Idle, shapes=SHAPES, pack=packed.append, seconds=0.05)
+    (matrix,) = packed
+    assert matrix.dtype is torch.bfloat16
+    assert machine.host.packing_s_per_gb == pytest.approx(1e-3 / matrix.nbytes * 1e9)
+    assert probe(files, any_linear, Idle, shapes=SHAPES, seconds=0.05).host.packing_s_per_gb is None
+    spec = read_spec(CONFIGS["llama"] | {"torch_dtype": "bfloat16"})
+    assert packer_for(spec) is not None
+    assert packer_for(as_stored(spec, "int4", "panels-64")) is None
+    assert packer_for(read_spec(CONFIGS["llama"] | {"torch_dtype": "float32"})) is None
 
 
 def test_a_declared_machine_unpacks():

@@ -149,9 +149,12 @@ def test_packing_takes_the_processor_in_the_pass_that_settles_and_finds_fewer_by
     _, placement = both(round(0.4 * TOTAL))
     schedule = build_schedule(PACKABLE, placement)
     idle = [0.0] * len(TABLE.chunks)
-    packing = with_packing(PACKABLE, idle, schedule.first)
+    packing = with_packing(PACKABLE, idle, MACHINE, schedule.first)
     assert {number for number, seconds in enumerate(packing) if seconds} == placement.packed
-    assert with_packing(PACKABLE, idle, schedule.steady) is idle
+    assert with_packing(PACKABLE, idle, MACHINE, schedule.steady) is idle
+    measured = MACHINE.model_copy(update={"host": MACHINE.host.model_copy(update={"packing_s_per_gb": 0.25})})
+    slower = with_packing(PACKABLE, idle, measured, schedule.first)
+    assert sum(slower) == pytest.approx(0.25e-9 * sum(TABLE.chunks[c].weight_bytes for c in placement.packed))
     homes = sum(
         placement.at_home(PACKABLE, chunk.id).nbytes
         for chunk in TABLE.streamable

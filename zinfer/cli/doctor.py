@@ -17,6 +17,7 @@ from zinfer.config.machine import Compute, Machine
 from zinfer.config.profiles import save_machine, writable_profile
 from zinfer.errors import MachineError
 from zinfer.plan.profile import matrix_shapes
+from zinfer.spec.lossless import LOSSLESS
 from zinfer.units import Bytes, rate_text, seconds_text
 
 _MUCH = 0.1  # of the processors' time: a product that waits for a core of its team takes many times as long
@@ -37,7 +38,7 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     from zinfer.kernels.stored import any_linear
     from zinfer.memory.measure import DTYPES, measure
     from zinfer.memory.measure_products import SHAPES
-    from zinfer.runtime.quant_rates import makers
+    from zinfer.runtime.quant_rates import makers, packer_for
     from zinfer.runtime.small_model import SmallModel
 
     if seconds is not None:
@@ -47,7 +48,8 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
     spec, source = open_for_planning(model or DEMO)
     shapes = matrix_shapes(spec) if model else SHAPES
     dtypes = (spec.dtype,) if model else tuple(DTYPES)
-    formats = makers() if model is None else makers([spec.weights])
+    pack = packer_for(spec)
+    formats = makers() if model is None else makers([spec.weights] if pack is None else [LOSSLESS])
     seconds = seconds or (20.0 if model else 60.0)
     limits = memory_limits()
     before_s = _processor_seconds()
@@ -60,6 +62,7 @@ def doctor(model: Path | None, seconds: float | None, no_save: bool, as_json: bo
             dtypes=dtypes,
             shapes=shapes,
             formats=formats,
+            pack=pack,
             seconds=seconds,
         )
         machine = with_links(machine)

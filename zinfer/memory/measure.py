@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Compute, Machine, ProductRate, StepCost
@@ -40,6 +41,7 @@ _POOL_BYTES_PER_S = 100 * MIB  # of a short probe: making the pool must leave ti
 _GUESS = StepCost(op_overhead_s=1e-4, attention_flops_per_s=1e10, prefill_attention_flops_per_s=5e10)
 _PROMPT_ROWS = 64  # of the products beside which fresh memory is found: what loads also feeds prompts
 _FRESH_BYTES = GIB
+_PACKING_S = 0.05
 _FEW_TOKENS, _MANY_TOKENS, _PREFILL_ROWS = 64, 1536, 512
 
 
@@ -68,6 +70,7 @@ class SmallPasses(Protocol):
         ...
 
 
+Pack = Callable[[Tensor], object]
 SmallModels = Callable[[torch.device], SmallPasses]
 
 
@@ -80,6 +83,7 @@ def probe(
     shapes: Sequence[Shape] = SHAPES,
     modes: Sequence[bool] = (False, True),
     formats: Mapping[str, MakeWeight] = MappingProxyType({}),
+    pack: Pack | None = None,
     seconds: float = 1.7,
 ) -> Machine:
     """What a plan for these files needs, within `seconds` by the clock: where `zinfer doctor` has saved nothing.
@@ -94,6 +98,7 @@ def probe(
         shapes=shapes,
         modes=modes,
         formats=formats,
+        pack=pack,
         seconds=seconds,
     )
 
@@ -116,13 +121,15 @@ def measure(
     shapes: Sequence[Shape] = SHAPES,
     modes: Sequence[bool] = (False, True),
     formats: Mapping[str, MakeWeight] = MappingProxyType({}),
+    pack: Pack | None = None,
     seconds: float = 20.0,
 ) -> Machine:
     """This machine as the planner sees it, in about `seconds`: a quarter for the disk, the rest for computation.
 
     `paths` are the weight files that will be read; without any the disk's rate is a cautious guess.  `product` is
     what layers multiply with, with matrices of `shapes` (kernels differ by shape); `small_model` makes passes that
-    show what an op costs beside its weights; `formats` makes weights that are not plain tensors ("I8", "I4").
+    show what an op costs beside its weights; `formats` makes weights that are not plain tensors ("I8", "I4"); `pack`
+    packs a bf16 matrix without loss.
     """
     clock = Clock(seconds)
     limits = memory_limits()
@@ -151,6 +158,8 @@ def measure(
     )
     if chunk_s is not None:
         host = host.model_copy(update={"chunk_overhead_s": chunk_s})
+    if pack is not None and clock.allows("packing weights"):
+        host = host.model_copy(update={"packing_s_per_gb": _packing_s_per_gb(pack)})
     if clock.left_s > 0:
         beside.take_turns(clock.left_s)
     machine = Machine(
@@ -167,6 +176,13 @@ def measure(
     if has_gpu:
         machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, formats, clock)
     return machine.model_copy(update={"skipped": tuple(clock.skipped)})
+
+
+def _packing_s_per_gb(pack: Pack) -> float:
+    """Seconds per 10**9 published bytes."""
+    outputs, inputs = SHAPES[0]
+    matrix_OI = torch.randn(inputs, generator=torch.Generator().manual_seed(0)).bfloat16().repeat(outputs, 1)
+    return typical_seconds(partial(pack, matrix_OI), _PACKING_S) / matrix_OI.nbytes * 1e9
 
 
 def measure_compute(

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from zinfer.chunks.table import ChunkId, ChunkTable
+from zinfer.chunks.table import ChunkTable
 from zinfer.config.machine import Machine
 from zinfer.errors import InternalError
 from zinfer.plan.records import Compute, Evict, Fetch, Placement, Schedule, Settle, Step, Tier
 from zinfer.plan.shares import DISK, cut, is_peer, ways_up
 
 _STEADY_PASSES = 2  # after so many the first pass no longer shows
-_PACKING_S_PER_BYTE = 1e-9  # of published weights, on two cores with our kernels: 0.9 to 1.1 GB/s were seen
+_PACKING_S_PER_GB = 1.0  # where nobody has measured it: 0.9 to 1.1 s were seen on two cores
 
 
 class Stretch(NamedTuple):
@@ -285,7 +285,7 @@ def simulate_passes(
         work_s = compute_s[min(at, len(compute_s) - 1)]
         if at < len(schedule.loading) and placement.compute_tier is Tier.HOST:
             nbytes = fresh_bytes(table, placement, steps)
-            work_s = with_packing(table, work_s, steps)
+            work_s = with_packing(table, work_s, machine, steps)
             work_s = with_finding(table, work_s, machine.finding_s(nbytes, found))
             found += nbytes
         slowed_s = simulator.side_by_side(steps, work_s)
@@ -307,18 +307,16 @@ def fresh_bytes(table: ChunkTable, placement: Placement, steps: Iterable[Step]) 
     )
 
 
-def packing_s(table: ChunkTable, chunks: Iterable[ChunkId]) -> float:
-    """Seconds that packing these chunks into their homes takes the processor."""
-    return _PACKING_S_PER_BYTE * sum(table.chunks[chunk].weight_bytes for chunk in chunks)
-
-
-def with_packing(table: ChunkTable, compute_s: Sequence[float], steps: Iterable[Step]) -> Sequence[float]:
-    """Computation of a pass behind which chunks settle."""
+def with_packing(
+    table: ChunkTable, compute_s: Sequence[float], machine: Machine, steps: Iterable[Step]
+) -> Sequence[float]:
+    """Computation of a pass behind which chunks settle: packing takes the processor."""
     settled = {step.chunk for step in steps if isinstance(step, Settle)}
     if not settled:
         return compute_s
+    byte_s = (machine.host.packing_s_per_gb or _PACKING_S_PER_GB) / 1e9
     return [
-        seconds + (packing_s(table, [chunk.id]) if chunk.id in settled else 0.0)
+        seconds + (chunk.weight_bytes * byte_s if chunk.id in settled else 0.0)
         for seconds, chunk in zip(compute_s, table.chunks, strict=True)
     ]
 

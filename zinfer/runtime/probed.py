@@ -9,7 +9,7 @@ from zinfer.config.machine import Machine
 from zinfer.kernels.stored import any_linear
 from zinfer.memory.measure import probe
 from zinfer.plan.profile import matrix_shapes
-from zinfer.runtime.quant_rates import makers
+from zinfer.runtime.quant_rates import makers, packer_for
 from zinfer.runtime.small_model import SmallModel
 from zinfer.spec.records import ModelSpec
 
@@ -24,4 +24,5 @@ def probed(files: Sequence[Path], spec: ModelSpec, *, exact: bool) -> Machine:
         shapes=matrix_shapes(spec),
         modes=(exact,),
         formats=makers([spec.weights]),
+        pack=packer_for(spec),
     )

@@ -9,10 +9,17 @@ import torch
 from zinfer.kernels import lossless
 from zinfer.kernels.quant import made_up, native_layout
 from zinfer.kernels.stored import StoredWeight
+from zinfer.memory.measure import Pack
 from zinfer.memory.measure_products import MakeWeight, Shape
 from zinfer.spec.lossless import LOSSLESS
 from zinfer.spec.quant import GROUP, PANELS
-from zinfer.spec.stored import FORMATS, RATE_NAMES
+from zinfer.spec.records import ModelSpec
+from zinfer.spec.stored import FORMATS, PUBLISHED, RATE_NAMES
+
+
+def packer_for(spec: ModelSpec) -> Pack | None:
+    """What packs the model's weights while it runs, where a plan may want that."""
+    return lossless.packed if spec.weights == PUBLISHED and spec.dtype == "BF16" else None
 
 
 def makers(formats: Iterable[str] = FORMATS) -> dict[str, MakeWeight]:
