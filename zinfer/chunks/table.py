@@ -102,14 +102,13 @@ class ChunkTable:
     """All chunks of a model in execution order, the files they come from, and the row tables.
 
     Streamed chunks are those with ops.  A tied head's chunks hold the same rows as the row table of that name.
+    `packed` are smaller forms that chunks may have in memory (`zinfer.chunks.at_home`), where a plan wants them.
     """
 
     files: tuple[Path, ...]
     chunks: tuple[Chunk, ...]
     row_tables: dict[str, RowTable] = field(default_factory=dict)
-    packed: dict[ChunkId, Chunk] = field(
-        default_factory=dict
-    )  # forms that chunks may have at home, see `packed_forms`
+    packed: dict[ChunkId, Chunk] = field(default_factory=dict)
 
     @cached_property
     def chunk_of_op(self) -> dict[int, ChunkId]:

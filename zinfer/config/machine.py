@@ -46,9 +46,7 @@ class Compute(BaseModel):
     op_overhead_s: float = Field(ge=0)  # per op of the program: interpreter, launches, norms
     replayed_op_s: float | None = Field(default=None, ge=0)  # as StepCost's
     chunk_overhead_s: float = Field(default=5e-5, ge=0)  # per chunk: fetch, lease, evict
-    packing_s_per_gb: float | None = Field(
-        default=None, gt=0
-    )  # of published bf16, without loss; None: not known
+    packing_s_per_gb: float | None = Field(default=None, gt=0)  # of bf16, without loss; None: not known
     exact: StepCost | None = None
     token_overhead_s: float = Field(default=0.0, ge=0)  # per sequence and pass: sampling, text
 

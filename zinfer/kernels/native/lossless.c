@@ -130,18 +130,46 @@ typedef struct {
     atomic_size_t most; /* exceptions of a tile */
 } packing_t;
 
-/* The most frequent exponents of `count` weights, of equals the smaller first; and the code of each exponent. */
-static void make_list(const bf16 *x, size_t count, uint8_t *list, uint8_t *code_of) {
-    int64_t counts[256] = {0};
-    for (size_t i = 0; i < count; i++) counts[x[i] >> 7 & 0xff]++;
-    memset(code_of, EXCEPTION, 256);
+/* The most frequent exponents of `count` weights, of equals the smaller first.  Neighbours often have the same: each of
+ * four counts them by itself, or every count would wait for the one before. */
+static void make_list(const bf16 *x, size_t count, uint8_t *list) {
+    uint32_t counts[4][256] = {{0}};
+    for (size_t i = 0; i < count; i += 4) /* inputs are a multiple of STEP */
+        for (size_t k = 0; k < 4; k++) counts[k][x[i + k] >> 7 & 0xff]++;
+    int64_t sums[256];
+    for (int e = 0; e < 256; e++) sums[e] = (int64_t)counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
     for (int k = 0; k < EXCEPTION; k++) {
         int best = 0;
         for (int e = 1; e < 256; e++)
-            if (counts[e] > counts[best]) best = e;
-        counts[best] = -1;
-        code_of[best] = (uint8_t)k;
+            if (sums[e] > sums[best]) best = e;
+        sums[best] = -1;
         list[k] = (uint8_t)best;
+    }
+}
+
+/* STEP weights.  Comparing with all of a list takes a vector fewer steps than looking each weight's code up; returns
+ * how many weights are exceptions. */
+static unsigned pack_step(const bf16 *x, const uint8_t *list, uint8_t *rest, uint8_t *codes) {
+    uint8_t exponent[STEP], code[STEP];
+    unsigned exceptions = 0;
+    for (size_t i = 0; i < STEP; i++) {
+        exponent[i] = (uint8_t)(x[i] >> 7);
+        rest[i] = (uint8_t)((x[i] >> 8 & 0x80) | (x[i] & FRACTION));
+        code[i] = EXCEPTION;
+    }
+    for (int k = 0; k < EXCEPTION; k++)
+        for (size_t i = 0; i < STEP; i++) code[i] = exponent[i] == list[k] ? (uint8_t)k : code[i];
+    for (size_t i = 0; i < STEP / 2; i++) codes[i] = (uint8_t)(code[i] | code[i + STEP / 2] << 4);
+    for (size_t i = 0; i < STEP; i++) exceptions += code[i] == EXCEPTION;
+    return exceptions;
+}
+
+/* The exponents of those STEP weights that are not on the list, behind `total` others of the tile as far as there is
+ * room. */
+static void list_exceptions(const bf16 *x, const uint8_t *list, uint8_t *to, size_t total, size_t room) {
+    for (size_t i = 0; i < STEP; i++) {
+        const uint8_t exponent = (uint8_t)(x[i] >> 7);
+        if (!memchr(list, exponent, EXCEPTION) && total++ < room) to[total - 1] = exponent;
     }
 }
 
@@ -150,22 +178,20 @@ static void pack_tile(void *data, size_t tile) {
     const size_t inputs = job->inputs, first = tile * SHARED, room = ROOM(inputs) - HEAD;
     const size_t outputs = job->outputs - first < SHARED ? job->outputs - first : SHARED;
     const bf16 *x = job->x + first * inputs;
-    uint8_t *list = job->exponents + tile * ROOM(inputs), code_of[256];
+    uint8_t *list = job->exponents + tile * ROOM(inputs);
+    uint8_t *rest = job->rest + first * inputs, *codes = job->codes + first * inputs / 2;
     size_t total = 0;
     memset(list, 0, ROOM(inputs));
-    memset(job->rest + first * inputs, 0, SHARED * inputs);
-    memset(job->codes + first * inputs / 2, 0, SHARED * inputs / 2);
-    make_list(x, outputs * inputs, list, code_of);
+    memset(rest + outputs * inputs, 0, (SHARED - outputs) * inputs);
+    memset(codes + outputs * inputs / 2, 0, (SHARED - outputs) * inputs / 2);
+    make_list(x, outputs * inputs, list);
     for (size_t output = 0; output < SHARED; output++) {
         const uint16_t begin = (uint16_t)total;
         memcpy(list + SHARED + output * sizeof begin, &begin, sizeof begin);
-        if (output >= outputs) continue;
-        uint8_t *rest = job->rest + (first + output) * inputs, *codes = job->codes + (first + output) * inputs / 2;
-        for (size_t i = 0; i < inputs; i++, x++) {
-            const uint8_t exponent = (uint8_t)(*x >> 7), code = code_of[exponent];
-            rest[i] = (uint8_t)((*x >> 8 & 0x80) | (*x & FRACTION));
-            codes[i / STEP * (STEP / 2) + i % (STEP / 2)] |= (uint8_t)(i % STEP < STEP / 2 ? code : code << 4);
-            if (code == EXCEPTION && total++ < room) list[HEAD + total - 1] = exponent;
+        for (size_t i = 0; output < outputs && i < inputs; i += STEP, x += STEP, rest += STEP, codes += STEP / 2) {
+            const unsigned exceptions = pack_step(x, list, rest, codes);
+            if (exceptions) list_exceptions(x, list, list + HEAD, total, room);
+            total += exceptions;
         }
     }
     size_t most = atomic_load(&job->most);
