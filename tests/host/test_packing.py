@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny
 
 from zinfer import LLM, SamplingParams
+from zinfer.cli.render import forecast_line
 from zinfer.config.profiles import load_machine
 from zinfer.errors import InternalError, MachineError
 from zinfer.kernels.exponents import TooManyExponentsError
@@ -16,6 +17,7 @@ from zinfer.memory import nvme
 from zinfer.memory.assemble import open_manager
 from zinfer.plan.records import Budget, Fetch, Settle, Tier
 from zinfer.runtime.forms import pack_weights, weights_of
+from zinfer.units import Bytes
 
 PROMPT = [5, 9, 200, 31, 7, 44]
 OTHERS = [[5, 9, 31], [200, 31, 7, 44, 5, 6, 7, 8], [1]]
@@ -276,3 +278,15 @@ def test_what_cannot_be_packed_leaves_nothing_behind(opened):
     manager.settle(chunk, lambda *_: pytest.fail("it is not there"))
     other = replace(manager.placement, packed=frozenset())
     assert other.at_home(manager.table, chunk) is manager.table.chunks[chunk]
+
+
+def test_one_line_before_the_work_says_what_is_packed(folder, machine):
+    settings = options(folder, machine)
+    with LLM(folder, **settings, pack="always") as llm:
+        llm.fit([PROMPT, *OTHERS], PARAMS)
+        published, taken = llm.plan.packed_bytes
+        assert 0 < taken < 0.8 * published
+        assert f"({Bytes(published)} packed into {Bytes(taken)})" in forecast_line(llm.plan)
+    with LLM(folder, **settings, pack="never") as llm:
+        llm.fit([PROMPT, *OTHERS], PARAMS)
+        assert "packed" not in forecast_line(llm.plan)

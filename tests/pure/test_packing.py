@@ -185,7 +185,7 @@ def test_a_plan_packs_where_the_disk_binds_and_says_so():
     ("machine", "work", "flags"),
     [
         (MACHINE, WORK, {}),  # none of our kernels
-        (OURS, WORK, {"exact": True}),  # exact products are the library's, as far as is known
+        (MACHINE, WORK, {"exact": True}),  # nor for exact products
         (OURS, WORK, {"memory__host": "20GiB"}),  # nothing streams
         (OURS, WORK, {"runtime__lookahead": 0}),  # the serial twin
         (OURS, replace(WORK, gen_len=1), {}),  # one pass: packing pays for nothing
@@ -195,6 +195,18 @@ def test_a_plan_packs_where_the_disk_binds_and_says_so():
 def test_elsewhere_weights_stay_as_they_are_published(machine, work, flags):
     plan = plan_of(SPEC, work, machine, **STREAMED | flags)
     assert plan.placement.packed == frozenset()
+
+
+def test_exact_products_of_the_library_keep_their_weights_published():
+    """Packed ones would be ours, with other bits; where nobody has asked the kernels the profile tells."""
+    kinds = {op.kind for op in SPEC.program if op.matrix}
+    ours = replace(SPEC, product_sizes=tuple((kind, ()) for kind in kinds))
+    theirs = replace(SPEC, product_sizes=tuple((kind, (64,) if kind == "up" else ()) for kind in kinds))
+    flags = STREAMED | {"exact": True}
+    assert plan_of(SPEC, WORK, OURS, **flags).placement.packed
+    assert plan_of(ours, WORK, OURS, **flags).placement.packed
+    assert not plan_of(theirs, WORK, OURS, **flags).placement.packed
+    assert plan_of(theirs, WORK, OURS, **flags | {"exact": False}).placement.packed
 
 
 def test_a_saved_plan_packs_the_same_chunks(tmp_path):

@@ -27,6 +27,8 @@ WHY = {
 def forecast_line(plan: Plan) -> str:
     """One line before the work starts: where the weights will be and what a pass will take."""
     where = ", ".join(f"{Bytes(use.resident)} of weights in {use.tier}" for use in plan.uses)
+    published, taken = map(Bytes, plan.packed_bytes)
+    where += f" ({published} packed into {taken})" if published else ""
     streamed = plan.forecast.bytes_per_pass
     read = " + ".join(f"{Bytes(count)} over {link}" for link, count in streamed.items() if count)
     forecast = plan.forecast

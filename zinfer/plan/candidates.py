@@ -95,10 +95,13 @@ class Candidates:
         self.fitting(workload)
 
     def _with_packing(self, candidate: Candidate) -> Candidate:
-        """Only where our kernels multiply with packed weights, and to the bits of published ones in exact mode."""
+        """Only where our kernels multiply with packed weights, and to the bits of published ones in exact mode: where
+        nobody has asked the kernels (`zinfer plan`) a profile whose exact passes are recorded says so.
+        """
         runtime, exact = self.resolved.settings.runtime, self.resolved.settings.exact
         has_kernels = self.machine.host.step_cost(exact=exact).replayed_op_s is not None
-        if runtime.pack == "never" or not has_kernels or (exact and not library_free(self.spec)):
+        is_library = exact and bool(self.spec.product_sizes) and not library_free(self.spec)
+        if runtime.pack == "never" or not has_kernels or is_library:
             return candidate
         use, *_ = tier_uses(
             candidate.choice.table, candidate.choice.placement, self.budget, candidate.choice.reserve

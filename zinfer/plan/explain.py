@@ -103,10 +103,10 @@ def explained_dict(plan: Plan, others: Sequence[Alternative] = ()) -> dict[str, 
 
 
 def _packed_lines(plan: Plan) -> list[str]:
-    chunks, packed = plan.table.chunks, plan.placement.packed
-    published = Bytes(sum(chunks[chunk].nbytes for chunk in packed))
-    taken = Bytes(sum(plan.table.packed[chunk].nbytes for chunk in packed))
-    return [f"           {published} of what stays are packed into {taken}: the same bits"] if packed else []
+    published, taken = map(Bytes, plan.packed_bytes)
+    return (
+        [f"           {published} of what stays are packed into {taken}: the same bits"] if published else []
+    )
 
 
 def _guest_lines(plan: Plan) -> list[str]:

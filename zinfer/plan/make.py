@@ -71,6 +71,13 @@ class Plan:
         return cache_tokens(self.workload)
 
     @property
+    def packed_bytes(self) -> tuple[int, int]:
+        """What is packed in memory, as published and as it lies there."""
+        packed = self.placement.packed
+        published = sum(self.table.chunks[chunk].nbytes for chunk in packed)
+        return published, sum(self.table.packed[chunk].nbytes for chunk in packed)
+
+    @property
     def stream_s(self) -> float:
         """The busiest link's seconds in a steady pass."""
         return link_seconds(self.forecast.busy_s)
