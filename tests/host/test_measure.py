@@ -13,7 +13,7 @@ from zinfer.config.profiles import fingerprint
 from zinfer.kernels.products import linear
 from zinfer.kernels.stored import any_linear
 from zinfer.memory import measure as measuring
-from zinfer.memory import measure_products
+from zinfer.memory import measure_links, measure_products
 from zinfer.memory.measure import for_files, measure_compute, probe
 from zinfer.memory.measure_links import typical
 from zinfer.plan.cost import OpCosts, PassLoad, stored_seconds_per_byte
@@ -197,6 +197,26 @@ def test_the_usual_time_is_the_mean_of_the_machines_own_speeds():
 def test_the_usual_time_lies_between_the_best_and_half_above_the_lowest_decile(times):
     decile = sorted(times)[len(times) // 10]
     assert min(times) * (1 - 1e-9) <= typical(times) <= 1.5 * decile * (1 + 1e-9)
+
+
+def test_a_products_rate_is_what_passes_get_slow_rounds_and_all(monkeypatch):
+    """A third of the rounds are another guest's; a stall is nobody's pass.  `typical` would leave both out."""
+    rounds = [1.0, 1.1, 1.9, 1.0, 2.0, 1.05, 1.8, 1.0, 1.1, 9.0]
+    now, steps = [0.0], iter(rounds)
+
+    def product(x, weight, *, exact):
+        now[0] += next(steps)
+        return x.new_zeros(len(x), weight.shape[0])
+
+    monkeypatch.setattr(measure_links.time, "perf_counter", lambda: now[0])
+    pool = measure_products.pool_of(
+        measure_products.dense(torch.bfloat16), torch.device("cpu"), [(16, 16)], 0
+    )
+    turns = measure_products.Turns(product, pool, 1, lambda run, *, exact: None, exact=False)
+    per_gb = turns.seconds_per_gb(512, sum(rounds) - 0.5)
+    wanted = sum(rounds[:-1]) / (len(rounds) - 1)
+    assert per_gb == pytest.approx(wanted / pool[0].nbytes * 1e9)
+    assert typical(rounds) < 0.9 * wanted, "this test cannot tell the two apart"
 
 
 def test_exact_mode_is_measured_apart(monkeypatch, ample):

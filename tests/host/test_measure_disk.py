@@ -17,14 +17,13 @@ from zinfer.config.machine import Link
 from zinfer.memory import measure_disk as measuring
 from zinfer.memory.measure_disk import (
     ReadLoad,
-    lasting,
     likely_rate,
     link_now,
     measure_disk,
     ranges,
     rate_now,
 )
-from zinfer.memory.measure_links import typical
+from zinfer.memory.measure_links import lasting, typical
 from zinfer.memory.nvme import IN_FLIGHT
 
 MIB = 2**20

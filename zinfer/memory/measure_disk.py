@@ -18,7 +18,7 @@ import numpy as np
 from zinfer.chunks.table import HUGE_PAGE, PAGE, PIECE_BYTES, Chunk, ChunkId, Read, RowTable
 from zinfer.config.machine import Link
 from zinfer.memory.links import LinkLog, Ticket
-from zinfer.memory.measure_links import typical_seconds
+from zinfer.memory.measure_links import lasting, typical_seconds
 from zinfer.memory.nvme import IN_FLIGHT, Files, Reader
 from zinfer.memory.rows import RowReader
 from zinfer.memory.slab import HostSlab
@@ -28,7 +28,6 @@ _SMALL_BYTES = 256 * KIB
 _ROW_BYTES = 4 * KIB
 _NUM_ROWS = 24
 _NOISE = 0.15  # of a twentieth of a second of reads, as a share of what the seconds that follow bring
-_STALL = 4  # times the median: a round that somebody else held up
 _LONGER = 4  # times as long is looked again where the first look is far off
 _LESS_NOISE = 0.08  # of that look
 _DRIFT = 0.08  # of a disk that others use, from one minute to another
@@ -164,12 +163,6 @@ def likely_rate(known: float, seen: float, noise: float) -> float:
 
 def _is_far(off: float, noise: float) -> bool:
     return abs(off) > 2 * hypot(noise, _DRIFT)
-
-
-def lasting(times: Sequence[float]) -> float:
-    """The mean of all rounds but stalls: a pass meets the slow ones as well, which `typical` leaves out."""
-    most = _STALL * median(times)
-    return fmean(seconds for seconds in times if seconds <= most)
 
 
 def device_of(paths: Sequence[Path]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 
@@ -14,6 +14,7 @@ from zinfer.memory.slab import HostSlab
 from zinfer.units import GIB, MIB
 
 _COPY_LATENCY_S = 1e-5
+_STALL = 4  # times the median: a round that somebody else held up
 _OWN_SPEEDS = 1.5  # between a machine's own two speeds; what took longer was somebody else's doing
 
 
@@ -63,6 +64,15 @@ def measure_copies(
 
 def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
     """`typical` of as many runs as begin within `seconds`, at least one."""
+    return typical(_timed(run, seconds))
+
+
+def lasting_seconds(run: Callable[[], object], seconds: float) -> float:
+    """`lasting` of likewise many."""
+    return lasting(_timed(run, seconds))
+
+
+def _timed(run: Callable[[], object], seconds: float) -> list[float]:
     times: list[float] = []
     begin_s = now_s = time.perf_counter()
     while now_s - begin_s < seconds or not times:
@@ -70,7 +80,13 @@ def typical_seconds(run: Callable[[], object], seconds: float = 0.05) -> float:
         run()
         now_s = time.perf_counter()
         times.append(now_s - before_s)
-    return typical(times)
+    return times
+
+
+def lasting(times: Sequence[float]) -> float:
+    """The mean of all rounds but stalls: a pass meets the slow ones as well, which `typical` leaves out."""
+    most = _STALL * median(times)
+    return fmean(seconds for seconds in times if seconds <= most)
 
 
 def typical(times: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zinfer.config.machine import ProductRate
-from zinfer.memory.measure_links import typical_seconds
+from zinfer.memory.measure_links import lasting_seconds
 
 ROWS = (1, 64, 512, 8, 2, 4)  # what a plan needs most first
 _MAX_POOL = 1024  # matrices
@@ -116,9 +116,12 @@ class Turns:
         return sum(weight.nbytes for weight in self._pool[: self._num_shapes])
 
     def seconds_per_gb(self, rows: int, seconds: float) -> float:
-        """Seconds per 10**9 bytes of weights: as decode passes have their products, where such passes are recorded."""
+        """Seconds per 10**9 bytes of weights: as decode passes have their products, where such passes are recorded.
+
+        Slow rounds count: what other guests take away comes again in every pass.
+        """
         run = self._recorded(rows) if rows <= _RECORDED_ROWS else None
-        run_s = typical_seconds(run or partial(self._round, rows), seconds)
+        run_s = lasting_seconds(run or partial(self._round, rows), seconds)
         nbytes = sum(weight.nbytes for weight in self._pool) if run else self.round_bytes
         return run_s / nbytes * 1e9
 
