@@ -1,26 +1,12 @@
 """The students' benchmarks: their measures, verdicts, and texts.  Nothing here is trained or timed."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_modules import load
 from hypothesis import given
 from hypothesis import strategies as st
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A module of benchmarks/, which are scripts and no package."""
-    sys.path.append(str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
 
 minilm, quality = load("students_minilm"), load("students_quality")
 

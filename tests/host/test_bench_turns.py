@@ -1,24 +1,10 @@
 """Engines of a benchmark by turns: one works at a time, in order, and who ends or dies holds nobody up."""
 
-import importlib
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A module of benchmarks/, which are scripts and no package."""
-    sys.path.append(str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
+from bench_modules import load
 
 turn = load("engines.turn")
 

@@ -1,26 +1,12 @@
 """The ragged workload's pure parts: known continuations, pass counts, verdicts.  Nothing here is timed."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_modules import BENCHMARKS, load
 from hypothesis import given
 from hypothesis import strategies as st
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name):
-    """A module of benchmarks/, which are scripts and no package."""
-    sys.path.append(str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
 
 calls, counts, known, throughput = (load(name) for name in ("calls", "counts", "known", "throughput"))
 packed, quantised, roofline, runner = (load(name) for name in ("packed", "quantised", "roofline", "all"))

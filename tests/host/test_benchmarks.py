@@ -1,27 +1,17 @@
 """The benchmarks' own machinery: records, memory groups, the answer check, the GGUF writer.  Nothing here is timed."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_modules import BENCHMARKS, load
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 FIELDS = {  # docs/benchmarking.md
     *("bench", "machine", "versions", "commit", "config", "repeats"),
     *("median", "spread", "limit", "baseline", "answer_matches"),
 }
-
-
-def load(name):
-    """A module of benchmarks/, which are scripts and no package."""
-    sys.path.append(str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 answer, cgroup, conditions, contest, harness = (

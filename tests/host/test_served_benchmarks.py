@@ -1,31 +1,20 @@
 """The load generator, its checks and the plain BERT of the server benchmarks.  Nothing here is timed."""
 
 import asyncio
-import importlib
 import json
 import math
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from bench_modules import load
 from serving_doubles import LABELS, listening
 from text_models import write_encoder
 
 from zinfer import Classifier
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TEXTS = ["a", "bc", "def", "ghij"]
-
-
-def load(name):
-    """A module of benchmarks/, which are scripts and no package."""
-    sys.path.append(str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
 
 
 http_load, served, burst, soak = (
