@@ -36,7 +36,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
-    "PYTHONPATH": str(ROOT),  # the tree that is measured is the one that lies beside this file
+    # The tree that is measured is the one that lies beside this file; what else was carried here stays visible.
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
 
 
@@ -61,13 +62,16 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The tree's short hash, "+dirty" if it has changes; "none" outside a repository or before its first commit."""
+    """The tree's short hash, "+dirty" if it has changes.
+
+    Outside a repository (a tree carried elsewhere) what $ZINFER_COMMIT says, or "none".
+    """
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run(
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     if found.returncode:
-        return "none"
+        return os.environ.get("ZINFER_COMMIT", "none")
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return found.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")
 

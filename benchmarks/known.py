@@ -98,8 +98,10 @@ def weights(known: Known, lasts: Sequence[int], width: int, seed: int) -> tuple[
         twin if twin != known.eos else known.next_of.index(known.next_of[twin], twin + 1)
     ]
     head = np.zeros_like(embedding)
-    for token in (*(t for t in range(vocab) if t != known.eos and known.next_of[t] != known.eos), lasts[0]):
-        head[known.next_of[token]] = embedding[token] / (EMBEDDING_RMS * width**0.5)
+    next_of = np.array(known.next_of)
+    tokens = np.flatnonzero((np.arange(vocab) != known.eos) & (next_of != known.eos))
+    for each in (tokens, np.array([lasts[0]])):
+        head[next_of[each]] = embedding[each] / np.float32(EMBEDDING_RMS * width**0.5)
     return embedding, head
 
 

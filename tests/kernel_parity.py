@@ -8,6 +8,7 @@ from zinfer.kernels.fused_quant import fill_slot, fused
 from zinfer.kernels.paged import PageRows, paged_decode, paged_decode_twin
 from zinfer.kernels.panels import dequantise
 from zinfer.kernels.quantise import quantise
+from zinfer.kvcache.pages import PAGE_TOKENS
 from zinfer.kvcache.planes import make_planes
 from zinfer.layers import mlp, norm, rotary
 from zinfer.layers.mlp import close_gate, open_gate
@@ -42,7 +43,8 @@ def pages_case(device, dtype, lengths, *, heads=4, kv_heads=2, dim=16, page_toke
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, count in enumerate(counts):
         table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
-    planes = make_planes(1, kv_heads, dim, num_pages, "INT8" if is_int8 else WORDS[dtype])
+    num_cells = num_pages * page_tokens // PAGE_TOKENS  # planes are counted in pages of the cache's own size
+    planes = make_planes(1, kv_heads, dim, num_cells, "INT8" if is_int8 else WORDS[dtype])
     slots = torch.arange(num_pages * page_tokens)
     for kind in (0, 1):
         planes.write(0, kind, slots, torch.randn(len(slots), kv_heads, dim, generator=draw).to(dtype))

@@ -1,6 +1,6 @@
 """Every block on one GPU machine, the most telling first, in at most 25 minutes.
 
-usage: all.py [--only probe,decode] [--minutes 25] [--dry-run] [--work DIR] [--results DIR] [--shape NAME]
+usage: all.py [--only probe,decode] [--minutes 25] [--dry-run] [--work DIR] [--results DIR] [--shape NAME] [--layers N]
 
 Each block is a program of its own and writes its record as it ends, so that what is cut off loses the last block and
 nothing else.  A block is given its own limit or what is left, whichever is less, and is not begun with less than it
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="some blocks, separated by commas, in the given order")
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--dry-run", action="store_true")
-    for name in ("--work", "--results", "--shape"):
+    for name in ("--work", "--results", "--shape", "--layers"):
         parser.add_argument(name)
     return parser.parse_args()
 
@@ -103,7 +103,7 @@ def main() -> int:
     """Run them; print how each ended."""
     options = arguments()
     words = ["--dry-run"] if options.dry_run else []
-    for name in ("work", "results", "shape"):
+    for name in ("work", "results", "shape", "layers"):
         if getattr(options, name):
             words += [f"--{name}", getattr(options, name)]
     end_s, ended = time.perf_counter() + 60 * options.minutes, []

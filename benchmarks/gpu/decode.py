@@ -14,6 +14,7 @@ from typing import Any
 from setting import MIB, Bench, block, num_wrong, saved_probe
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
+DISK_TOKENS = 8
 
 
 def steady(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,6 +81,10 @@ def series(bench: Bench, known: Any) -> list[dict[str, Any]]:
         | common
         | {"calls": [many | {"ignore_eos": True}]}
     )
+    few = call | {
+        "max_tokens": min(bench.size.tokens, DISK_TOKENS)
+    }  # a pass takes as long as all of it from disk
+    common["calls"] = [few]
     return [*found, {"name": "disk", "memory": {"host": little}, "resident_share": 0.0, **common}]
 
 

@@ -37,7 +37,7 @@ def at_batch_one(bench: Bench, model: Path, known: Any, name: str, options: dict
         return {"engine": name, "error": "not installed"}
     prompt = known.prompts(1, bench.size.prompt, bench.size.prompt)[0]
     steps = bench.size.tokens if name == "accelerate" else max(bench.size.tokens // 3, 3)
-    common = {"device": bench.torch_device, "cap_bytes": None if bench.is_dry else bench.size.budget}
+    common = {"device": bench.torch_device, "cap_bytes": None if bench.is_dry else bench.cap(model)}
     task = {"kind": "decode", "prompts": [prompt], "steps": steps, "options": common | options}
     found = ask(bench, model, name, task)
     if "error" in found:
@@ -73,7 +73,7 @@ def flexgen(bench: Bench) -> dict[str, Any]:
     sequences = best["sequences"]
     prompts = [[300 + (7 * i + j) % 40000 for j in range(512)] for i in range(sequences)]
     call = {"prompts": prompts, "max_tokens": 32, "ignore_eos": True}
-    entry = bench.zinfer(folder, [ours("FlexGen's metric", bench, call)])[0]
+    entry = bench.zinfer(folder, [ours("FlexGen's metric", bench, bench.size.budget, call)])[0]
     row = {"engine": "flexgen", "error": entry["error"], "runs": found["runs"], "versions": found["versions"]}
     if not entry["error"]:
         seconds = sum(done["seconds"] for done in entry["calls"][0]["passes"])
@@ -88,7 +88,7 @@ def zero(bench: Bench, model: Path, known: Any) -> dict[str, Any]:
     if bench.is_dry or not has("deepspeed"):
         return {"engine": "zero", "error": "a dry run" if bench.is_dry else "not installed"}
     prompts = known.prompts(max(ZERO_BATCHES), bench.size.prompt, bench.size.prompt)
-    task = {"kind": "window", "prompts": prompts, "steps": 8, "cap_bytes": bench.size.budget}
+    task = {"kind": "window", "prompts": prompts, "steps": 8, "cap_bytes": bench.cap(model)}
     found = ask(bench, model, "zero", task | {"batches": ZERO_BATCHES, "eos": known.eos})
     if "error" in found:
         return {"engine": "zero", "error": found["error"]}
@@ -99,27 +99,29 @@ def zero(bench: Bench, model: Path, known: Any) -> dict[str, Any]:
     return {"engine": "zero", "error": "", "num_wrong": wrong, **found}
 
 
-def ours(name: str, bench: Bench, call: dict[str, Any]) -> dict[str, Any]:
+def ours(name: str, bench: Bench, cap: int, call: dict[str, Any]) -> dict[str, Any]:
     """zinfer within the peers' cap; a tenth of it is left to the driver's own needs and the allocator's edges."""
-    host = {"host": 64 * MIB if bench.is_dry else "90%", "device": int(bench.size.budget * 0.9)}
-    return {"name": name, "memory": host, "calls": [call], "cap_bytes": bench.size.budget}
+    host = {"host": 64 * MIB if bench.is_dry else "90%", "device": int(cap * 0.9)}
+    return {"name": name, "memory": host, "calls": [call], "cap_bytes": cap}
 
 
 def run(bench: Bench) -> None:
     """Everyone in turn; ratios only where both answers are right."""
     model = bench.checkpoint()
-    known, probe = bench.known(model), saved_probe(bench)
+    known, probe, cap = bench.known(model), saved_probe(bench), bench.cap(model)
     one = known.prompts(1, bench.size.prompt, bench.size.prompt)
     many = known.prompts(8 if bench.is_dry else 256, bench.size.prompt, bench.size.prompt)
     mine = bench.zinfer(
         model,
         [
-            ours("batch 1", bench, {"prompts": one, "max_tokens": bench.size.tokens, "ignore_eos": True}),
-            ours("many", bench, {"prompts": many, "max_tokens": 8, "ignore_eos": True}),
+            ours(
+                "batch 1", bench, cap, {"prompts": one, "max_tokens": bench.size.tokens, "ignore_eos": True}
+            ),
+            ours("many", bench, cap, {"prompts": many, "max_tokens": 8, "ignore_eos": True}),
         ],
     )
     (bench.work / "offload").mkdir(exist_ok=True)
-    accelerate = at_batch_one(bench, model, known, "accelerate", placed(bench))
+    accelerate = at_batch_one(bench, model, known, "accelerate", placed(bench, cap))
     rows = [accelerate, flexgen(bench), zero(bench, model, known)]
     # AirLLM last: it splits the checkpoint, and what disk and time are left decides.
     rows.insert(1, airllm(bench, model, known))
@@ -147,18 +149,18 @@ def run(bench: Bench) -> None:
         [alone, *rows],
         is_right=not alone.get("num_wrong", 1) and not any(row.get("num_wrong") for row in rows),
         limit=probe,
-        config={"cap_bytes": bench.size.budget, "cap": "simulated: set_per_process_memory_fraction"},
+        config={"cap_bytes": cap, "cap": "simulated: set_per_process_memory_fraction"},
         notes=[f"{row['engine']}: {row['error']}" for row in rows if row["error"]],
     )
 
 
-def placed(bench: Bench) -> dict[str, Any]:
+def placed(bench: Bench, cap: int) -> dict[str, Any]:
     """Accelerate's memory: as much of the device as leaves room for a layer and the cache; the rest in host memory."""
     if bench.is_dry:
-        return {"folder": str(bench.work / "offload"), "max_memory": {"cpu": bench.size.budget}}
+        return {"folder": str(bench.work / "offload"), "max_memory": {"cpu": cap}}
     return {
         "folder": str(bench.work / "offload"),
-        "max_memory": {"0": int(bench.size.budget * 0.75), "cpu": 90 * 2**30},
+        "max_memory": {"0": int(cap * 0.75), "cpu": 90 * 2**30},
     }
 
 

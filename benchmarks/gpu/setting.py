@@ -109,17 +109,22 @@ class Bench:
         """Seconds until the block should have ended."""
         return float(self.options.seconds) - (time.perf_counter() - self.began_s)
 
+    def cap(self, model: Path) -> int:
+        """Device bytes for a model whose weights shall not fit: at most half of them."""
+        return self.size.budget if self.is_dry else min(self.size.budget, checkpoint_bytes(model) // 2)
+
     def conditions(self, model: Path) -> Conditions:
         """How other engines are run: in processes of their own."""
         return Conditions(model, self.work, self.size.budget, max(self.left_s, 30.0))
 
     def checkpoint(self, shape: str = "") -> Path:
         """A random checkpoint of the shape whose continuations are known, made where it is not there yet."""
-        shape = shape or self.options.shape
-        folder = self.work / ("tiny-known" if self.is_dry else f"{shape}-known")
+        shape, layers = shape or self.options.shape, self.options.layers
+        name = f"{shape}-known" if layers is None else f"{shape}-of-{layers}-layers-known"
+        folder = self.work / ("tiny-known" if self.is_dry else name)
         if not (folder / FACTS).exists():
-            self.need_disk(folder, 0 if self.is_dry else weight_bytes(shape))
-            config = TINY if self.is_dry else json.loads((ROOT / f"configs/shapes/{shape}.json").read_text())
+            config = TINY if self.is_dry else shape_config(shape, layers)
+            self.need_disk(folder, 0 if self.is_dry else weight_bytes(config))
             write(config, folder)
             rewrite(folder, self.size.requests, (16, 128) if not self.is_dry else (4, 8), self.size.outputs)
         return folder
@@ -150,7 +155,7 @@ class Bench:
         else:
             from contest import doctor
 
-            doctor(model, self.work, 25.0)
+            doctor(model, self.work, 20.0)
         return path
 
     def zinfer(self, model: Path, series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -194,7 +199,8 @@ class Bench:
         found = {name: value for name, value in figures.items() if value is not None}
         told = Record(
             bench=f"gpu_{self.name}",
-            config={"dry_run": self.is_dry, "device": self.device, **(config or {})},
+            config={"dry_run": self.is_dry, "device": self.device, "shape": self.options.shape}
+            | {"layers": self.options.layers, **(config or {})},
             repeats=self.size.repeats,
             median=found,
             spread={},
@@ -228,6 +234,7 @@ def parse(doc: str | None, name: str, argv: Sequence[str] | None, seconds: float
     parser.add_argument("--work", default="/tmp/zinfer-gpu", help="folder for checkpoints and what is made")
     parser.add_argument("--results", default=str(RESULTS), help="folder for records")
     parser.add_argument("--shape", default="llama-3-8b", help="a file of configs/shapes, without .json")
+    parser.add_argument("--layers", type=int, help="of the shape, where time or disk is short")
     parser.add_argument("--seconds", type=float, default=seconds, help="end by then")
     options = parser.parse_args(argv)
     Path(options.work).mkdir(parents=True, exist_ok=True)
@@ -265,11 +272,17 @@ def write(config: dict[str, Any], folder: Path) -> None:
     write_checkpoint(read_spec(config), config, folder, 0, dtype, shard_bytes=10**15)
 
 
-def weight_bytes(shape: str) -> int:
+def shape_config(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """A file of configs/shapes, with as many layers as are asked for."""
+    config = json.loads((ROOT / f"configs/shapes/{shape}.json").read_text())
+    return config if layers is None else config | {"num_hidden_layers": layers}
+
+
+def weight_bytes(config: dict[str, Any]) -> int:
     """Of the whole checkpoint, 16-bit."""
     from zinfer.spec.read import read_spec
 
-    return 2 * read_spec(json.loads((ROOT / f"configs/shapes/{shape}.json").read_text())).num_parameters
+    return 2 * read_spec(config).num_parameters
 
 
 def has(package: str) -> bool:

@@ -77,7 +77,7 @@ class Streamer:
 def run(bench: Bench) -> None:
     """Measure, check, write."""
     timer, shapes = Timer(bench.torch_device, bench.size.repeats), layer_shapes(bench)
-    layers = 4 if bench.is_dry else 32
+    layers = 4 if bench.is_dry else bench.options.layers or 32
     layer_bytes = sum(2 * rows * width for rows, width in shapes)
     x = torch.randn(1, shapes[0][1], dtype=torch.bfloat16, device=timer.device)
     with pinned(layers * layer_bytes, timer.is_cuda) as slab:

@@ -1,5 +1,7 @@
 """The CUDA transfer on a real device: right bytes under delays on either stream, page-locked slabs, nothing left."""
 
+import ctypes
+import gc
 import random
 
 import chunk_files
@@ -113,11 +115,25 @@ def test_host_memory_is_page_locked_and_given_back(tmp_path):
     manager = open_cuda(table)
     slab = manager._memory.tiers[Tier.HOST].slab
     slab._pin._thread.join()
-    assert slab.bytes_N.is_pinned()
-    assert summed_passes(manager, passes=1) == right_sums(contents, 1)
+    # torch asks for the beginning of a storage, which is the mapping's and not the slab's: so one of its own.
     whole_N = slab.bytes_N
+    seen = ctypes.c_uint8.from_address(whole_N.data_ptr())
+    assert torch.frombuffer(seen, dtype=torch.uint8).is_pinned()
+    assert summed_passes(manager, passes=1) == right_sums(contents, 1)
     manager.close()
-    assert not whole_N.is_pinned()
+    assert not torch.frombuffer(seen, dtype=torch.uint8).is_pinned()
+
+
+def test_a_manager_that_nobody_closes_leaves_nothing_page_locked(tmp_path):
+    """The next slab lies at the same address: copies from it must not bring what the dropped one held."""
+    for seed in range(4):
+        table, contents = chunk_files.write_chunks(tmp_path, PAGES, seed=seed)
+        manager = open_cuda(table)
+        manager._memory.tiers[Tier.HOST].slab._pin._thread.join()
+        assert summed_passes(manager, passes=2) == right_sums(contents, 2)
+        torch.cuda.synchronize()
+        del manager
+        gc.collect()
 
 
 def test_without_page_locking_the_copies_are_right(tmp_path, monkeypatch):
@@ -149,6 +165,7 @@ def test_rows_arrive_on_the_device(tmp_path):
 
 def test_twenty_rounds_leave_nothing_on_the_device(tmp_path):
     table, _ = chunk_files.write_chunks(tmp_path, PAGES)
+    gc.collect()  # of a test before this one that failed
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     for _ in range(20):

@@ -170,11 +170,13 @@ class _Route:
         slot_N = slot.bytes_N[: share.nbytes]
         begin, pulled = _timed_copy(self._pull, slot_N, source_N, slot.sent)
         if trip.order.after is not None:
-            self._gather.wait_event(trip.order.after)
+            for stream in (self._send, self._gather):  # within one device torch would order neither
+                stream.wait_event(trip.order.after)
         with torch.cuda.stream(self._gather):
             sent_begin, slot.sent = _timed_copy(self._send, target_N, slot_N, pulled)
+            self._gather.wait_event(slot.sent)
             arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            arrived.record(self._gather)  # torch has made it wait for the copy
+            arrived.record(self._gather)
         return _Move(share, [(self.lane, begin, pulled), (self._peer_lane, sent_begin, slot.sent)], arrived)
 
 

@@ -62,8 +62,12 @@ class Ticket:
             )
 
     def land(self, error: BaseException | None = None) -> None:
-        """The bytes are there, or will not be."""
-        self.error = error
+        """The bytes are there, or will not be.
+
+        The error is kept without the frames that it came through: they refer to the trip, the trip to its place and
+        to this ticket, and a closed engine's memory would be held until the collector finds that ring.
+        """
+        self.error = None if error is None else error.with_traceback(None)
         self._end_s = time.perf_counter()
         self._landed.set()
 

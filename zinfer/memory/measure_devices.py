@@ -66,6 +66,8 @@ class CudaLinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for tensors in (self._sources, self._places, self._targets):
+            tensors.clear()  # memory goes back when nobody refers to it any more
         self._closing.close()
 
     def own(self, device: int) -> float:

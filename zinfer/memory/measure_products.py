@@ -15,6 +15,8 @@ from zinfer.config.machine import ProductRate
 from zinfer.memory.measure_links import lasting_seconds
 
 ROWS = (1, 64, 512, 8, 2, 4)  # what a plan needs most first
+DEVICE_ROWS = (1, 64, 512, 4096, 8, 2, 4)  # a device's passes are fuller
+_DEVICE_ROUNDS = 8  # between two waits for a device: a wait takes as long as a product
 _MAX_POOL = 1024  # matrices
 _PAST_A_LINE = 8  # bytes: what a header of safetensors is a multiple of
 _RECORDED_ROWS = 64  # decode passes of so many are recorded when they come again: products cost no call then
@@ -109,6 +111,12 @@ class Turns:
     ) -> None:
         self._product, self._pool, self._record, self._exact = product, pool, record, exact
         self._num_shapes, self._next = num_shapes, cycle(pool)
+        self._is_device = pool[0].new_ones(1, 1).device.type != "cpu"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """That a plan needs, the most telling first."""
+        return DEVICE_ROWS if self._is_device else ROWS
 
     @property
     def round_bytes(self) -> int:
@@ -120,13 +128,16 @@ class Turns:
 
         Slow rounds count: what other guests take away comes again in every pass.
         """
+        rounds = max(min(_DEVICE_ROUNDS, DEVICE_ROWS[3] // rows), 1) if self._is_device else 1
+        if self._is_device:  # a library chooses its kernel, and loads it, when it first meets a shape
+            self._rounds(rows, 1)
         run = self._recorded(rows) if rows <= _RECORDED_ROWS else None
-        run_s = lasting_seconds(run or partial(self._round, rows), seconds)
-        nbytes = sum(weight.nbytes for weight in self._pool) if run else self.round_bytes
+        run_s = lasting_seconds(run or partial(self._rounds, rows, rounds), seconds)
+        nbytes = sum(weight.nbytes for weight in self._pool) if run else rounds * self.round_bytes
         return run_s / nbytes * 1e9
 
-    def _round(self, rows: int) -> None:
-        one_round(self._product, islice(self._next, self._num_shapes), rows, self._exact)
+    def _rounds(self, rows: int, count: int) -> None:
+        one_round(self._product, islice(self._next, count * self._num_shapes), rows, self._exact)
 
     def _recorded(self, rows: int) -> Callable[[], None] | None:
         # What is recorded reads them where they lie, as it does the weights.
@@ -146,10 +157,10 @@ def _carry_out(replay: Callable[[], None], _read: object) -> None:
 
 
 def product_rates(turns: Turns, clock: Clock, name: str) -> tuple[ProductRate, ...]:
-    """At all of ROWS; points for which there is no time are left out."""
+    """At all rows that a plan needs; points for which there is no time are left out."""
     rates: list[ProductRate] = []
-    share_s, longest = clock.left_s / len(ROWS), (1, 0.0)  # rows and seconds
-    for rows in ROWS:
+    share_s, longest = clock.left_s / len(turns.rows), (1, 0.0)  # rows and seconds
+    for rows in turns.rows:
         need_s = longest[1] * rows / longest[0] if rows > longest[0] else 0.0
         if len(rates) < 2 or clock.allows(f"{name}, {rows} rows", need_s):
             rate = ProductRate(rows=rows, seconds_per_gb=turns.seconds_per_gb(rows, share_s))

@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class HostSlab:
         self._nbytes = nbytes
         self.bytes_N = whole_N[self._begin : self._begin + nbytes]
         self._pin: Pinning | None = None
+        self._unpin: finalize[..., HostSlab] | None = None
         self._ahead: Ahead | None = None
         if is_huge and hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE, self._begin, round_up(nbytes, mmap.PAGESIZE))
@@ -88,6 +90,10 @@ class HostSlab:
         if near is not None and self._map is not None:
             near.bind_memory(self.bytes_N.data_ptr(), round_up(self._nbytes, mmap.PAGESIZE))
         self._pin = Pinning(self.bytes_N.data_ptr(), cuts, runtime, enter=enter, is_quiet=is_quiet)
+        # Whoever drops the slab without closing it leaves an address that the driver still maps to these pages: copies
+        # from the next slab that lies there would bring what was in this one.
+        self._unpin = finalize(self, self._pin.undo)
+        self._unpin.atexit = False
         return self._pin
 
     def find_ahead(self, nbytes: int, unused: Sequence[tuple[int, int]] = ()) -> None:
@@ -123,9 +129,9 @@ class HostSlab:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-        if self._pin is not None:
-            self._pin.undo()
-            self._pin = None
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = self._pin = None
         self.discard(0, round_up(self._nbytes, mmap.PAGESIZE))
         self._map = None
         self.bytes_N = torch.empty(0, dtype=torch.uint8)

@@ -73,10 +73,15 @@ class SmallModel:
         return float(attention_flops(self._spec, rows, visible) * self._spec.num_layers)
 
     def replay(self, context: int, *, exact: bool) -> Callable[[], None] | None:
-        """A pass of one row, recorded, to be carried out again and again; None where the host records none."""
+        """A pass of one row, recorded, to be carried out again and again; None where none is recorded.
+
+        Each blocks until it is done.
+        """
         graphs = graphs_for(self._spec, self._device, exact=exact, most_bytes=_MOST_BYTES)
-        if graphs is None or self._device.type != "cpu":
+        if graphs is None:
             return None
+        if self._device.type != "cpu":
+            self.run(1, context, exact=exact)  # nothing may be chosen, or compiled, while it is recorded
         batch, view, flow = self._pass(1, context)
         prepare(self._spec, flow, batch, view, exact=exact)
         read = (
@@ -85,19 +90,21 @@ class SmallModel:
             dict(flow.rows),
             flow.rotary,
         )  # what is recorded reads their memory, and the weights
-        replay = graphs.record(lambda: self._run_ops(batch, view, flow, exact=exact))
+        with torch.no_grad():
+            replay = graphs.record(lambda: self._run_ops(batch, view, flow, exact=exact))
         return None if replay is None else partial(self._carry_out, replay, read)
 
     def recorded(self, run: Callable[[], None], *, exact: bool) -> Callable[[], None] | None:
-        """Products that `run` calls, recorded as a pass's are; None where the host records none, or not such ones."""
+        """Products that `run` calls, recorded as a pass's are; None where none are recorded, or not such ones."""
         graphs = graphs_for(self._spec, self._device, exact=exact, most_bytes=_MOST_BYTES)
-        if graphs is None or self._device.type != "cpu":
-            return None
-        return graphs.record(run)
+        replay = None if graphs is None else graphs.record(run)
+        return None if replay is None else partial(self._carry_out, replay, run)
 
     def _carry_out(self, replay: Callable[[], None], _read: object) -> None:
         """Whoever may call this keeps what is read alive."""
         replay()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def run(self, rows: int, context: int, *, exact: bool) -> None:
         """One pass of one sequence; blocks until it is done."""
