@@ -64,14 +64,16 @@ def command() -> str:
 def commit() -> str:
     """The tree's short hash, "+dirty" if it has changes.
 
-    Outside a repository (a tree carried elsewhere) what $ZINFER_COMMIT says, or "none".
+    $BENCH_COMMIT is believed before anything else: for a tree that was carried elsewhere.  "none" outside a repository.
     """
+    if told := os.environ.get("BENCH_COMMIT"):
+        return told
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run(
         [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     if found.returncode:
-        return os.environ.get("ZINFER_COMMIT", "none")
+        return "none"
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return found.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")
 

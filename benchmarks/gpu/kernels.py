@@ -76,7 +76,7 @@ class Case:
 class Clock:
     """Seconds of a run, waited for; the runs of one figure follow each other without a pause.
 
-    On a device they are recorded and replayed, as decode passes are: what the host takes to ask for them is not counted.
+    On a device they are recorded and replayed, as decode passes are: asking for them is not counted.
     """
 
     def __init__(self, device: str, repeats: int) -> None:

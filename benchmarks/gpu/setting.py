@@ -155,7 +155,7 @@ class Bench:
         else:
             from contest import doctor
 
-            doctor(model, self.work, 20.0)
+            doctor(model, self.work, 14.0)
         return path
 
     def zinfer(self, model: Path, series: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

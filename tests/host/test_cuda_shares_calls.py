@@ -118,10 +118,12 @@ def test_each_share_has_its_streams_and_computation_waits_for_both(seam, runtime
         (pull, "records", 3),
         (far_pull, "records", 4),  # into a place of its own: no reader to wait for
         (far_pull, "records", 5),
+        (send, "waits for", 1),
         (gather, "waits for", 1),
         (send, "waits for", 5),
         (send, "records", 6),
         (send, "records", 7),
+        (gather, "waits for", 7),
         (gather, "records", 8),
         ("compute", "waits for", 3),
         ("compute", "waits for", 8),

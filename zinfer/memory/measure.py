@@ -236,6 +236,11 @@ def measure_compute(
             for exact in modes:
                 name = "fixed costs and attention" + EXACT * exact
                 if clock.allows(name):
+                    if (
+                        device.type == "cuda"
+                    ):  # kernels are compiled, and chosen, when a pass first wants them
+                        small.run(1, _FEW_TOKENS, exact=exact)
+                        small.run(_PREFILL_ROWS, _PREFILL_ROWS, exact=exact)
                     steps.append(_step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name, device))
     plain = steps[0] if steps else _GUESS
     return Compute(products=products, exact=steps[-1] if steps and modes[-1] else None, **plain.model_dump())

@@ -72,12 +72,13 @@ class Clock:
 def dense(dtype: torch.dtype) -> MakeWeight:
     """Ordinary numbers, for denormal ones are slow; a short piece is repeated.
 
-    They begin where a published file's do: anywhere, and so across the lines of a host's cache.
+    On a host they begin where a published file's do: anywhere, and so across the lines of its cache.  To a device
+    they are brought aligned.
     """
     noise = torch.randn(65_537, generator=torch.Generator().manual_seed(0)).to(dtype)
-    past = _PAST_A_LINE // dtype.itemsize
 
     def make(shape: Shape, device: torch.device) -> Tensor:
+        past = _PAST_A_LINE // dtype.itemsize if device.type == "cpu" else 0
         size = shape[0] * shape[1] + past
         return noise.repeat(-(-size // noise.numel())).to(device)[past:size].view(shape)
 
