@@ -1,5 +1,7 @@
 """The machine's measurement, on tiny inputs: all is measured, positive and consistent; no seconds are asserted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from chunk_bytes import write_noise
@@ -296,3 +298,67 @@ def test_made_up_weights_lie_as_published_ones_do(dtype):
     assert weight.shape == (32, 64) and weight.is_contiguous()
     assert weight.data_ptr() % 64 == 8
     assert float(weight.float().std()) > 0.5
+
+
+def test_attention_that_was_not_measured_is_guessed_from_products():
+    """A device is a hundred times a host: one number for both would keep the cache off the device."""
+    fast = [ProductRate(rows=1, seconds_per_gb=3.5e-4), ProductRate(rows=4096, seconds_per_gb=6.7e-3)]
+    found = measuring._with_guesses(measuring._GUESS, fast)
+    assert found.attention_flops_per_s == pytest.approx(0.5e9 / 3.5e-4)
+    assert found.prefill_attention_flops_per_s == pytest.approx(0.1e9 * 4096 / 6.7e-3)
+    assert found.op_overhead_s == measuring._GUESS.op_overhead_s
+    measured = found.model_copy(update={"attention_flops_per_s": 2e9, "prefill_attention_flops_per_s": 3e9})
+    assert measuring._with_guesses(measured, fast) == measured
+    slow = [ProductRate(rows=1, seconds_per_gb=1.0), ProductRate(rows=8, seconds_per_gb=8.0)]
+    assert measuring._with_guesses(measuring._GUESS, slow) == measuring._GUESS
+
+
+def test_fixed_costs_come_before_products_have_taken_the_time(files):
+    """A clock that products run down: what an op costs beside its weights has been measured by then."""
+    clock = measuring.Clock(30.0)
+
+    def slow(x, weight, *, exact):
+        clock.end_s = 0.0
+        return linear(x, weight, exact=exact)
+
+    compute = measure_compute(slow, Idle, torch.device("cpu"), ("F32",), SHAPES, 2**20, clock, (False,))
+    assert compute.op_overhead_s < 1e-5 < measuring._GUESS.op_overhead_s
+    assert "fixed costs and attention" not in clock.skipped
+
+
+def test_a_device_is_measured_first_and_in_most_of_the_time(files, ample, monkeypatch):
+    seen = []
+    monkeypatch.setattr(measuring, "visible_devices", lambda: SimpleNamespace(count=1))
+    monkeypatch.setattr(measuring, "_first_use", lambda product, dtype, devices: seen.append(devices))
+    monkeypatch.setattr(
+        measuring, "_device_fields", lambda *_args: seen.append("device") or {"device_bytes": 5 * 2**30}
+    )
+
+    def host(*_args):
+        seen.append("host")
+        return Compute(
+            products={}, attention_flops_per_s=1.0, prefill_attention_flops_per_s=1.0, op_overhead_s=0
+        )
+
+    monkeypatch.setattr(measuring, "measure_compute", host)
+    machine = probe(files, linear, Idle, dtype="F32", shapes=SHAPES, seconds=0.05)
+    assert seen == [["cpu", "cuda"], "device", "host"]
+    assert machine.device_bytes == 5 * 2**30
+
+
+def test_a_device_waits_once_for_many_products():
+    """The meta device stands for one: it computes nothing, and is not the host."""
+    weights = [torch.empty(shape, device="meta") for shape in SHAPES]
+    calls = []
+
+    def product(x, weight, *, exact):
+        calls.append(len(x))
+        return linear(torch.zeros(len(x), 1), torch.zeros(1, 1), exact=exact)
+
+    turns = measure_products.Turns(product, weights, len(SHAPES), lambda run, *, exact: None, exact=False)
+    assert turns.rows == measure_products.DEVICE_ROWS
+    assert turns.seconds_per_gb(512, 0) > 0
+    assert calls == [512] * (1 + 8) * len(SHAPES)
+    calls.clear()
+    turns.seconds_per_gb(4096, 0)
+    assert calls == [4096] * 2 * len(SHAPES), "wide rounds take long enough one by one"

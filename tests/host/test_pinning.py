@@ -185,3 +185,16 @@ def test_rounds_leave_nothing_locked(rounds):
         slab.close()
         assert library.locked == {}
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("zinfer-")]
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_slab_that_nobody_closes_is_unlocked_before_its_addresses_are_used_again(is_closed):
+    library = Library()
+    slab = HostSlab(4 * MIB)
+    slab.pin([0, 4 * MIB], library).settle()
+    assert library.locked
+    if is_closed:
+        slab.close()
+        assert library.locked == {}
+    del slab
+    assert library.locked == {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +42,7 @@ _GUESS = StepCost(op_overhead_s=1e-4, attention_flops_per_s=1e10, prefill_attent
 _PROMPT_ROWS = 64  # of the products beside which fresh memory is found: what loads also feeds prompts
 _FRESH_BYTES = GIB
 _PACKING_S = 0.05
+_DEVICE_SHARE = 0.6  # of the time for computation
 _FEW_TOKENS, _MANY_TOKENS, _PREFILL_ROWS = 64, 1536, 512
 
 
@@ -145,7 +146,8 @@ def measure(
     fresh = None
     if clock.allows("fresh memory"):
         fresh = beside.fresh(clock.left_s, min(_FRESH_BYTES, limits.available // 8))
-    host_s = clock.left_s * (0.3 if has_gpu else 0.8)
+    device = _device_fields(product, small_model, dtypes, shapes, modes, formats, clock) if has_gpu else {}
+    host_s = clock.left_s * 0.8
     host = measure_compute(
         product,
         small_model,
@@ -173,9 +175,8 @@ def measure(
         measured=True,
         fingerprint=fingerprint(),
         **disk,
+        **device,
     )
-    if has_gpu:
-        machine = _with_gpu(machine, product, small_model, dtypes, shapes, modes, formats, clock)
     return machine.model_copy(update={"skipped": tuple(clock.skipped)})
 
 
@@ -223,6 +224,8 @@ def measure_compute(
             names = [(dtype + EXACT if exact else dtype, exact) for exact in modes]
             names = [pair for at, pair in enumerate(names) if not products or clock.allows(pair[0])]
             pool = pool_of(make, device, shapes, nbytes) if names else []
+            if dtype == next(iter(makers)):
+                steps += _steps(small, modes, clock, share_s, device)
             for name, exact in names:
                 # Exact mode tests itself when it meets a shape.
                 if all(
@@ -231,19 +234,41 @@ def measure_compute(
                     turns = Turns(product, pool, len(shapes), small.recorded, exact)
                     products[name] = product_rates(turns, Clock(share_s(), clock.skipped), name)
             del pool
-            if dtype != next(iter(makers)):
-                continue
-            for exact in modes:
-                name = "fixed costs and attention" + EXACT * exact
-                if clock.allows(name):
-                    if (
-                        device.type == "cuda"
-                    ):  # kernels are compiled, and chosen, when a pass first wants them
-                        small.run(1, _FEW_TOKENS, exact=exact)
-                        small.run(_PREFILL_ROWS, _PREFILL_ROWS, exact=exact)
-                    steps.append(_step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name, device))
-    plain = steps[0] if steps else _GUESS
-    return Compute(products=products, exact=steps[-1] if steps and modes[-1] else None, **plain.model_dump())
+    steps = [_with_guesses(step, next(iter(products.values()))) for step in steps or [_GUESS]]
+    return Compute(products=products, exact=steps[-1] if modes[-1] else None, **steps[0].model_dump())
+
+
+def _steps(
+    small: SmallPasses,
+    modes: Sequence[bool],
+    clock: Clock,
+    share_s: Callable[[], float],
+    device: torch.device,
+) -> Iterator[StepCost]:
+    """Fixed costs and attention in each mode: before products, which take whatever time there is."""
+    for exact in modes:
+        name = "fixed costs and attention" + EXACT * exact
+        if clock.allows(name):
+            # Kernels are compiled, and chosen, when a pass first wants them; exact mode tests itself.
+            small.run(1, _FEW_TOKENS, exact=exact)
+            small.run(_PREFILL_ROWS, _PREFILL_ROWS, exact=exact)
+            yield _step_cost(small, exact, Clock(share_s() / 2, clock.skipped), name, device)
+
+
+def _with_guesses(step: StepCost, rates: Sequence[ProductRate]) -> StepCost:
+    """Attention that there was no time to measure, from products: decoding reads about a byte per FLOP, at half of
+    memory's rate; prompts come to a tenth of what large products do.
+    """
+    read_s, full = rates[0].seconds_per_gb, rates[-1]
+    guesses = {
+        "attention_flops_per_s": 0.5e9 / max(read_s, 1e-9),
+        "prefill_attention_flops_per_s": 0.1e9 * full.rows / max(full.seconds_per_gb, 1e-9),
+    }
+    known = _GUESS.model_dump()
+    unknown = {
+        name: max(guess, known[name]) for name, guess in guesses.items() if getattr(step, name) == known[name]
+    }
+    return step.model_copy(update=unknown)
 
 
 def _meets(
@@ -261,8 +286,7 @@ def _meets(
     return name not in clock.skipped
 
 
-def _with_gpu(
-    machine: Machine,
+def _device_fields(
     product: Product,
     small_model: SmallModels,
     dtypes: Sequence[str],
@@ -270,23 +294,23 @@ def _with_gpu(
     modes: Sequence[bool],
     formats: Mapping[str, MakeWeight],
     clock: Clock,
-) -> Machine:
-    """Links and products of the current CUDA device."""
+) -> dict[str, Any]:
+    """Links and products of the current CUDA device, in most of the time: it is what computes where there is one."""
     device = torch.device("cuda", torch.cuda.current_device())
-    copies = measure_copies(device, memory_limits().available, clock.left_s)
+    seconds = _DEVICE_SHARE * clock.left_s
+    copies = measure_copies(device, memory_limits().available, seconds / 2)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    own = Clock(seconds, clock.skipped)
     compute = measure_compute(
-        product, small_model, device, dtypes, shapes, free_bytes // 4, clock, modes, formats
+        product, small_model, device, dtypes, shapes, free_bytes // 4, own, modes, formats
     )
-    return machine.model_copy(
-        update={
-            "device_bytes": total_bytes,
-            "pinnable_bytes": copies.pinnable_bytes,
-            "h2d": copies.h2d,
-            "d2h": copies.d2h,
-            "device": compute,
-        }
-    )
+    return {
+        "device_bytes": total_bytes,
+        "pinnable_bytes": copies.pinnable_bytes,
+        "h2d": copies.h2d,
+        "d2h": copies.d2h,
+        "device": compute,
+    }
 
 
 def _disk_fields(paths: Sequence[Path], seconds: float) -> dict[str, Any]:
@@ -304,7 +328,6 @@ def _step_cost(small: SmallPasses, exact: bool, clock: Clock, name: str, device:
     A device attends while the host still asks for the rest of a pass: what it takes shows in recorded ones alone.
     """
     share_s = clock.left_s / 4
-    small.run(1, _FEW_TOKENS, exact=exact)  # exact mode tests itself
     plain_s = typical_seconds(partial(small.run, 1, _FEW_TOKENS, exact=exact), share_s)
 
     replay = small.replay(_FEW_TOKENS, exact=exact)

@@ -18,6 +18,7 @@ from zinfer.units import KIB, round_up
 
 KV_PAGE_TOKENS = 16  # a sequence's part of the KV cache is rounded up to pages of so many tokens
 _MOST_GRAPH_BYTES = 64 * 2**20
+_LEAST_GRAPH_BYTES = 32 * 2**20
 ROW_STAGING_BYTES = 128 * KIB  # windows through which embedding rows are read
 
 
@@ -71,8 +72,11 @@ def kv_bytes(spec: ModelSpec, workload: Workload) -> int:
 
 
 def graph_bytes(device_bytes: int) -> int:
-    """What recorded passes may take of a device's budget, beside the activations of passes that are not recorded."""
-    return min(_MOST_GRAPH_BYTES, device_bytes // 64)
+    """What recorded passes may take of a device's budget, beside the activations of passes that are not recorded.
+
+    torch takes 20 MiB for the first tensor of more than 1 MiB: where there is any room, that is there.
+    """
+    return min(_MOST_GRAPH_BYTES, max(device_bytes // 64, min(_LEAST_GRAPH_BYTES, device_bytes // 16)))
 
 
 def library_free(spec: ModelSpec) -> bool:

@@ -82,7 +82,7 @@ class Executor:
         self._num_loaded = 0  # passes of `schedule.loading` that have been carried out
         self.cannot_pack = False  # some weights, against the plan
         self._clock = manager.transfer.clock
-        self._begin_s = 0.0
+        self._begin_s, self._begin_bytes = 0.0, Counter[str]()
         self._replays_before = 0
         self._new_flow, self._run_op = composition(spec)
 
@@ -99,7 +99,7 @@ class Executor:
 
     def traverse(self, micros: Sequence[Micro]) -> None:
         """`run` for callers that bring their own flows and take more than logits from them."""
-        self._begin_s, begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
+        self._begin_s, self._begin_bytes = time.perf_counter(), Counter(self.manager.log.num_bytes)
         waited_s = self.manager.stats().wait_s
         self._replays_before = self._num_replays()
         self._clock.read()
@@ -123,7 +123,7 @@ class Executor:
                 sequences=sum(micro.batch.num_sequences for micro in micros),
                 is_first=not self._is_warm,
                 is_decode=all(map(_is_decode, (micro.batch for micro in micros))),
-                num_bytes=dict(Counter(self.manager.log.num_bytes) - begin_bytes),
+                num_bytes=self._moved_bytes(),
                 group_s={},
             )
         )
@@ -139,6 +139,11 @@ class Executor:
         last.group_s = seconds if self._num_replays() == self._replays_before else {}
         if self.manager.device.type != "cpu":
             last.seconds = time.perf_counter() - self._begin_s
+            last.num_bytes = self._moved_bytes()
+
+    def _moved_bytes(self) -> dict[str, int]:
+        """Bytes by link since the pass began, of copies whose end has been seen."""
+        return dict(Counter(self.manager.log.num_bytes) - self._begin_bytes)
 
     def follow(self, schedule: Schedule) -> None:
         """Another schedule from the next pass on, which also loads what is to stay."""
