@@ -1,6 +1,5 @@
 """G8: close() leaves no thread, descriptor, mapping or byte, whatever was on its way and whatever went wrong."""
 
-import ctypes
 import errno
 import gc
 import mmap
@@ -48,35 +47,25 @@ def _link(fd):
         return ""
 
 
-@pytest.fixture
-def one_arena():
-    """The C library gives the small objects of a new thread an arena of their own, and keeps it: no leak of ours."""
-    library, most_arenas = ctypes.CDLL(None), -8
-    if hasattr(library, "mallopt"):
-        library.mallopt(most_arenas, 1)
-    yield
-    if hasattr(library, "mallopt"):
-        library.mallopt(most_arenas, 8 * os.cpu_count())
-
-
 @pytest.mark.parametrize("device", ["cpu", "sim"])
-def test_fifty_rounds_leave_nothing(tmp_path, device, one_arena):
-    table, _ = chunk_files.write_chunks(tmp_path, PAGES)
+def test_fifty_rounds_leave_nothing(tmp_path, device):
+    table, _ = chunk_files.write_chunks(tmp_path, [16 * pages for pages in PAGES])
     before = None
-    for count in range(61):
+    for count in range(51):
         manager = open_either(device, table)
         for number in range(len(PAGES)):
             manager.lease(number).release()
         manager.close()
         manager.close()
-        if count == 10:  # stacks of ended threads are kept by the C library too, some of them
+        if count == 0:
             gc.collect()
             before = traces(tmp_path)
     gc.collect()
     after = traces(tmp_path)
     assert after[0] == before[0] == []
     assert after[1] == before[1] == []
-    assert after[2] - before[2] < 4 * HUGE_PAGE
+    # The C library keeps some tens of MiB for threads that have ended; fifty slabs would be more.
+    assert after[2] - before[2] < 40 * HUGE_PAGE
     assert after[3] == before[3]
 
 
