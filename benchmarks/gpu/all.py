@@ -42,13 +42,13 @@ class Block:
 BLOCKS = (
     Block("probe", 240, 60),  # also makes the checkpoint and the machine profile
     Block("streamer", 90, 30),
-    Block("decode", 300, 90),
-    Block("prefill", 150, 60),
-    Block("peers", 420, 120),
-    Block("throughput", 180, 90),
+    Block("decode", 300, 60),
+    Block("prefill", 150, 40),
+    Block("kernels", 60, 20, stands_alone=True),
     Block("resident", 180, 60),
-    Block("int4", 300, 150),
-    Block("kernels", 180, 60, stands_alone=True),
+    Block("throughput", 180, 60),
+    Block("peers", 420, 120),
+    Block("int4", 300, 90),
     Block("larger", 480, 200),
 )
 

@@ -118,10 +118,13 @@ class Clock:
 
 
 def copy_rate(clock: Clock, nbytes: int) -> float:
-    """Bytes read and written per second by a copy within the device's memory."""
-    source = torch.zeros(nbytes, dtype=torch.uint8, device=clock.device)
+    """Bytes read and written per second by a kernel that does nothing else.
+
+    A recorded copy would be the copy engine's, which reaches two thirds of it (2.7 of 4.2 TB/s on an H200).
+    """
+    source = torch.ones(nbytes // 8, dtype=torch.int64, device=clock.device)
     target = torch.empty_like(source)
-    return 2 * nbytes / median(clock.seconds(lambda at: target.copy_(source)))
+    return 2 * nbytes / median(clock.seconds(lambda at: torch.bitwise_not(source, out=target)))
 
 
 def several(nbytes: int, repeats: int) -> int:
