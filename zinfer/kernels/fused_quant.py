@@ -18,7 +18,7 @@ from zinfer.spec.quant import GROUP
 MOST_ROWS = 16  # of one tile; more rows go through the slot
 _MIN_GROUPS = 4  # that a split multiplies
 _BLOCK = 1024
-# A program waits for some 2 KiB at a time.  At 224 of them on 132 cores an H200 read 0.4 TB/s of int4 (and 0.65 of int8):
+# A program waits for some 2 KiB at a time.  With 224 of them on 132 cores an H200 read int4 at 0.4 TB/s, int8 at 0.65:
 # memory of 4 TB/s and a microsecond's distance wants 4 MB on the way.
 _PROGRAMS_PER_CORE = 16
 
