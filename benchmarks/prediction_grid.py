@@ -4,11 +4,11 @@ usage: prediction_grid.py [--model DIR | --shape NAME] [--work DIR] [--parts poi
 
 Ten points of (budget, sequences, prompt length): each prediction is written to a file before any weight is read, then
 the point is run.  Of several rounds, all points in turn in each, every run has a prediction of its own, and a point is
-the median of its runs over their predictions: a disk that others use is not the same from one minute to the next.  Every
-run is in the record.  A run may begin in memory that the one before it gave back; it is told nothing of that, and what its
-plan took for still there is in the record (`planned_memory`).  Then one job with everything left to the planner, and
-the same job with every batch and row count of a small grid, all really run: the chosen one should be within 5 % of the
-best.
+the median of its runs over their predictions: a disk that others use is not the same from one minute to the next.
+Every run is in the record.  A run may begin in memory that the one before it gave back; it is told nothing of that, and
+what its plan took for still there is in the record (`planned_memory`).  Then one job with everything left to the
+planner, and the same job with every batch and row count of a small grid, all really run: the chosen one should be
+within 5 % of the best.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from zinfer.plan.make import Plan
 from zinfer.plan.profile import graph_bytes
 from zinfer.plan.records import Tier, Workload
 from zinfer.plan.tokens import TokenBudget
+from zinfer.runtime.achieved import note_disk
 from zinfer.runtime.executor import Executor
 from zinfer.runtime.garbage import OLD_OBJECTS
 from zinfer.runtime.graph import graphs_for
@@ -147,6 +148,7 @@ class Engine:
             OLD_OBJECTS.let_go()
             self.inbox.clear()
         self._note()
+        note_disk(self.plan, self.stats.passes)
         self.kv.end()
         with (
             nullcontext() if self.fault is None else suppress(RuntimeError)

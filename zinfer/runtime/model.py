@@ -17,7 +17,7 @@ from zinfer.chunks.source import Source, checkpoint_source
 from zinfer.chunks.store import open_store
 from zinfer.config.limits import memory_limits
 from zinfer.config.machine import Machine
-from zinfer.config.profiles import SIM_DEFAULT, load_machine, saved_machine
+from zinfer.config.profiles import SIM_DEFAULT, fingerprint, load_machine, saved_machine
 from zinfer.config.resolve import Resolved, resolve
 from zinfer.config.schema import Settings, parse_settings
 from zinfer.errors import BudgetError, CheckpointError, UsageError
@@ -27,6 +27,7 @@ from zinfer.kernels.products import with_product_sizes
 from zinfer.layers.shapes import with_attention_sizes
 from zinfer.log import logger
 from zinfer.memory.devices import free_bytes, visible_devices
+from zinfer.memory.disk_notes import expected
 from zinfer.plan.make import Plan, as_read, check_budget, make_plan
 from zinfer.plan.optimise import MAX_BATCH, batch_sizes
 from zinfer.plan.profile import profile
@@ -266,14 +267,17 @@ def _resolved(
 def _as_it_is_now(
     machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved
 ) -> tuple[Machine, Look | None]:
-    """A saved profile, with a look at what is not as it was saved: the disk where passes will wait for it, and the
-    memory that a host computes in.  Another disk is measured at once.
+    """A saved profile, with a look at what is not as it was saved: the disk where passes will wait for it and no run has
+    done so lately, and the memory that a host computes in.  Another disk is measured at once.
     """
     from zinfer.memory.measure import for_files
     from zinfer.memory.measure_disk import device_of
 
     if files and machine.disk_device != device_of(files):
         machine, files = for_files(machine, files), ()
+    elif machine.measured and machine.fingerprint == fingerprint():
+        disk, is_fresh = expected(machine.disk_read, machine.disk_device)
+        machine, files = machine.model_copy(update={"disk_read": disk}), () if is_fresh else files
     pass_bytes = profile(spec).pass_bytes
     if pass_bytes <= resolved.host_bytes + resolved.device_bytes:
         files = ()
