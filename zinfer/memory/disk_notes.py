@@ -1,8 +1,9 @@
 """What runs really had of a disk.  In: the rate of passes that waited for it.  Out: the rate to expect of it next.
 
 A profile is hours old, and a look at the opening lasts a twentieth of a second: of a disk that others use both are off
-by more than it changes from one minute to the next.  A run whose passes waited for it has read for seconds.  What it saw
-is kept in the cache folder, one entry per disk, and counts the less the older it is: a Kalman filter of the logarithm.
+by more than it changes from one minute to the next.  A run whose passes waited for it has read for seconds.  What it
+saw is kept in the cache folder, one entry per disk, and counts the less the older it is: a Kalman filter of the
+logarithm.
 """
 
 from __future__ import annotations

@@ -267,8 +267,8 @@ def _resolved(
 def _as_it_is_now(
     machine: Machine, files: Sequence[Path], spec: ModelSpec, resolved: Resolved
 ) -> tuple[Machine, Look | None]:
-    """A saved profile, with a look at what is not as it was saved: the disk where passes will wait for it and no run has
-    done so lately, and the memory that a host computes in.  Another disk is measured at once.
+    """A saved profile, with a look at what is not as it was saved: the disk where passes will wait for it, unless some
+    run has done so lately, and the memory that a host computes in.  Another disk is measured at once.
     """
     from zinfer.memory.measure import for_files
     from zinfer.memory.measure_disk import device_of
