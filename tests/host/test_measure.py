@@ -362,3 +362,29 @@ def test_a_device_waits_once_for_many_products():
     calls.clear()
     turns.seconds_per_gb(4096, 0)
     assert calls == [4096] * 2 * len(SHAPES), "wide rounds take long enough one by one"
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "want"), [([1.0], 1.0), ([1.0, 1.1], 1.05), ([2.0, 1.0], 1.0), ([1.0, 1.3], 1.0)]
+)
+def test_a_second_that_somebody_else_took_is_in_one_of_two_sweeps(sweeps, want):
+    assert measure_products.undisturbed(sweeps) == pytest.approx(want)
+
+
+def test_products_are_measured_twice_in_turn_while_there_is_time():
+    class Counted:
+        rows, round_bytes = (1, 64, 8), 10**6
+
+        def __init__(self):
+            self.asked = []
+
+        def seconds_per_gb(self, rows, seconds):
+            self.asked.append(rows)
+            return float(len(self.asked))
+
+    ample, none = Counted(), Counted()
+    rates = measure_products.product_rates(ample, measuring.Clock(60.0), "BF16")
+    assert ample.asked == [1, 64, 8, 1, 64, 8]
+    assert [(rate.rows, rate.seconds_per_gb) for rate in rates] == [(1, 1.0), (8, 3.0), (64, 2.0)]
+    measure_products.product_rates(none, measuring.Clock(0.0), "BF16")
+    assert none.asked == [1, 64]

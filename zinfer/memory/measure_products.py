@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import cycle, islice
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,8 @@ DEVICE_ROWS = (1, 64, 512, 4096, 8, 2, 4)  # a device's passes are fuller
 _DEVICE_ROUNDS = 8  # between two waits for a device: a wait takes as long as a product
 _MAX_POOL = 1024  # matrices
 _PAST_A_LINE = 8  # bytes: what a header of safetensors is a multiple of
+_SWEEPS = 2
+_DISTURBED = 1.2  # times as long as the other sweep
 _RECORDED_ROWS = 64  # decode passes of so many are recorded when they come again: products cost no call then
 
 
@@ -158,13 +161,23 @@ def _carry_out(replay: Callable[[], None], _read: object) -> None:
 
 
 def product_rates(turns: Turns, clock: Clock, name: str) -> tuple[ProductRate, ...]:
-    """At all rows that a plan needs; points for which there is no time are left out."""
-    rates: list[ProductRate] = []
-    share_s, longest = clock.left_s / len(turns.rows), (1, 0.0)  # rows and seconds
+    """At all rows that a plan needs; points for which there is no time are left out.
+
+    Twice, one row count after the other: what somebody else takes for a second is in one of the two.
+    """
+    seen: dict[int, list[float]] = {}
+    share_s, longest = clock.left_s / (_SWEEPS * len(turns.rows)), (1, 0.0)  # rows and seconds
     for rows in turns.rows:
         need_s = longest[1] * rows / longest[0] if rows > longest[0] else 0.0
-        if len(rates) < 2 or clock.allows(f"{name}, {rows} rows", need_s):
-            rate = ProductRate(rows=rows, seconds_per_gb=turns.seconds_per_gb(rows, share_s))
-            longest = max(longest, (rows, rate.seconds_per_gb * turns.round_bytes / 1e9))
-            rates.append(rate)
-    return tuple(sorted(rates, key=lambda rate: rate.rows))
+        if len(seen) < 2 or clock.allows(f"{name}, {rows} rows", need_s):
+            seen[rows] = [turns.seconds_per_gb(rows, share_s)]
+            longest = max(longest, (rows, seen[rows][0] * turns.round_bytes / 1e9))
+    for rows, found in seen.items():
+        if clock.left_s > found[0] * turns.round_bytes / 1e9:
+            found.append(turns.seconds_per_gb(rows, share_s))
+    return tuple(ProductRate(rows=rows, seconds_per_gb=undisturbed(seen[rows])) for rows in sorted(seen))
+
+
+def undisturbed(found: Sequence[float]) -> float:
+    """The mean of a rate's sweeps, or the lowest where they are so far apart that somebody else had a part in one."""
+    return fmean(found) if max(found) <= _DISTURBED * min(found) else min(found)
