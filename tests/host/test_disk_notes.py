@@ -74,7 +74,17 @@ def test_the_filter_is_nearer_than_the_last_run_alone():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", '{"254:0": {}}', '{"254:0": {"bytes_per_s": -1, "variance": 1, "unix_s": 1}}', "{"],
+    [
+        "",
+        "[]",
+        "null",
+        "{",
+        '{"254:0": {}}',
+        '{"254:0": {"bytes_per_s": -1, "variance": 1, "unix_s": 1}}',
+        '{"254:0": {"bytes_per_s": NaN, "variance": 1, "unix_s": 1}}',
+        '{"254:0": {"bytes_per_s": 1e999, "variance": 1, "unix_s": 1}}',
+        '{"254:0": {"bytes_per_s": "fast", "variance": 1, "unix_s": 1}}',
+    ],
 )
 def test_a_file_that_says_nothing_is_as_good_as_none(text, folder):
     folder.mkdir()

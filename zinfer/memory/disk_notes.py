@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import exp, log
+from math import exp, inf, log
 
 from zinfer.config.load import cache_folder
 from zinfer.config.machine import Link
@@ -78,6 +78,6 @@ def _notes() -> dict[str, Note]:
     with suppress(OSError, ValueError, TypeError, AttributeError):
         told = json.loads((cache_folder() / _FILE).read_text(encoding="utf-8"))
         notes = {str(device): Note(**note) for device, note in told.items()}
-        if all(note.bytes_per_s > 0 and note.variance >= 0 and note.unix_s >= 0 for note in notes.values()):
+        if all(0 < note.bytes_per_s < inf and 0 <= note.variance < inf for note in notes.values()):
             return notes
     return {}

@@ -132,7 +132,7 @@ class Turns:
 
         Slow rounds count: what other guests take away comes again in every pass.
         """
-        rounds = max(min(_DEVICE_ROUNDS, DEVICE_ROWS[3] // rows), 1) if self._is_device else 1
+        rounds = max(min(_DEVICE_ROUNDS, max(DEVICE_ROWS) // rows), 1) if self._is_device else 1
         if self._is_device:  # a library chooses its kernel, and loads it, when it first meets a shape
             self._rounds(rows, 1)
         run = self._recorded(rows) if rows <= _RECORDED_ROWS else None
