@@ -365,7 +365,8 @@ def test_a_device_waits_once_for_many_products():
 
 
 @pytest.mark.parametrize(
-    ("sweeps", "want"), [([1.0], 1.0), ([1.0, 1.1], 1.05), ([2.0, 1.0], 1.0), ([1.0, 1.3], 1.0)]
+    ("sweeps", "want"),
+    [([1.0], 1.0), ([1.0, 1.1], 1.05), ([1.0, 1.4], 1.2), ([2.0, 1.0], 1.0), ([1.0, 1.6], 1.0)],
 )
 def test_a_second_that_somebody_else_took_is_in_one_of_two_sweeps(sweeps, want):
     assert measure_products.undisturbed(sweeps) == pytest.approx(want)

@@ -21,7 +21,7 @@ _DEVICE_ROUNDS = 8  # between two waits for a device: a wait takes as long as a 
 _MAX_POOL = 1024  # matrices
 _PAST_A_LINE = 8  # bytes: what a header of safetensors is a multiple of
 _SWEEPS = 2
-_DISTURBED = 1.2  # times as long as the other sweep
+_DISTURBED = 1.5  # times as long as the other sweep: less is what passes meet as well
 _RECORDED_ROWS = 64  # decode passes of so many are recorded when they come again: products cost no call then
 
 
