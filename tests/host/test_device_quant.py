@@ -79,9 +79,10 @@ def test_splits_fill_the_device_and_are_never_tiny(monkeypatch):
     num_splits.cache_clear()
     monkeypatch.setattr(fused_quant, "num_cores", lambda device: 132)
     device = torch.device("meta")
-    assert num_splits(64, 64, device) == 4
+    assert num_splits(64, 64, device) == 16
     assert num_splits(64, 8, device) == 2
-    assert num_splits(500, 64, device) == 1
+    assert num_splits(500, 64, device) == 4
+    assert num_splits(3000, 64, device) == 1
     num_splits.cache_clear()
 
 
