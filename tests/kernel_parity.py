@@ -43,7 +43,8 @@ def pages_case(device, dtype, lengths, *, heads=4, kv_heads=2, dim=16, page_toke
     table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
     for row, count in enumerate(counts):
         table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
-    num_cells = -(-num_pages * page_tokens // PAGE_TOKENS)  # planes are counted in pages of the cache's own size
+    # Planes are counted in pages of the cache's own size.
+    num_cells = -(-num_pages * page_tokens // PAGE_TOKENS)
     planes = make_planes(1, kv_heads, dim, num_cells, "INT8" if is_int8 else WORDS[dtype])
     slots = torch.arange(num_pages * page_tokens)
     for kind in (0, 1):
