@@ -81,11 +81,9 @@ def series(bench: Bench, known: Any) -> list[dict[str, Any]]:
         | common
         | {"calls": [many | {"ignore_eos": True}]}
     )
-    few = call | {
-        "max_tokens": min(bench.size.tokens, DISK_TOKENS)
-    }  # a pass takes as long as all of it from disk
-    common["calls"] = [few]
-    return [*found, {"name": "disk", "memory": {"host": little}, "resident_share": 0.0, **common}]
+    # A pass takes as long as all of it from disk.
+    few = {"calls": [call | {"max_tokens": min(bench.size.tokens, DISK_TOKENS)}]}
+    return [*found, {"name": "disk", "memory": {"host": little}, "resident_share": 0.0} | common | few]
 
 
 def run(bench: Bench) -> None:

@@ -6,15 +6,13 @@ is that two placements give the same tokens.  Decode at batch 1 from host memory
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from typing import Any
 
 from decode import row_of
-from harness import ROOT
 from known import FACTS, rewrite
-from setting import MIB, TINY, Bench, block, saved_probe, write
+from setting import MIB, TINY, Bench, block, saved_probe, shape_config, write
 
 SHAPES = {"24b": ("llama-3-8b", {"num_hidden_layers": 104}), "opt-30b": ("opt-30b", {})}
 
@@ -24,7 +22,7 @@ def config_of(bench: Bench, name: str) -> dict[str, Any]:
     shape, changes = SHAPES[name]
     if bench.is_dry:
         return TINY | {"num_hidden_layers": 4}
-    return json.loads((ROOT / f"configs/shapes/{shape}.json").read_text()) | changes
+    return shape_config(shape) | changes
 
 
 def one(bench: Bench, name: str, probe: dict[str, float]) -> dict[str, Any]:

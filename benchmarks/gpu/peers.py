@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from decode import row_of, steady
-from setting import MIB, Bench, block, has, num_wrong, saved_probe, write
+from setting import MIB, Bench, block, has, num_wrong, saved_probe, shape_config, weight_bytes, write
 
 FLEXGEN_BATCHES = ((32, 4), (64, 4), (64, 8))  # sequences of a micro-batch, micro-batches
 ZERO_BATCHES = (32, 128, 256)
@@ -64,10 +64,8 @@ def flexgen(bench: Bench) -> dict[str, Any]:
         return {"engine": "flexgen", "error": found["error"]}
     folder = bench.work / "opt-6.7b"
     if not (folder / "config.json").exists():
-        config = json.loads(
-            (Path(__file__).resolve().parents[2] / "configs/shapes/opt-6.7b.json").read_text()
-        )
-        bench.need_disk(folder, 14 * 10**9)
+        config = shape_config("opt-6.7b")
+        bench.need_disk(folder, weight_bytes(config))
         write(config, folder)
     best = max(found["runs"], key=lambda run: run["tokens_per_s"])
     sequences = best["sequences"]

@@ -317,6 +317,7 @@ __all__ = [
     "has",
     "num_wrong",
     "saved_probe",
+    "shape_config",
     "weight_bytes",
     "write",
 ]
